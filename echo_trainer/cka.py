@@ -1,0 +1,142 @@
+"""Centered kernel alignment between representations, in sample space, as pure functions of tensors in float64.
+
+Shape legend
+    n : samples               d : features of a representation
+    m : representations       b : weightings of the samples (bootstrap draws)
+    suffixes: `x_nd` is (n, d), `gram_mnn` is (m, n, n), `weights_bn` is (b, n)
+
+Linear CKA of X and Y, both (n, d), with the Gram matrices K = X X^T and L = Y Y^T and the Hilbert-Schmidt independence
+criterion HSIC:
+
+    CKA(X, Y) = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
+
+biased (Kornblith et al., 2019, "Similarity of Neural Network Representations Revisited"; used by arXiv 2602.05988):
+
+    HSIC(K, L) = tr(K H L H),   H = I - 1 1^T / n
+
+    for column-centred X and Y the same as CKA = ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F), the feature-space form
+
+debiased (HSIC_1 of Song et al., 2012, "Feature Selection via Dependence Maximization"; the same as the U-centred inner
+product of Székely and Rizzo, 2014), with the diagonals of K and L set to zero:
+
+    HSIC(K, L) = 1/(n(n-3)) [ tr(K L) + (1^T K 1)(1^T L 1) / ((n-1)(n-2)) - 2 (1^T K L 1) / (n-2) ]
+
+Cost: n^2 d for each representation once, then n^2 for each pair. The feature-space form costs n d^2 for each pair, so
+the sample-space form wins whenever n < d, which is the rule here (n = 128, d = 4096).
+
+Both HSICs are combinations of three sums over samples. With a weight w_i >= 0 for each sample (a bootstrap draw: how
+often it was drawn), the debiased one is the U-statistic over *distinct* samples, each taken w_i times. A copy of a
+sample is thus never compared with itself, which would bring back the bias that the estimator removes. w = 1 gives the
+formulas above.
+"""
+
+import torch
+from torch import Tensor
+
+_ROUNDING = 1e-11  # relative to the sum of squares; float32 rows that are all equal leave less, others far more
+
+
+def centred_gram(x_nd: Tensor) -> Tensor:
+    """K = (X - mean) (X - mean)^T in float64. Also for a stack: (m, n, d) gives (m, n, n).
+
+    A representation that is the same for every sample (up to rounding) gives exactly zero, so that
+    [`is_constant`] and the CKA of such a representation do not depend on rounding noise.
+
+    Raises:
+        ValueError: fewer than two dimensions, fewer than 4 samples, or a value that is not finite.
+    """
+    if x_nd.ndim < 2:
+        raise ValueError(f"a representation is a matrix (samples, features), got shape {tuple(x_nd.shape)}")
+    if x_nd.shape[-2] < 4:
+        raise ValueError(f"CKA needs at least 4 samples (the debiased one divides by n - 3), got {x_nd.shape[-2]}")
+    x = x_nd.detach().to(torch.float64)
+    if not torch.isfinite(x).all():
+        raise ValueError("a representation holds NaN or infinite values, so it has no CKA")
+    centred = x - x.mean(dim=-2, keepdim=True)
+    gram = centred @ centred.mT
+    constant = centred.square().sum((-2, -1)) <= _ROUNDING * x.square().sum((-2, -1))
+    return torch.where(constant[..., None, None], torch.zeros_like(gram), gram)
+
+
+def is_constant(gram_mnn: Tensor) -> Tensor:
+    """Whether each representation is the same for every sample. CKA is 0/0 there; the functions below give 0. (m,)"""
+    return (gram_mnn == 0).all(-1).all(-1)
+
+
+def _biased_hsic(k_mnn: Tensor, l_mnn: Tensor, w_bn: Tensor) -> Tensor:
+    # tr(K H L H) with H = I - w w^T / sum(w), written out
+    n_b = w_bn.sum(-1)
+    kw, lw = k_mnn @ w_bn.T, l_mnn @ w_bn.T  # (m, n, b)
+    pairs = torch.einsum("bi,mij,bj->mb", w_bn, k_mnn * l_mnn, w_bn)
+    rows = torch.einsum("bi,mib->mb", w_bn, kw * lw)
+    totals = torch.einsum("bi,mib->mb", w_bn, kw) * torch.einsum("bi,mib->mb", w_bn, lw)
+    return pairs - 2 * rows / n_b + totals / n_b**2
+
+
+def _distinct_sums(k_mnn: Tensor, l_mnn: Tensor, w_bn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sums of K_ij L_ij, K_ij L_iq, K_ij L_qr over distinct indices, (m, b) each; K, L have zero diagonals."""
+    kl = k_mnn * l_mnn
+    kw, lw = k_mnn @ w_bn.T, l_mnn @ w_bn.T
+    square = w_bn**2
+    two = torch.einsum("bi,mij,bj->mb", w_bn, kl, w_bn)
+    three = torch.einsum("bi,mib->mb", w_bn, kw * lw) - torch.einsum("bi,mij,bj->mb", w_bn, kl, square)
+    four = torch.einsum("bi,mib->mb", w_bn, kw) * torch.einsum("bi,mib->mb", w_bn, lw)
+    both_shared = torch.einsum("bi,mij,bj->mb", square, kl, square)
+    one_shared = torch.einsum("bi,mib->mb", square, kw * lw) - both_shared
+    return two, three, four - 4 * one_shared - 2 * both_shared
+
+
+def _debiased_hsic(k_mnn: Tensor, l_mnn: Tensor, w_bn: Tensor) -> Tensor:
+    # mean of K_ij L_ij - 2 K_ij L_iq + K_ij L_qr over distinct i, j, q, r: HSIC_1 as a U-statistic
+    off_diagonal = 1 - torch.eye(k_mnn.shape[-1], dtype=k_mnn.dtype, device=k_mnn.device)
+    sums = _distinct_sums(k_mnn * off_diagonal, l_mnn * off_diagonal, w_bn)
+    counts = _distinct_sums(off_diagonal[None], off_diagonal[None], w_bn)
+    # a draw with fewer than 4 distinct samples leaves a sum without terms: 0, not 0/0
+    two, three, four = (torch.where(c > 0, s / c, 0.0) for s, c in zip(sums, counts, strict=True))
+    return two - 2 * three + four
+
+
+def gram_cka(k_mnn: Tensor, l_mnn: Tensor, *, debiased: bool = False, weights_bn: Tensor | None = None) -> Tensor:
+    """CKA of each pair of centred Gram matrices, for each weighting of the samples.
+
+    Args:
+        k_mnn, l_mnn: from [`centred_gram`], float64, the same shape.
+        debiased: HSIC_1 (may be below 0 for unrelated data) rather than the biased HSIC (in [0, 1]).
+        weights_bn: non-negative sample weights; None = every sample once.
+
+    Returns:
+        (m, b) with weights, else (m,). 0 where either representation does not vary (or, debiased, has no positive
+        HSIC with itself): there CKA is undefined, and the published code gives 0 by clamping the denominator.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if k_mnn.shape != l_mnn.shape or k_mnn.ndim != 3 or k_mnn.shape[-1] != k_mnn.shape[-2]:
+        raise ValueError(
+            f"expected two stacks of Gram matrices of one shape (m, n, n), got {tuple(k_mnn.shape)} and "
+            f"{tuple(l_mnn.shape)}; both representations must come from the same samples"
+        )
+    n = k_mnn.shape[-1]
+    if weights_bn is not None and (weights_bn.ndim != 2 or weights_bn.shape[-1] != n):
+        raise ValueError(f"expected weights of shape (b, {n}), one per sample, got {tuple(weights_bn.shape)}")
+    hsic = _debiased_hsic if debiased else _biased_hsic
+    w_bn = torch.ones(1, n, dtype=k_mnn.dtype, device=k_mnn.device) if weights_bn is None else weights_bn.to(k_mnn)
+    kk, ll = hsic(k_mnn, k_mnn, w_bn), hsic(l_mnn, l_mnn, w_bn)
+    denominator = (kk.clamp_min(0) * ll.clamp_min(0)).sqrt()
+    defined = denominator > 0
+    cka = torch.where(defined, hsic(k_mnn, l_mnn, w_bn) / torch.where(defined, denominator, 1.0), 0.0)
+    return cka[:, 0] if weights_bn is None else cka
+
+
+def linear_cka(x_nd: Tensor, y_nd: Tensor, *, debiased: bool = False) -> Tensor:
+    """Linear CKA of two representations of the same samples, (n, d) and (n, d'). A float64 scalar.
+
+    CKA(X, X) = 1; rotating, translating or scaling X or Y changes nothing. The biased one tends to 1 for *unrelated*
+    data when d >> n, the debiased one to 0. Raises ValueError as [`centred_gram`] and [`gram_cka`] do.
+    """
+    return gram_cka(centred_gram(x_nd)[None], centred_gram(y_nd)[None], debiased=debiased)[0]
+
+
+def consecutive_cka(gram_mnn: Tensor, *, debiased: bool = False, weights_bn: Tensor | None = None) -> Tensor:
+    """CKA(R_{i-1}, R_i) for i = 1..m-1: (m-1,), or (m-1, b) with weights. Importance of layer i is 1 minus this."""
+    return gram_cka(gram_mnn[:-1], gram_mnn[1:], debiased=debiased, weights_bn=weights_bn)
