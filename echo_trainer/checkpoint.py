@@ -1,0 +1,92 @@
+"""What is written where: checkpoints hold the echo networks beside the adapter, the final folder never does."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .run_folder import write_run_folder
+
+logger = logging.getLogger(__name__)
+
+ECHO_WEIGHTS = "echo_networks.safetensors"
+TRAINING_ARGUMENTS = "training_args.bin"
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+
+
+def is_checkpoint(folder: str | os.PathLike) -> bool:
+    """Whether a folder is named like a checkpoint of the Trainer."""
+    return bool(_CHECKPOINT.fullmatch(Path(folder).name))
+
+
+class EchoCheckpointMixin:
+    """Saving and loading for `EchoSFTTrainer`; relies on `self.echo` (an `EchoSetup`, or None with the echo off)."""
+
+    echo: Any = None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the echo networks with the optimizer state they belong to (skipped by `save_only_model`)."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.echo is None:
+            return
+        state = {name: _whole(value).cpu().contiguous() for name, value in self.echo.networks.state_dict().items()}
+        if self.args.should_save:
+            save_file(state, os.path.join(output_dir, ECHO_WEIGHTS))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the echo networks before the optimizer state that belongs to them."""
+        if checkpoint is not None and self.echo is not None:
+            self._load_echo_networks(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Load the best adapter, and its echo networks where the checkpoint holds them."""
+        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        if self.echo is not None and best and os.path.isfile(os.path.join(best, ECHO_WEIGHTS)):
+            self._load_echo_networks(best)
+
+    def _load_echo_networks(self, checkpoint: str) -> None:
+        path = os.path.join(checkpoint, ECHO_WEIGHTS)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"The checkpoint {checkpoint} holds no {ECHO_WEIGHTS}, so the echo networks cannot go on from it. It was "
+                f"saved with save_only_model=True or without the echo. Continue from another checkpoint, or start a "
+                f"new run from its adapter: PeftModel.from_pretrained(model, {checkpoint!r}, is_trainable=True)."
+            )
+        state = load_file(path)
+        own = self.echo.networks.state_dict()
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            raise ValueError(
+                f"The echo networks in {checkpoint} belong to other options: it has {len(state)} tensors, this run "
+                f"{len(own)}, or their shapes differ. Continue with the same model, LoraConfig and echo_* options."
+            )
+        self.echo.networks.load_state_dict(state)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save an ordinary PEFT adapter; outside checkpoints also the card and the record of the run."""
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        super()._save(output_dir, state_dict=state_dict)
+        if not self.args.should_save:
+            return
+        # The pickle of the arguments is needed by nothing and would be uploaded with the adapter.
+        Path(output_dir, TRAINING_ARGUMENTS).unlink(missing_ok=True)
+        if not is_checkpoint(output_dir):
+            write_run_folder(self, output_dir)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """Write our model card and run record to `output_dir` (TRL calls this at every checkpoint and push)."""
+        if self.is_world_process_zero():
+            write_run_folder(self, self.args.output_dir, dataset_name=dataset_name)
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """A parameter that FSDP2 has sharded, gathered from all processes."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -1,0 +1,230 @@
+"""Options of Echo-LoRA: `EchoSFTConfig` is `trl.SFTConfig` plus flat `echo_*` fields.
+
+Override: only fields and their validation. Everything `SFTConfig` knows keeps its meaning.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+AGGREGATIONS = ("mean", "weighted")
+POSITIONS = ("answer", "predicting")
+TEACHERS = ("echo", "plain", "mutual")
+PASSES = ("auto", "suffix", "full")
+TOKEN_FIELDS = ("hub_token", "push_to_hub_token")
+
+
+@dataclass
+class EchoSFTConfig(SFTConfig):
+    r"""
+    Configuration of [`EchoSFTTrainer`]: every option of `trl.SFTConfig`, and the options of Echo-LoRA.
+
+    The loss of one optimizer step k, with the symbols of the paper (arXiv 2605.08177):
+
+        L = (1 / N) * sum_i [ CE_plain_i + r_i * (CE_echo_i + lambda_kd * KD_i) ],   r_i ~ Bernoulli(p_k)
+
+    | field | symbol | unit, range |
+    |---|---|---|
+    | `echo_source_layers` | S | indices of decoder layers, negative counts from the end |
+    | `echo_target_layers` | M | as above; every target lies below every source |
+    | `echo_bottleneck` | width of P1, G1 | features, >= 1 |
+    | `echo_aggregation` | how S is averaged into z | "mean", "weighted" |
+    | `echo_positions` | where delta is added | "answer", "predicting" |
+    | `echo_p_start`, `echo_p_end` | p_0, p_{K-1} | probability, [0, 1] |
+    | `echo_kd_weight` | lambda_kd | >= 0 |
+    | `echo_kd_temperature` | tau | > 0 |
+    | `echo_teacher` | direction of the distillation | "echo", "plain", "mutual" |
+    | `echo_pass` | how the echo pass is computed | "auto", "suffix", "full" |
+    | `echo_learning_rate` | rate of the echo networks | > 0, None = `learning_rate` |
+    | `echo_seed` | seed of routing and echo initialisation | integer >= 0, None = `seed` |
+
+    With `echo_p_start = echo_p_end = 0` the trainer is `SFTTrainer`, step for step and bit for bit.
+
+    Raises:
+        ValueError: an `echo_*` value is outside its range, or an option of `SFTConfig` cannot work with the echo.
+    """
+
+    echo_source_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "nargs": "*",
+            "help": "Source layers S: decoder layers whose hidden states at the prompt/answer boundary make the echo. "
+            "Zero-based, negative counts from the end. None: about 0.75 to 0.88 of the depth.",
+        },
+    )
+    echo_target_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "nargs": "*",
+            "help": "Target layers M: decoder layers whose LoRA modules receive the echo. All must lie below every "
+            "source layer. None: about 0.13 to 0.25 of the depth.",
+        },
+    )
+    echo_bottleneck: int = field(
+        default=64, metadata={"help": "Width of the hidden layer of the projection and gate networks, in features."}
+    )
+    echo_aggregation: str = field(
+        default="mean",
+        metadata={
+            "help": "How the source layers are combined into the echo z: 'mean', or 'weighted' (a learned softmax "
+            "over the source layers).",
+            "choices": list(AGGREGATIONS),
+        },
+    )
+    echo_positions: str = field(
+        default="answer",
+        metadata={
+            "help": "Where the echo is added: 'answer' (positions that hold answer tokens) or 'predicting' (also the "
+            "last prompt token, which predicts the first answer token).",
+            "choices": list(POSITIONS),
+        },
+    )
+    echo_p_start: float = field(
+        default=1.0, metadata={"help": "Routing probability p at the first optimizer step, in [0, 1]."}
+    )
+    echo_p_end: float = field(
+        default=0.2, metadata={"help": "Routing probability p at the last optimizer step, in [0, 1]. p is linear."}
+    )
+    echo_kd_weight: float = field(default=1.0, metadata={"help": "Weight lambda_kd of the masked distillation, >= 0."})
+    echo_kd_temperature: float = field(
+        default=2.0, metadata={"help": "Temperature tau of the masked distillation, > 0."}
+    )
+    echo_teacher: str = field(
+        default="echo",
+        metadata={
+            "help": "Which distribution teaches: 'echo' (the plain path learns from the echo pass), 'plain' (the "
+            "other way round) or 'mutual' (both terms are added). The teacher never gets a gradient.",
+            "choices": list(TEACHERS),
+        },
+    )
+    echo_pass: str = field(
+        default="auto",
+        metadata={
+            "help": "How the echo pass is computed: 'suffix' (answer tokens only, on the prompt's keys and values of "
+            "the plain pass), 'full' (the whole sequence again), 'auto' (suffix where it is exact, else full).",
+            "choices": list(PASSES),
+        },
+    )
+    echo_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the echo networks, > 0. None: `learning_rate`."}
+    )
+    echo_seed: int | None = field(
+        default=None,
+        metadata={"help": "Seed of the routing and of the echo networks' initialisation, >= 0. None: `seed`."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_choice("echo_aggregation", self.echo_aggregation, AGGREGATIONS)
+        _require_choice("echo_positions", self.echo_positions, POSITIONS)
+        _require_choice("echo_teacher", self.echo_teacher, TEACHERS)
+        _require_choice("echo_pass", self.echo_pass, PASSES)
+        for name in ("echo_p_start", "echo_p_end"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0.0 <= value <= 1.0:
+                raise ValueError(
+                    f"`{name}` is a probability, and {value!r} is not in [0, 1]. Write a number such as 1.0 (every "
+                    f"sample gets an echo pass) or 0.2 (one in five)."
+                )
+        if not _is_number(self.echo_kd_temperature) or self.echo_kd_temperature <= 0:
+            raise ValueError(
+                f"`echo_kd_temperature` divides the logits, so {self.echo_kd_temperature!r} cannot work: write a "
+                f"number above 0, such as 2.0."
+            )
+        if not _is_number(self.echo_kd_weight) or self.echo_kd_weight < 0:
+            raise ValueError(
+                f"`echo_kd_weight` is {self.echo_kd_weight!r}; a negative weight would push the two passes apart. "
+                f"Write 0 (no distillation) or a positive number such as 1.0."
+            )
+        if not _is_integer(self.echo_bottleneck) or self.echo_bottleneck < 1:
+            raise ValueError(
+                f"`echo_bottleneck` is the width of a layer, and {self.echo_bottleneck!r} is not a whole number of "
+                f"at least 1. Write for example 64."
+            )
+        if self.echo_learning_rate is not None and not (
+            _is_number(self.echo_learning_rate) and self.echo_learning_rate > 0
+        ):
+            raise ValueError(
+                f"`echo_learning_rate` is {self.echo_learning_rate!r}. Write a positive number, or leave it out to "
+                f"use `learning_rate`. To train without an echo set echo_p_start=0 and echo_p_end=0."
+            )
+        if self.echo_seed is not None and (not _is_integer(self.echo_seed) or self.echo_seed < 0):
+            raise ValueError(
+                f"`echo_seed` is {self.echo_seed!r}; write a whole number of at least 0, or leave it out."
+            )
+        for name in ("echo_source_layers", "echo_target_layers"):
+            setattr(self, name, _layer_list(name, getattr(self, name)))
+        if self.echo_enabled:
+            self._refuse_options_without_an_echo()
+
+    @property
+    def echo_enabled(self) -> bool:
+        """Whether any sample can ever be routed to the echo pass."""
+        return self.echo_p_start > 0 or self.echo_p_end > 0
+
+    @property
+    def resolved_echo_seed(self) -> int:
+        """`echo_seed`, or `seed` where it is not set."""
+        return self.seed if self.echo_seed is None else self.echo_seed
+
+    def _refuse_options_without_an_echo(self) -> None:
+        off = "or switch the echo off with echo_p_start=0 and echo_p_end=0"
+        if self.loss_type != "nll":
+            raise ValueError(
+                f"`loss_type={self.loss_type!r}` re-weights the cross-entropy, and Echo-LoRA defines its loss on plain "
+                f"cross-entropy. Set loss_type='nll', {off}."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}` changes the targets of both passes, which "
+                f"Echo-LoRA does not define. Set it to 0, {off}."
+            )
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs={'use_reentrant': True}` drops the gradients that reach the echo "
+                "networks from inside a checkpointed layer. Leave `use_reentrant` out (non-reentrant is the default), "
+                f"{off}."
+            )
+        if self.torch_compile:
+            raise ValueError(
+                "`torch_compile=True` cannot work: the echo pass adds and removes hooks in every step, so the model "
+                f"would be compiled again each time. Set torch_compile=False, {off}."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `torch.save` and `pickle` see: everything except access tokens."""
+        return {name: None if name in TOKEN_FIELDS else value for name, value in self.__dict__.items()}
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}. It can be one of {', '.join(map(repr, choices))}.")
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != float("inf")
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _layer_list(name: str, value: Any) -> list[int] | None:
+    """Accept None, [..], or one index; refuse everything else in plain words."""
+    if value is None:
+        return None
+    items = [value] if _is_integer(value) else list(value) if isinstance(value, list | tuple | range) else None
+    if not items or not all(_is_integer(item) for item in items):
+        raise ValueError(
+            f"`{name}` is {value!r}. Write a list of layer indices, such as [4, 5, 6, 7] or [-8, -7, -6, -5] "
+            f"(negative counts from the end), or leave it out to choose layers by the model's depth."
+        )
+    if len(set(items)) != len(items):
+        raise ValueError(f"`{name}` names a layer twice: {items}. Name each layer once.")
+    return items

@@ -1,0 +1,60 @@
+"""The language-model head as a function of hidden states, for only the positions that are asked for.
+
+Never (B, T, vocab): a step projects the positions that predict answer tokens, a chunk at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LanguageModelHead:
+    """
+    logits = softcap(scale * (W h + b)), the last step of a causal language model.
+
+    Attributes:
+        weight: W (V, d).
+        bias: b (V,) or None.
+        scale: factor before soft-capping (Cohere, Granite, Falcon-H1 ...), 1 for most models.
+        softcap: c of c * tanh(x / c) (Gemma2), None for most models.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden_Nd: Tensor) -> Tensor:
+        """float32 logits (N, V) for hidden states (N, d)."""
+        logits_NV = F.linear(hidden_Nd, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        return logits_NV.float()
+
+
+def language_model_head(model: nn.Module) -> LanguageModelHead:
+    """The head of a causal language model of transformers, looked up anew since PEFT and FSDP replace modules."""
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if hasattr(weight, "full_tensor"):  # FSDP2 shards parameters; the whole head is needed at once
+        weight = weight.full_tensor()
+        bias = bias.full_tensor() if bias is not None else None
+    config = model.config.get_text_config()
+    return LanguageModelHead(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def _logit_scale(config) -> float:
+    """Factor on the logits. The names differ between model families; this list follows transformers 5.23."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is not None:
+        return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling
+    return 1.0

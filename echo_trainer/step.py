@@ -1,0 +1,89 @@
+"""One training step as one forward of the wrapped model: plain pass, echo pass, losses.
+
+Everything happens inside a single call of the PeftModel's `forward`, so autocast, DDP, FSDP2 and DeepSpeed see one
+forward a step, whatever the step does inside.
+"""
+
+import functools
+import types
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from .head import language_model_head
+from .losses import Distillation, chunked_objective
+from .passes import EchoSetup, run_echo_pass, run_plain_pass
+from .plan import EchoPlan
+
+ECHO_MODULE = "echo_networks"
+
+
+def install_echo_forward(model: PeftModel, setup: EchoSetup, kd: Distillation) -> None:
+    """
+    Teach `model(...)` the keyword `echo_plan`: with it, the forward is a whole Echo-LoRA step.
+
+    Must run before `accelerator.prepare`, which wraps the forward it finds. Without the keyword the forward is the
+    original one, so evaluation and generation are those of the plain adapter.
+    """
+    original = model.forward
+    setattr(model, ECHO_MODULE, setup.networks)
+
+    @functools.wraps(original)
+    def forward(self, *args, echo_plan: EchoPlan | None = None, **kwargs):
+        if echo_plan is None:
+            return original(*args, **kwargs)
+        return echo_step(setup, kd, kwargs, echo_plan)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: EchoPlan) -> dict[str, Tensor]:
+    """
+    Plain pass, echo pass and losses of one micro-batch.
+
+    Args:
+        setup: the model and its echo parts.
+        kd: distillation options.
+        inputs: keyword arguments of the backbone (no labels; the plan holds them).
+        plan: the plan of the batch, on the model's device.
+
+    Returns:
+        "objective" (sum over answer tokens, with gradient), the fields of [`losses.Statistics`] (sums), "gate" and
+        "relative_delta" (means), and "aux_loss" for a mixture of experts.
+    """
+    plain = run_plain_pass(setup, inputs, plan)
+    echo_Ed, gate, relative_delta = None, None, None
+    if plan.layout is not None:
+        delta, gate = setup.networks(plain.source_SGd)
+        echo_Ed, injection = run_echo_pass(setup, inputs, plan, plain, delta)
+        relative_delta = injection.mean_relative_delta()
+    objective, statistics = chunked_objective(
+        plain.hidden_Nd,
+        echo_Ed,
+        plan.labels_N,
+        plan.plain_weight_N,
+        plan.reach_E,
+        language_model_head(setup.model),
+        kd,
+    )
+    if echo_Ed is None:
+        # A step that routes nothing still has to give every parameter a gradient: DDP waits for each of them.
+        objective = objective + 0.0 * sum(parameter.sum() for parameter in setup.networks.parameters())
+    zero = objective.detach().new_zeros(())
+    output = {
+        "objective": objective,
+        **statistics._asdict(),
+        "gate": zero if gate is None else gate,
+        "relative_delta": zero if relative_delta is None else relative_delta,
+    }
+    if inputs.get("output_router_logits"):
+        output["aux_loss"] = _router_loss(setup, plain.outputs.router_logits, inputs.get("attention_mask"))
+    return output
+
+
+def _router_loss(setup: EchoSetup, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+    """Load-balancing loss of a mixture of experts on the plain pass, as transformers and TRL compute it."""
+    config = setup.model.config.get_text_config()
+    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)

@@ -1,0 +1,113 @@
+"""Keys and values of the plain pass, and the cache that shows their prefixes to the suffix pass.
+
+Shapes: B rows, T tokens, H key-value heads, h head size; R rows of P prefix and A suffix tokens.
+
+Both objects look like a transformers `Cache` to an attention module, which calls `update` with its new keys and values
+and attends to what it gets back. Neither is changed by a second call, so gradient checkpointing may replay a layer.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class KeyValueRecord(Cache):
+    """
+    Keeps the prefixes' keys and values of the plain pass, with their graph, and hands back what it was given.
+
+    Args:
+        prefix_RP: position in the flattened batch of each prefix token, (R, P).
+        first_layer: layers below it are not recorded.
+    """
+
+    def __init__(self, prefix_RP: Tensor, first_layer: int):
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.prefix_RP = prefix_RP
+        self.first_layer = first_layer
+        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Record (B, H, T, h) keys and values the first time a layer offers them."""
+        if layer_idx >= self.first_layer and layer_idx not in self.prefix:
+            self.prefix[layer_idx] = (self._prefix(key_states), self._prefix(value_states))
+        return key_states, value_states
+
+    def _prefix(self, states_BHTh: Tensor) -> Tensor:
+        """The prefixes' rows, (R, H, P, h)."""
+        n_rows, n_heads, length, size = states_BHTh.shape
+        flat = states_BHTh.transpose(1, 2).reshape(n_rows * length, n_heads, size)
+        index = self.prefix_RP.to(flat.device)
+        return flat.index_select(0, index.reshape(-1)).view(*index.shape, n_heads, size).transpose(1, 2)
+
+
+class PrefixCache(Cache):
+    """
+    A cache that already holds the prefixes and forgets what it is shown.
+
+    Args:
+        record: what the plain pass recorded.
+        n_prefix: P, the length that masks and positions count from.
+    """
+
+    def __init__(self, record: KeyValueRecord, n_prefix: int):
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.record = record
+        self.n_prefix = n_prefix
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """The prefix's keys and values followed by the suffix's, (R, H, P + A, h)."""
+        keys, values = self.record.prefix[layer_idx]
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """P for every layer."""
+        return self.n_prefix
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Column of the first suffix token."""
+        return self.n_prefix
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Number of columns P + A of the mask, and the first column 0, for full and for sliding layers."""
+        return self.n_prefix + query_length, 0
+
+
+@contextmanager
+def attach_cache(layers: nn.ModuleList, cache: Cache) -> Iterator[None]:
+    """
+    Give `cache` to every decoder layer, below the backbone's own handling of caches.
+
+    The backbone itself must not see it: with a cache it would stop recognising packed sequences by their positions.
+    """
+    name = cache_argument(layers)
+
+    def give(module, args, kwargs):
+        return args, {**kwargs, name: cache}
+
+    with ExitStack() as stack:
+        stack.enter_context(checkpoint_with_cache(layers))
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(give, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def checkpoint_with_cache(layers: nn.ModuleList) -> Iterator[None]:
+    """Let checkpointed layers keep their cache; transformers takes it away, for fear of a second update."""
+    for layer in layers:
+        layer._can_checkpoint_with_cache = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._can_checkpoint_with_cache
+
+
+def cache_argument(layers: nn.ModuleList) -> str | None:
+    """Name of the argument through which a decoder layer takes its cache, None if it takes none."""
+    parameters = inspect.signature(type(layers[0]).forward).parameters
+    return next((name for name in ("past_key_values", "layer_past") if name in parameters), None)

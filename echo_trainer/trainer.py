@@ -1,0 +1,270 @@
+"""`EchoSFTTrainer`: `trl.SFTTrainer` with an echo pass. Reads as the diagram in `echo_trainer/__init__.py`.
+
+Overrides, each for one reason:
+
+- `__init__`: choose layers, build the echo networks, wrap the collator.
+- `get_train_dataloader`, `get_batch_samples`: collate when the step is known, so that routes can be drawn.
+- `compute_loss`: one forward with both passes; falls through to TRL's without a plan (evaluation, echo off).
+- `create_optimizer`: a learning rate of their own for the echo networks.
+- `log`: add the echo's metrics.
+- saving and loading: in `checkpoint.py`.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from .checkpoint import EchoCheckpointMixin
+from .collator import PLAN_KEY, DeferredBatch, EchoCollator
+from .config import EchoSFTConfig
+from .layers import decoder_layers, find_sites, resolve_layers
+from .losses import Distillation
+from .metrics import EchoMetrics
+from .network import EchoNetworks
+from .passes import EchoSetup
+from .routing import RoutingSchedule
+from .step import ECHO_MODULE, install_echo_forward
+from .suffix_support import suffix_obstacle
+from .validation import check_arguments, check_dataset, check_model, warn_of_lost_answers
+
+logger = logging.getLogger(__name__)
+
+# Inputs of a batch that are not arguments of the backbone.
+_NOT_FOR_THE_BACKBONE = ("labels", "shift_labels")
+
+
+class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
+    """
+    Supervised fine-tuning with Echo-LoRA; a drop-in replacement for `trl.SFTTrainer`.
+
+    ```python
+    from echo_trainer import EchoSFTConfig, EchoSFTTrainer
+
+    trainer = EchoSFTTrainer(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        args=EchoSFTConfig(output_dir="out"),
+        train_dataset=dataset,
+        peft_config=LoraConfig(target_modules="all-linear"),
+    )
+    trainer.train()
+    trainer.save_model()
+    ```
+
+    Arguments are those of `SFTTrainer`; `args` is an [`EchoSFTConfig`] (an `SFTConfig` is turned into one). The saved
+    adapter is an ordinary PEFT adapter: the echo networks exist during training only.
+
+    Raises:
+        ValueError: the model, the adapter, the dataset or an option cannot work with the echo; nothing is written.
+    """
+
+    _tag_names = ["trl", "sft", "echo-lora"]
+    _name = "Echo-LoRA"
+
+    def __init__(
+        self,
+        model: Any,
+        args: EchoSFTConfig | SFTConfig | TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Any = None,
+        **kwargs: Any,
+    ):
+        args = _as_echo_config(args, model)
+        if args.echo_enabled:
+            check_arguments(model, kwargs.get("peft_config"), compute_loss_func)
+        self._examples_before_truncation: int | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            **kwargs,
+        )
+        self.echo: EchoSetup | None = None
+        self._echo_metrics = EchoMetrics()
+        if args.echo_enabled:
+            check_model(self.model, args, self.accelerator)
+            check_dataset(self.train_dataset)
+            self._build_echo()
+
+    @property
+    def echo_networks(self) -> EchoNetworks | None:
+        """The echo networks, None where the echo is off."""
+        return self.echo.networks if self.echo is not None else None
+
+    def _build_echo(self) -> None:
+        args = self.args
+        layers = decoder_layers(self.model)
+        sources, targets = resolve_layers(args.echo_source_layers, args.echo_target_layers, len(layers))
+        base = self.model.get_base_model()
+        sites = find_sites(base, targets)
+        networks = EchoNetworks(
+            sites,
+            n_sources=len(sources),
+            hidden_size=base.config.get_text_config().hidden_size,
+            bottleneck=args.echo_bottleneck,
+            aggregation=args.echo_aggregation,
+            seed=args.resolved_echo_seed,
+        ).to(self.args.device)
+        self.echo = EchoSetup(base, networks, sites, sources)
+        kd = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
+        install_echo_forward(self.model, self.echo, kd)
+        suffix = self._choose_pass(base)
+        self.data_collator = EchoCollator(self.data_collator, args.echo_positions, suffix)
+        logger.info(
+            "Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s, %s echo pass.",
+            sources,
+            len(sites),
+            targets,
+            "suffix" if suffix else "full",
+        )
+
+    def _choose_pass(self, base: torch.nn.Module) -> bool:
+        """Whether the echo pass runs the suffix only; says once why not where it cannot."""
+        if self.args.echo_pass == "full":
+            return False
+        obstacle = suffix_obstacle(base)
+        if obstacle is None:
+            return True
+        if self.args.echo_pass == "suffix":
+            raise ValueError(
+                f"echo_pass='suffix' cannot be exact for this model: {obstacle}. Use echo_pass='auto' or 'full'."
+            )
+        logger.warning("The echo pass runs whole sequences (about twice the price of LoRA): %s.", obstacle)
+        return False
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prepare a dataset as TRL does and say how many examples lost their answer to truncation."""
+        prepared = super()._prepare_dataset(dataset, *args, **kwargs)
+        if hasattr(dataset, "__len__") and hasattr(prepared, "__len__") and "seq_lengths" not in prepared.column_names:
+            warn_of_lost_answers(len(dataset), len(prepared), self.args.max_length if hasattr(self, "args") else None)
+        return prepared
+
+    # Deferred collation
+
+    def get_train_dataloader(self):
+        """The training data loader; with the echo on it yields uncollated examples (see `collator.py`)."""
+        if self.echo is None:
+            return super().get_train_dataloader()
+        with self._uncollated():
+            return super().get_train_dataloader()
+
+    @contextmanager
+    def _uncollated(self) -> Iterator[None]:
+        collator = self.data_collator
+        self.data_collator = DeferredBatch
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, collated now, when the step is known."""
+        if self.echo is not None:
+            epoch_iterator = self._collate(epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _collate(self, batches: Iterator[DeferredBatch]) -> Iterator[dict[str, Any]]:
+        args = self.args
+        self.data_collator.schedule = RoutingSchedule(
+            seed=args.resolved_echo_seed,
+            p_start=args.echo_p_start,
+            p_end=args.echo_p_end,
+            total_steps=self.state.max_steps,
+            accumulation=args.gradient_accumulation_steps,
+            world_size=args.world_size,
+            rank=args.process_index,
+            batch_size=self._train_batch_size,
+        )
+        for micro_batch, batch in enumerate(batches):
+            yield self.data_collator(batch.examples, step=self.state.global_step, micro_batch=micro_batch)
+
+    # The step
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        L = (1 / N) sum_i [ CE_plain + r_i (CE_echo + lambda_kd KD) ], N the answer tokens of the global batch.
+
+        Batches without a plan (evaluation, echo off) take TRL's loss, so they are exactly those of `SFTTrainer`.
+        """
+        plan = inputs.pop(PLAN_KEY, None)
+        if plan is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        plan = plan.to(inputs["input_ids"].device)
+        backbone_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_BACKBONE}
+        if self.aux_loss_enabled:
+            backbone_inputs["output_router_logits"] = True
+        output = model(**backbone_inputs, echo_plan=plan)
+        n_items = len(plan.labels_N) if num_items_in_batch is None else num_items_in_batch
+        loss = output["objective"] / torch.as_tensor(n_items).clamp(min=1)
+        # `num_items_in_batch` counts the tokens of every process, and DDP averages gradients over them.
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if "aux_loss" in output:
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * output["aux_loss"] / steps
+        self._echo_metrics.add(output, plan, _input_tokens(inputs))
+        if return_outputs:
+            with torch.no_grad():
+                return loss, model(**backbone_inputs)
+        return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any):
+        """TRL's optimizer; with `echo_learning_rate` the echo networks get parameter groups of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.echo_learning_rate
+        if self.echo is not None and rate is not None:
+            _give_own_rate(optimizer, {id(p) for p in self._echo_parameters()}, rate)
+        return optimizer
+
+    def _echo_parameters(self) -> Iterator[torch.nn.Parameter]:
+        return (p for name, p in self.model.named_parameters() if f"{ECHO_MODULE}." in name)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, with the echo's metrics of the steps since the last log."""
+        if self.echo is not None and self.model.training:
+            metrics = self._echo_metrics.drain(self.accelerator)
+            if metrics:
+                self._total_train_tokens += int(metrics.pop("input_tokens"))
+                logs.update(metrics, num_tokens=self._total_train_tokens)
+        super().log(logs, start_time)
+
+
+def _as_echo_config(args: Any, model: Any) -> EchoSFTConfig:
+    if isinstance(args, EchoSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+        return EchoSFTConfig(f"{name.rstrip('/').split('/')[-1]}-Echo-SFT")
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"`args` is a {type(args).__name__}. Pass an EchoSFTConfig (or an SFTConfig, which gets the echo's defaults)."
+        )
+    fields = {name: getattr(args, name) for name in args.__dataclass_fields__ if args.__dataclass_fields__[name].init}
+    return EchoSFTConfig(**fields)
+
+
+def _input_tokens(inputs: dict[str, Any]) -> torch.Tensor | int:
+    """Real tokens of a batch, as TRL counts `num_tokens`."""
+    return inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+
+
+def _give_own_rate(optimizer: torch.optim.Optimizer, chosen: set[int], rate: float) -> None:
+    """Move the chosen parameters of an optimizer that has not stepped yet into groups with learning rate `rate`."""
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in chosen]
+        if not moved:
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        options = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
+        optimizer.add_param_group({**options, "params": moved, "lr": rate})
