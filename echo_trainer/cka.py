@@ -30,37 +30,37 @@ sample is thus never compared with itself, which would bring back the bias that 
 formulas above.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 _ROUNDING = 1e-11  # relative to the sum of squares; float32 rows that are all equal leave less, others far more
 
 
-def centred_gram(x_nd: Tensor) -> Tensor:
-    """K = (X - mean) (X - mean)^T in float64. Also for a stack: (m, n, d) gives (m, n, n).
+def is_constant(x_nd: Tensor) -> bool:
+    """Whether a representation is the same for every sample up to rounding; its CKA is then 0/0."""
+    x = x_nd.detach().to(torch.float64)
+    return bool((x - x.mean(dim=0)).square().sum() <= _ROUNDING * x.square().sum())
 
-    A representation that is the same for every sample (up to rounding) gives exactly zero, so that
-    [`is_constant`] and the CKA of such a representation do not depend on rounding noise.
+
+def centred_gram(x_nd: Tensor) -> Tensor:
+    """K = (X - mean) (X - mean)^T in float64, (n, n). Exactly zero for a constant representation.
 
     Raises:
-        ValueError: fewer than two dimensions, fewer than 4 samples, or a value that is not finite.
+        ValueError: not a matrix, fewer than 4 samples, or a value that is not finite.
     """
-    if x_nd.ndim < 2:
+    if x_nd.ndim != 2:
         raise ValueError(f"a representation is a matrix (samples, features), got shape {tuple(x_nd.shape)}")
-    if x_nd.shape[-2] < 4:
-        raise ValueError(f"CKA needs at least 4 samples (the debiased one divides by n - 3), got {x_nd.shape[-2]}")
+    if x_nd.shape[0] < 4:
+        raise ValueError(f"CKA needs at least 4 samples (the debiased one divides by n - 3), got {x_nd.shape[0]}")
     x = x_nd.detach().to(torch.float64)
     if not torch.isfinite(x).all():
         raise ValueError("a representation holds NaN or infinite values, so it has no CKA")
-    centred = x - x.mean(dim=-2, keepdim=True)
-    gram = centred @ centred.mT
-    constant = centred.square().sum((-2, -1)) <= _ROUNDING * x.square().sum((-2, -1))
-    return torch.where(constant[..., None, None], torch.zeros_like(gram), gram)
-
-
-def is_constant(gram_mnn: Tensor) -> Tensor:
-    """Whether each representation is the same for every sample. CKA is 0/0 there; the functions below give 0. (m,)"""
-    return (gram_mnn == 0).all(-1).all(-1)
+    if is_constant(x):
+        return x.new_zeros(len(x), len(x))
+    centred = x - x.mean(dim=0)
+    return centred @ centred.T
 
 
 def _biased_hsic(k_mnn: Tensor, l_mnn: Tensor, w_bn: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def _biased_hsic(k_mnn: Tensor, l_mnn: Tensor, w_bn: Tensor) -> Tensor:
 
 
 def _distinct_sums(k_mnn: Tensor, l_mnn: Tensor, w_bn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sums of K_ij L_ij, K_ij L_iq, K_ij L_qr over distinct indices, (m, b) each; K, L have zero diagonals."""
+    """Weighted sums of K_ij L_ij, K_ij L_iq, K_ij L_qr over distinct indices, (m, b) each; zero diagonals."""
     kl = k_mnn * l_mnn
     kw, lw = k_mnn @ w_bn.T, l_mnn @ w_bn.T
     square = w_bn**2
@@ -137,6 +137,17 @@ def linear_cka(x_nd: Tensor, y_nd: Tensor, *, debiased: bool = False) -> Tensor:
     return gram_cka(centred_gram(x_nd)[None], centred_gram(y_nd)[None], debiased=debiased)[0]
 
 
-def consecutive_cka(gram_mnn: Tensor, *, debiased: bool = False, weights_bn: Tensor | None = None) -> Tensor:
-    """CKA(R_{i-1}, R_i) for i = 1..m-1: (m-1,), or (m-1, b) with weights. Importance of layer i is 1 minus this."""
-    return gram_cka(gram_mnn[:-1], gram_mnn[1:], debiased=debiased, weights_bn=weights_bn)
+def consecutive_cka(
+    representations: Sequence[Tensor], *, debiased: bool = False, weights_bn: Tensor | None = None
+) -> Tensor:
+    """CKA(R_{i-1}, R_i) for i = 1..L of R_0..R_L, each (n, d_i): (L,), or (L, b) with weights.
+
+    The importance of layer i is 1 minus this. Two Gram matrices are held at a time.
+    """
+    values = []
+    before = centred_gram(representations[0])
+    for representation in representations[1:]:
+        after = centred_gram(representation)
+        values.append(gram_cka(before[None], after[None], debiased=debiased, weights_bn=weights_bn)[0])
+        before = after
+    return torch.stack(values)
