@@ -24,10 +24,9 @@ product of Székely and Rizzo, 2014), with the diagonals of K and L set to zero:
 Cost: n^2 d for each representation once, then n^2 for each pair. The feature-space form costs n d^2 for each pair, so
 the sample-space form wins whenever n < d, which is the rule here (n = 128, d = 4096).
 
-Both HSICs are combinations of three sums over samples. With a weight w_i >= 0 for each sample (a bootstrap draw: how
-often it was drawn), the debiased one is the U-statistic over *distinct* samples, each taken w_i times. A copy of a
-sample is thus never compared with itself, which would bring back the bias that the estimator removes. w = 1 gives the
-formulas above.
+With a weight w_i >= 0 for each sample (a bootstrap draw: how often it was drawn), the debiased HSIC is the mean over
+4-tuples of *distinct* samples, each taken w_i w_j w_q w_r times. A copy of a sample is thus never compared with
+itself, which would bring back the bias that the estimator removes. w = 1 gives the formulas above.
 """
 
 from collections.abc import Sequence
@@ -73,26 +72,29 @@ def _biased_hsic(k_mnn: Tensor, l_mnn: Tensor, w_bn: Tensor) -> Tensor:
     return pairs - 2 * rows / n_b + totals / n_b**2
 
 
-def _distinct_sums(k_mnn: Tensor, l_mnn: Tensor, w_bn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sums of K_ij L_ij, K_ij L_iq, K_ij L_qr over distinct indices, (m, b) each; zero diagonals."""
-    kl = k_mnn * l_mnn
-    kw, lw = k_mnn @ w_bn.T, l_mnn @ w_bn.T
-    square = w_bn**2
-    two = torch.einsum("bi,mij,bj->mb", w_bn, kl, w_bn)
-    three = torch.einsum("bi,mib->mb", w_bn, kw * lw) - torch.einsum("bi,mij,bj->mb", w_bn, kl, square)
-    four = torch.einsum("bi,mib->mb", w_bn, kw) * torch.einsum("bi,mib->mb", w_bn, lw)
-    both_shared = torch.einsum("bi,mij,bj->mb", square, kl, square)
-    one_shared = torch.einsum("bi,mib->mb", square, kw * lw) - both_shared
-    return two, three, four - 4 * one_shared - 2 * both_shared
-
-
 def _debiased_hsic(k_mnn: Tensor, l_mnn: Tensor, w_bn: Tensor) -> Tensor:
-    # mean of K_ij L_ij - 2 K_ij L_iq + K_ij L_qr over distinct i, j, q, r: HSIC_1 as a U-statistic
+    """Sum of K_ij L_ij - 2 K_ij L_iq + K_ij L_qr over distinct i, j, q, r, each with weight w_i w_j w_q w_r.
+
+    HSIC_1 times the number of 4-tuples, which cancels in CKA. The sums over the indices that a term does not contain
+    are done by hand, and tuples with equal indices are subtracted; S = sum(w), S2 = sum(w^2).
+    """
     off_diagonal = 1 - torch.eye(k_mnn.shape[-1], dtype=k_mnn.dtype, device=k_mnn.device)
-    sums = _distinct_sums(k_mnn * off_diagonal, l_mnn * off_diagonal, w_bn)
-    counts = _distinct_sums(off_diagonal[None], off_diagonal[None], w_bn)
-    # a draw with fewer than 4 distinct samples leaves a sum without terms: 0, not 0/0
-    two, three, four = (torch.where(c > 0, s / c, 0.0) for s, c in zip(sums, counts, strict=True))
+    k_mnn, l_mnn = k_mnn * off_diagonal, l_mnn * off_diagonal
+    kl, w2_bn = k_mnn * l_mnn, w_bn**2
+    k1, l1, k2, l2 = k_mnn @ w_bn.T, l_mnn @ w_bn.T, k_mnn @ w2_bn.T, l_mnn @ w2_bn.T  # (m, n, b)
+
+    def over_pairs(p: int, q: int) -> Tensor:  # sum of w_i^p w_j^q K_ij L_ij
+        return torch.einsum("bi,mij,bj->mb", w_bn**p, kl, w_bn**q)
+
+    def over_rows(v_bn: Tensor, x_mnb: Tensor) -> Tensor:
+        return torch.einsum("bi,mib->mb", v_bn, x_mnb)
+
+    s, s2 = w_bn.sum(-1), w2_bn.sum(-1)
+    a11, a12, a22, a13 = over_pairs(1, 1), over_pairs(1, 2), over_pairs(2, 2), over_pairs(1, 3)
+    shared = over_rows(w2_bn, k1 * l1)
+    two = (s**2 - s2) * a11 - 4 * s * a12 + 2 * a22 + 4 * a13
+    three = over_rows(w_bn, s * k1 * l1 - k2 * l1 - k1 * l2) - shared - s * a12 + a22 + 2 * a13
+    four = over_rows(w_bn, k1) * over_rows(w_bn, l1) - 4 * (shared - a22) - 2 * a22
     return two - 2 * three + four
 
 
@@ -123,7 +125,8 @@ def gram_cka(k_mnn: Tensor, l_mnn: Tensor, *, debiased: bool = False, weights_bn
     w_bn = torch.ones(1, n, dtype=k_mnn.dtype, device=k_mnn.device) if weights_bn is None else weights_bn.to(k_mnn)
     kk, ll = hsic(k_mnn, k_mnn, w_bn), hsic(l_mnn, l_mnn, w_bn)
     denominator = (kk.clamp_min(0) * ll.clamp_min(0)).sqrt()
-    defined = denominator > 0
+    # 4-tuples of distinct samples need four of them; below that the sums are rounding noise
+    defined = (denominator > 0) & ((w_bn > 0).sum(-1) >= (4 if debiased else 1))
     cka = torch.where(defined, hsic(k_mnn, l_mnn, w_bn) / torch.where(defined, denominator, 1.0), 0.0)
     return cka[:, 0] if weights_bn is None else cka
 
