@@ -29,7 +29,9 @@ def render_card(record: dict[str, Any], curves: list[str]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["json"] = json.dumps
-    return environment.get_template(TEMPLATE).render(run=record, curves=curves, last=_last_metrics(record["metrics"]))
+    last = _last_metrics(record["metrics"])
+    evaluation = {name: value for name, value in last.items() if name.startswith("eval_")}
+    return environment.get_template(TEMPLATE).render(run=record, curves=curves, last=last, evaluation=evaluation)
 
 
 def _last_metrics(history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -28,13 +28,13 @@ class LanguageModelHead:
     softcap: float | None
 
     def logits(self, hidden_Nd: Tensor) -> Tensor:
-        """float32 logits (N, V) for hidden states (N, d)."""
+        """Logits (N, V), at least float32, for hidden states (N, d)."""
         logits_NV = F.linear(hidden_Nd, self.weight, self.bias)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
-        return logits_NV.float()
+        return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 
 
 def language_model_head(model: nn.Module) -> LanguageModelHead:

@@ -11,6 +11,7 @@ Pure functions of logits define the loss. `chunked_objective` applies them to hi
 only the gradient with respect to the hidden states, so at no time do more than `CHUNK_LOGITS` logits of a pass exist.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Distillation:
 
 
 class Statistics(NamedTuple):
-    """Sums over positions, without gradient; each a float32 scalar."""
+    """Sums over positions, without gradient; each a scalar."""
 
     ce_plain: Tensor
     entropy: Tensor
@@ -96,7 +97,7 @@ def chunked_objective(
         echo_weight: factor on every term of the echo pass; 0 where the pass only keeps processes in step.
 
     Returns:
-        The objective, a float32 scalar with gradient, and statistics.
+        The objective, a scalar of at least float32 with gradient, and statistics.
     """
     weight, bias = head.weight, head.bias
     objective, *statistics = _ChunkedObjective.apply(
@@ -119,8 +120,10 @@ class _ChunkedObjective(torch.autograd.Function):
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:4]) if needed]
         gradients: list[Tensor | None] = [None] * 4
         for i in wanted:
-            gradients[i] = torch.zeros_like(inputs[i], dtype=torch.float32 if i >= 2 else None)
-        objective = plain_Nd.new_zeros((), dtype=torch.float32)
+            # weight and bias sum over chunks, in at least float32
+            dtype = inputs[i].dtype if i < 2 else torch.promote_types(inputs[i].dtype, torch.float32)
+            gradients[i] = torch.zeros_like(inputs[i], dtype=dtype)
+        objective = plain_Nd.new_zeros((), dtype=torch.promote_types(plain_Nd.dtype, torch.float32))
         statistics = [objective.clone() for _ in Statistics._fields]
         chunk = max(1, CHUNK_LOGITS // weight.shape[0])
         reach = _split_reach(reach_E, len(labels_N), chunk) if echo_Ed is not None else None
@@ -197,9 +200,9 @@ def _objective(leaves, labels_N, plain_weight_N, reach_E, head, kd, echo_weight)
 
 
 def _split_reach(reach_E: Tensor, n: int, chunk: int) -> list[slice]:
-    """The slice of E whose positions fall into each chunk of N. One chunk, the usual case, needs no look at the data."""
+    """The slice of E that falls into each chunk of N. One chunk, the usual case, needs no look at the data."""
     if n <= chunk:
         return [slice(0, len(reach_E))]
     edges = torch.arange(0, n + chunk, chunk, device=reach_E.device).clamp(max=n)
     cuts = torch.searchsorted(reach_E, edges).tolist()
-    return [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]

@@ -4,8 +4,8 @@
 
 Shapes: G segments, S source layers, d hidden size, w bottleneck, o output size of module m.
 
-The networks compute in float32 whatever the model's dtype: they are small, and a gate near its start value moves in
-steps that bfloat16 cannot hold.
+The networks compute in their own dtype, float32, whatever the model's: they are small, and a gate near its start value
+moves in steps that bfloat16 cannot hold.
 """
 
 import math
@@ -89,11 +89,16 @@ class EchoNetworks(nn.Module):
             delta (G, o_m) of every target module by `site_key`, and the mean gate opening, a scalar without gradient.
         """
         with torch.autocast(states_SGd.device.type, enabled=False):
-            z_Gd = self.aggregate(states_SGd.detach().float())
+            z_Gd = self.aggregate(states_SGd.detach().to(self.dtype))
             z_Gd = F.layer_norm(z_Gd, (self.hidden_size,))
             outputs = {key: network(z_Gd) for key, network in self.networks.items()}
             gate = torch.stack([g.detach().mean() for _, g in outputs.values()]).mean()
         return {key: delta for key, (delta, _) in outputs.items()}, gate
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the networks' parameters."""
+        return next(self.networks.parameters()).dtype
 
     def aggregate(self, states_SGd: Tensor) -> Tensor:
         """z (G, d): mean over the source layers, or their softmax-weighted sum."""

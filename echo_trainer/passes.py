@@ -20,7 +20,7 @@ from .injection import Injection
 from .layers import EchoSite, decoder_layers
 from .network import EchoNetworks
 from .plan import EchoPlan, FullLayout, SuffixLayout
-from .suffix_cache import KeyValueRecord, PrefixCache, attach_cache, checkpoint_with_cache
+from .suffix_cache import KeyValueRecord, PrefixCache, attach_cache
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ class SuffixEchoPass:
             setup.sites, delta, layout.inject_position_J, layout.inject_segment_J, layout.token_RA.numel()
         )
         with ExitStack() as stack:
-            stack.enter_context(checkpoint_with_cache(layers))
+            # The backbone gets the cache for its masks; GPT-2 does not hand it on to layers that are checkpointed.
+            stack.enter_context(attach_cache(layers, cache))
             stack.enter_context(_start_at(layers, setup.first_target, plain.entry_RAd))
             stack.enter_context(injection.active(layers))
             outputs = setup.model.base_model(

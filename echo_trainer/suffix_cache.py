@@ -32,8 +32,11 @@ class KeyValueRecord(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Record (B, H, T, h) keys and values the first time a layer offers them."""
-        if layer_idx >= self.first_layer and layer_idx not in self.prefix:
-            self.prefix[layer_idx] = (self._prefix(key_states), self._prefix(value_states))
+        if layer_idx >= self.first_layer:
+            # Selected on a replay too, although only the first selection is kept: checkpointing compares what the
+            # forward and its replay save for backward.
+            selected = (self._prefix(key_states), self._prefix(value_states))
+            self.prefix.setdefault(layer_idx, selected)
         return key_states, value_states
 
     def _prefix(self, states_BHTh: Tensor) -> Tensor:
@@ -81,33 +84,31 @@ def attach_cache(layers: nn.ModuleList, cache: Cache) -> Iterator[None]:
     """
     Give `cache` to every decoder layer, below the backbone's own handling of caches.
 
-    The backbone itself must not see it: with a cache it would stop recognising packed sequences by their positions.
+    In the plain pass the backbone itself must not see it: with a cache it would stop recognising packed sequences by
+    their positions.
     """
     name = cache_argument(layers)
+    place = _parameters(layers).index(name) - 1  # without self
 
     def give(module, args, kwargs):
+        if len(args) > place:  # GPT-2 hands its cache over by position
+            return (*args[:place], cache, *args[place + 1 :]), kwargs
         return args, {**kwargs, name: cache}
 
     with ExitStack() as stack:
-        stack.enter_context(checkpoint_with_cache(layers))
         for layer in layers:
+            # Checkpointed layers lose their cache otherwise, for fear of a second update; ours do not mind one.
+            layer._can_checkpoint_with_cache = True
+            stack.callback(delattr, layer, "_can_checkpoint_with_cache")
             stack.callback(layer.register_forward_pre_hook(give, with_kwargs=True).remove)
         yield
 
 
-@contextmanager
-def checkpoint_with_cache(layers: nn.ModuleList) -> Iterator[None]:
-    """Let checkpointed layers keep their cache; transformers takes it away, for fear of a second update."""
-    for layer in layers:
-        layer._can_checkpoint_with_cache = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer._can_checkpoint_with_cache
-
-
 def cache_argument(layers: nn.ModuleList) -> str | None:
     """Name of the argument through which a decoder layer takes its cache, None if it takes none."""
-    parameters = inspect.signature(type(layers[0]).forward).parameters
+    parameters = _parameters(layers)
     return next((name for name in ("past_key_values", "layer_past") if name in parameters), None)
+
+
+def _parameters(layers: nn.ModuleList) -> list[str]:
+    return list(inspect.signature(type(layers[0]).forward).parameters)

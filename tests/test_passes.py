@@ -1,0 +1,146 @@
+"""Invariant 2: suffix pass = full pass, for every family, with and without checkpointing, padded, multi-turn, packed."""
+
+import pytest
+import torch
+from models import FAMILIES, adapted, tiny_model
+from steps import (
+    assert_same_gradients,
+    echo_setup,
+    packed_example,
+    padding_free_collator,
+    planned_batch,
+    random_examples,
+    step_gradients,
+)
+
+from echo_trainer.plan import FullLayout, SuffixLayout
+from echo_trainer.suffix_support import suffix_obstacle
+
+# Sums of float64 in another order; most families normalise in float32 whatever the model's dtype.
+TOLERANCE = {"gpt2": 1e-9, "opt": 1e-9, "gpt_neox": 1e-9}
+FLOAT32_NORM = 2e-6
+
+
+def float64_model(family, **lora):
+    if family == "gemma2":  # soft-capped attention exists in eager mode only
+        model = tiny_model(family, attention="eager", dtype=torch.float64)
+    else:
+        model = tiny_model(family, dtype=torch.float64)
+    return adapted(model, **lora).to(torch.float64)
+
+
+def checkpoint_layers(model):
+    model.enable_input_require_grads()
+    model.get_base_model().activation_checkpointing_enable()
+
+
+def compare(model, examples, collator=None, positions="answer", p=1.0, tolerance=FLOAT32_NORM, **setup_options):
+    setup = echo_setup(model, **setup_options)
+    results = []
+    for suffix, layout in ((False, FullLayout), (True, SuffixLayout)):
+        batch, plan = planned_batch(examples, suffix=suffix, positions=positions, p=p, collator=collator, seed=1)
+        assert isinstance(plan.layout, layout)
+        results.append(step_gradients(model, setup, batch, plan))
+    (full, full_gradients), (suffix, suffix_gradients) = results
+    for name in ("objective", "ce_plain", "ce_echo", "kd", "agreement"):
+        torch.testing.assert_close(suffix[name], full[name], rtol=tolerance, atol=tolerance)
+    assert full["kd"] > 1e-4, "the echo changes nothing, so the comparison would mean nothing"
+    assert_same_gradients(full_gradients, suffix_gradients, tolerance)
+    return full_gradients
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("positions", ["answer", "predicting"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_suffix_equals_full(family, positions, checkpointing):
+    model = float64_model(family)
+    assert suffix_obstacle(model.get_base_model()) is None
+    if checkpointing:
+        checkpoint_layers(model)
+    model.train()
+    examples = random_examples(4, seed=2, low=8, high=14)
+    compare(model, examples, positions=positions, tolerance=TOLERANCE.get(family, FLOAT32_NORM))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("form", ["multi-turn", "padding-free", "packed", "one-prompt-length", "some-routed"])
+def test_every_batch_form(form, dora, family, checkpointing):
+    model = float64_model(family, use_dora=dora)
+    if checkpointing:
+        checkpoint_layers(model)
+    model.train()
+    examples = random_examples(5, seed=4, turns=2 if form in ("multi-turn", "packed") else 1)
+    collator = padding_free_collator() if form in ("padding-free", "packed") else None
+    if form == "packed":
+        examples = [packed_example(examples[:3]), packed_example(examples[3:])]
+    if form == "one-prompt-length":
+        examples = random_examples(4, low=5, high=6)
+    compare(model, examples, collator=collator, p=0.5 if form == "some-routed" else 1.0)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_bfloat16_autocast(dora):
+    """Under autocast both passes round to bfloat16, so they agree to its precision."""
+    model = adapted(tiny_model(), use_dora=dora).train()
+    setup = echo_setup(model)
+    examples = random_examples(4, seed=2)
+    (full, full_gradients), (suffix, suffix_gradients) = (
+        step_gradients(model, setup, *planned_batch(examples, suffix=suffix), autocast=True)
+        for suffix in (False, True)
+    )
+    torch.testing.assert_close(suffix["objective"], full["objective"], rtol=0.01, atol=0)
+    flat = [torch.cat([g.flatten() for g in gradients.values()]) for gradients in (full_gradients, suffix_gradients)]
+    assert torch.cosine_similarity(*flat, dim=0) > 0.99
+
+
+def test_layers_below_the_first_target_run_once():
+    model = float64_model("llama").train()
+    setup = echo_setup(model, sources=[4], targets=[2])
+    calls = []
+    for index, layer in enumerate(model.get_base_model().model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
+    step_gradients(model, setup, *planned_batch(random_examples(), suffix=True))
+    assert sorted(calls) == [0, 1, 2, 2, 3, 3, 4, 4]
+    compare(model, random_examples(), sources=[4], targets=[2])
+
+
+def test_passes_leave_no_trace_on_the_model():
+    """Hooks, caches and skipped layers end with the pass, also when it fails in the middle."""
+    model = float64_model("llama").train()
+    setup = echo_setup(model)
+    batch, plan = planned_batch(random_examples(), suffix=True)
+    before = {name: (dict(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()}
+    step_gradients(model, setup, batch, plan)
+    norm = model.get_base_model().model.norm
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:  # the first call is the plain pass
+            raise RuntimeError("out of memory")
+
+    handle = norm.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step_gradients(model, setup, batch, plan)
+    handle.remove()
+    for name, module in model.named_modules():
+        attributes, hooks = before[name]
+        assert vars(module).keys() == attributes.keys(), name
+        assert len(module._forward_hooks) == hooks == 0, name
+        assert not module._forward_pre_hooks, name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "length of the sequence"),
+        ({"attn": "flex_attention"}, "unknown"),
+    ],
+)
+def test_obstacles_are_named(overrides, reason):
+    attention = overrides.pop("attn", "sdpa")
+    model = tiny_model("llama", **overrides)
+    model.config._attn_implementation_internal = attention
+    assert reason in suffix_obstacle(model)
