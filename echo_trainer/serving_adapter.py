@@ -36,7 +36,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class LoraModule:
-    """The tensors of one adapted module. ``path`` is its name in the base, for example ``model.layers.0.mlp.up_proj``."""
+    """The tensors of one adapted module; ``path`` is its name in the base (``model.layers.0.mlp.up_proj``)."""
 
     path: str
     keys: dict[str, str]  # "A" and "B" -> tensor name
@@ -131,7 +131,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     config = _read_config(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(f"adapter*{pattern}"))
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(f"adapter{pattern}"))
         if pickles:
             raise _broken("pickle", f"the weights are in {', '.join(pickles)}")
         raise _broken("no-weights", f"there is no {WEIGHTS_NAME} in '{folder}'")
