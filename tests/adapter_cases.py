@@ -58,7 +58,7 @@ def save_adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, *
 
 
 @torch.no_grad()
-def logits(base: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def logits(base: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """What PEFT computes, in a precision where rounding does not hide a difference."""
     model = load_base(base, dtype)
     if adapter is not None:

@@ -1,0 +1,343 @@
+"""An adapter in the form that a server wants: portable, merged into the base, a LoRA fitted to a DoRA, or GGUF.
+
+Each function writes a new folder or file, in one step at the end, and says how far the result's logits are from what
+PEFT computes with the original adapter in float32. Errors are measured on `probe_ids`: fixed token sequences, all
+positions; logits have no unit, so `LogitError` puts them beside what the adapter itself changes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .portable import copy_besides, make_portable
+from .serving_adapter import AdapterError, read_adapter
+from .serving_check import check_adapter
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+CONVERTER = "convert_lora_to_gguf.py"
+MERGE_TOLERANCE = 1e-3  # of the largest logit: float32 rounding stays a hundred times below it
+GET_CONVERTER = f"""llama.cpp's converter, {CONVERTER}, was not found. To get it:
+    git clone --depth 1 https://github.com/ggml-org/llama.cpp
+    pip install gguf sentencepiece
+then pass --converter llama.cpp/{CONVERTER}, or set LLAMA_CPP=llama.cpp."""
+
+
+class ExportError(AdapterError):
+    """The export was stopped, or its result is not what PEFT computes; nothing was left behind."""
+
+
+@dataclass(frozen=True)
+class LogitError:
+    """How far the exported model's logits are from those of base + adapter in PEFT, float32.
+
+    Attributes:
+        largest: max |exported - original|.
+        mean: mean |exported - original|.
+        effect: mean |original - base|, what the adapter changes. An error far below it is harmless.
+        same_top: share of positions where the most probable token is the same.
+        positions: how many positions were compared.
+
+    """
+
+    largest: float
+    mean: float
+    effect: float
+    same_top: float
+    positions: int
+
+    def __str__(self) -> str:
+        share = f"{self.mean / self.effect:.2g} of what the adapter changes" if self.effect else "the adapter is zero"
+        return (
+            f"logit error: largest {self.largest:.2g}, mean {self.mean:.2g} ({share}); "
+            f"same top token at {self.same_top:.1%} of {self.positions} positions"
+        )
+
+
+def export_portable(adapter: str | Path, out: str | Path, base: Any = None, rank: int | None = None) -> Path:
+    """Write the portable form (see `echo_trainer.portable`) to a new folder; logits do not change."""
+    with _new_folder(out) as stage:
+        make_portable(adapter, base, stage, rank)
+    return Path(out)
+
+
+def export_merged(
+    adapter: str | Path, out: str | Path, base: str | Path | None = None, dtype: str = "bfloat16"
+) -> LogitError:
+    """Merge the adapter into the base and save an ordinary model, which every engine serves without LoRA support.
+
+    Works for DoRA, saved modules and the rest as well. Merging is done in float32 and checked: in float32 the merged
+    model must equal PEFT's, and the files read back must equal the rounded weights. What remains is the rounding to
+    ``dtype``, which is returned.
+
+    Raises:
+        ExportError: the merged model is not equal to base + adapter.
+
+    """
+    import torch
+
+    if dtype not in DTYPES:
+        raise AdapterError(f"dtype={dtype!r} is not supported. Choose one of: {', '.join(DTYPES)}.")
+    original, plain, model = _reference(adapter, base)
+    ids = probe_ids(model.config.vocab_size)
+    model = model.merge_and_unload()
+    _require_equal(_logits(model, ids), original, "merging in float32")
+    _cast_weights(model, getattr(torch, dtype))
+    with _new_folder(out) as stage:
+        model.save_pretrained(stage)
+        _save_tokenizer(adapter, base, stage)
+        _cast_weights(model, torch.float32)
+        rounded = _logits(model, ids)
+        del model
+        saved = _logits(_load_base(stage), ids)
+        _require_equal(saved, rounded, "reading the saved model back")
+    return _error(saved, original, plain)
+
+
+def export_lora(
+    adapter: str | Path, out: str | Path, base: str | Path | None = None, rank: int | float | None = None
+) -> LogitError:
+    """Fit an ordinary LoRA to a DoRA adapter (peft.convert_to_lora: a truncated SVD of each weight change).
+
+    DoRA's change of the weight has full rank, so this loses something at any rank; the error is measured and returned.
+
+    Args:
+        adapter: the DoRA adapter's folder.
+        out: the folder to write, in the portable form.
+        base: the base model; None takes the name in the adapter's config.
+        rank: the rank of the LoRA, or the share of the change to keep (0 < share < 1, which chooses a rank for each
+            module). None: 4 times the adapter's rank, at least 64. Never more than the smallest layer allows.
+
+    """
+    from peft import convert_to_lora
+    from safetensors.torch import save_file
+
+    source = read_adapter(adapter)
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if source.config.get(name):
+            raise AdapterError(f"{name}={source.config[name]} cannot become a LoRA. Use `echo-trainer export "
+                               f"--merged`.")  # fmt: skip
+    original, plain, model = _reference(adapter, base)
+    smallest = min(min(shape[0][1], shape[1][0]) for m in source.complete if (shape := source.shapes(m)))
+    trained = max(source.rank(m) for m in source.complete)
+    if rank is None:
+        rank = max(64, 4 * trained)
+    if isinstance(rank, int):
+        rank = min(rank, smallest)
+    try:
+        with _true_weight_changes(model):
+            config, tensors = convert_to_lora(model, rank=rank)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"peft cannot convert this adapter with rank={rank}: {error}") from error
+    config.task_type = source.config.get("task_type")
+    config.base_model_name_or_path = source.config.get("base_model_name_or_path")
+    config.fan_in_fan_out = bool(source.config.get("fan_in_fan_out"))
+    config.layers_to_transform = config.layers_pattern = None  # the tensors say which layers
+    base_model = model.unload()
+    with _new_folder(out) as stage, tempfile.TemporaryDirectory() as fitted:
+        config.save_pretrained(fitted)
+        save_file(tensors, Path(fitted) / "adapter_model.safetensors", metadata={"format": "pt"})
+        copy_besides(Path(adapter), Path(fitted))
+        make_portable(fitted, base_model, stage)
+        exported = _logits(_with_adapter(base_model, stage), probe_ids(base_model.config.vocab_size))
+    return _error(exported, original, plain)
+
+
+def export_gguf(
+    adapter: str | Path,
+    out: str | Path,
+    base: str | Path | None = None,
+    outtype: str = "f32",
+    converter: str | Path | None = None,
+) -> Path:
+    """Write a GGUF adapter for llama.cpp, through llama.cpp's own converter and from the portable form.
+
+    The converter ignores rsLoRA and alpha patterns, which is why it is given the portable form.
+
+    Args:
+        adapter: the adapter's folder.
+        out: the file to write.
+        base: folder or Hub name of the base; only its config is read. None takes the name in the adapter's config.
+        outtype: f32, f16, bf16 or q8_0.
+        converter: path of ``convert_lora_to_gguf.py``; None looks for it.
+
+    Raises:
+        ExportError: the converter is not there (the message says how to get it), or it failed.
+        NotPortableError: the adapter is DoRA or holds more than LoRA.
+
+    """
+    out = Path(out)
+    script = find_converter(converter)
+    base = base or read_adapter(adapter).config.get("base_model_name_or_path")
+    with tempfile.TemporaryDirectory() as folder:
+        portable = make_portable(adapter, base, Path(folder) / "portable")
+        report = check_adapter(portable, engine="llama.cpp", base=base)
+        if not report.ok:
+            reasons = "; ".join(f"{found.rule.says} {found.rule.fix}" for found in report.findings)
+            raise ExportError(f"llama.cpp does not serve this adapter: {reasons}")
+        written = Path(folder) / "adapter.gguf"
+        where = ["--base", str(base)] if Path(base).is_dir() else ["--base-model-id", str(base)]
+        command = [sys.executable, str(script), "--outfile", str(written), "--outtype", outtype, *where, str(portable)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not written.is_file():
+            last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+            raise ExportError(f"llama.cpp's converter stopped with status {done.returncode}:\n{last}")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".{out.name}.partial")
+        shutil.copyfile(written, partial)
+        partial.replace(out)
+    return out
+
+
+def find_converter(given: str | Path | None = None) -> Path:
+    """The path of llama.cpp's LoRA converter: given, in ``$LLAMA_CPP``, on the path, or beside the gguf package."""
+    if given is not None:
+        if not Path(given).is_file():
+            raise ExportError(f"There is no file '{given}'. {GET_CONVERTER}")
+        return Path(given)
+    places = [Path(os.environ["LLAMA_CPP"]) / CONVERTER] if os.environ.get("LLAMA_CPP") else []
+    places += [Path(found)] if (found := shutil.which(CONVERTER)) else []
+    if (spec := importlib.util.find_spec("gguf")) and spec.origin:
+        places.append(Path(spec.origin).parents[2] / CONVERTER)  # a llama.cpp checkout's gguf-py, installed in place
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ExportError(GET_CONVERTER)
+    return found
+
+
+def probe_ids(vocabulary: int, rows: int = 4, length: int = 64) -> torch.Tensor:
+    """The token sequences that errors are measured on: (rows, length), the same ones every time."""
+    import torch
+
+    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def _reference(adapter: str | Path, base: str | Path | None) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Logits of base + adapter, logits of the base, and the model; all in float32."""
+    read_adapter(adapter)  # its errors are clearer than those of from_pretrained
+    model = _with_adapter(_load_base(_base_name(adapter, base)), adapter)
+    ids = probe_ids(model.config.vocab_size)
+    original = _logits(model, ids)
+    with model.disable_adapter():
+        plain = _logits(model, ids)
+    return original, plain, model
+
+
+def _base_name(adapter: str | Path, base: str | Path | None) -> str:
+    name = base or read_adapter(adapter).config.get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(f"'{adapter}' does not name its base model. Give it: --base BASE.")
+    return str(name)
+
+
+def _load_base(name: str | Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"The base model '{name}' cannot be loaded ({str(error).splitlines()[0]}). Give the base "
+                           f"that the adapter was trained on: --base BASE.") from error  # fmt: skip
+
+
+def _with_adapter(model: Any, adapter: str | Path) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).float().eval()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise AdapterError(f"PEFT cannot load '{adapter}' on this base: {error}") from error
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(ids[:, : getattr(model.config, "max_position_embeddings", None) or ids.shape[1]]).logits
+
+
+def _cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Like ``model.to(dtype)``, except for rotary frequencies and other buffers that are computed, not saved."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+@contextmanager
+def _true_weight_changes(model: Any) -> Iterator[None]:
+    """Let ``get_delta_weight`` return what merging adds to each weight.
+
+    PEFT 0.21's own returns s B A, for DoRA as well, so its converter would drop the magnitudes without a word.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    modules = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for module in modules:
+        weight = module.get_base_layer().weight
+        before = weight.data.clone()
+        module.merge()
+        change = weight.data - before
+        module.unmerge()
+        weight.data = before  # unmerging rounds
+        module.get_delta_weight = lambda adapter_name, change=change: change
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.get_delta_weight
+
+
+def _require_equal(got: torch.Tensor, expected: torch.Tensor, after: str) -> None:
+    difference = (got - expected).abs().max().item()
+    if not difference <= MERGE_TOLERANCE * max(1.0, expected.abs().max().item()):  # also when it is NaN
+        raise ExportError(
+            f"After {after}, logits differ by {difference:.3g}, more than rounding explains. The adapter or the base "
+            f"may hold NaN, or its method may not be mergeable."
+        )
+
+
+def _error(exported: torch.Tensor, original: torch.Tensor, plain: torch.Tensor) -> LogitError:
+    difference = (exported - original).abs()
+    same = (exported.argmax(-1) == original.argmax(-1)).float().mean().item()
+    effect = (original - plain).abs().mean().item()
+    return LogitError(difference.max().item(), difference.mean().item(), effect, same, original[..., 0].numel())
+
+
+def _save_tokenizer(adapter: str | Path, base: str | Path | None, out: Path) -> None:
+    from transformers import AutoTokenizer
+
+    for place in (adapter, _base_name(adapter, base)):
+        try:
+            AutoTokenizer.from_pretrained(place).save_pretrained(out)
+            return
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+
+
+@contextmanager
+def _new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its name when the block succeeds and disappears when it fails."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"'{out}' exists already. Choose a new folder, or remove it first.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield stage
+        stage.chmod(0o755)
+        stage.replace(out)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

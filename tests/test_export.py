@@ -1,0 +1,251 @@
+"""Exports: what is written, whether the reported logit errors are true, and that failures leave nothing behind."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import adapter_cases as make
+import pytest
+import torch
+from adapter_cases import ALL
+
+from echo_trainer import cli_serving, export
+from echo_trainer.export import ExportError, export_gguf, export_lora, export_merged, export_portable, probe_ids
+from echo_trainer.serving_adapter import AdapterError
+from echo_trainer.serving_check import check_adapter
+
+FULL = {"r": 4, "target_modules": ["q_proj", "o_proj"]}  # modules that a LoRA of rank 32 can replace exactly
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    return {family: make.save_base(family, folder / family) for family in make.CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def dora(bases, tmp_path_factory):
+    return make.save_adapter(bases["llama"], tmp_path_factory.mktemp("dora") / "a", use_dora=True, r=4)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line; returns the exit status and what was printed to both streams."""
+    parser = argparse.ArgumentParser(prog="echo-trainer")
+    subparsers = parser.add_subparsers(required=True)
+    cli_serving.add_check_parser(subparsers)
+    cli_serving.add_export_parser(subparsers)
+
+    def run_(*words):
+        arguments = parser.parse_args([str(word) for word in words])
+        status = arguments.func(arguments)
+        return status, *capsys.readouterr()
+
+    return run_
+
+
+def with_peft(base, adapter=None):
+    """Logits on the probe sequences, computed here with PEFT."""
+    model = make.load_base(base)
+    if adapter:
+        model = make.PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        return model(probe_ids(64)).logits
+
+
+@pytest.mark.parametrize(("family", "settings"), [
+    ("llama", {}),
+    ("llama", {"use_dora": True}),
+    ("llama", {"use_rslora": True, "r": 12, "layers_to_transform": [1]}),
+    ("llama", {"modules_to_save": ["lm_head"]}),
+    ("qwen2", {"bias": "lora_only"}),
+    ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    ("llama-tied", {"target_modules": ATTENTION}),
+])  # fmt: skip
+def test_merged_in_float32_equals_peft(family, settings, bases, tmp_path):
+    adapter = make.save_adapter(bases[family], tmp_path / "a", **settings)
+    error = export_merged(adapter, tmp_path / "merged", dtype="float32")
+    difference = (with_peft(tmp_path / "merged") - with_peft(bases[family], adapter)).abs()
+    assert difference.max() < 1e-4
+    assert error.largest < 1e-4
+    assert error.same_top > 0.99
+    assert not (tmp_path / "merged/adapter_config.json").exists()
+
+
+def test_merged_in_bfloat16_reports_the_true_error(bases, dora, tmp_path):
+    error = export_merged(dora, tmp_path / "merged", bases["llama"])
+    original, plain, merged = (
+        with_peft(bases["llama"], dora),
+        with_peft(bases["llama"]),
+        with_peft(tmp_path / "merged"),
+    )
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"
+    assert error.largest == pytest.approx((merged - original).abs().max().item(), rel=1e-3)
+    assert error.mean == pytest.approx((merged - original).abs().mean().item(), rel=1e-3)
+    assert error.effect == pytest.approx((original - plain).abs().mean().item(), rel=1e-3)
+    assert error.same_top == pytest.approx((merged.argmax(-1) == original.argmax(-1)).float().mean().item())
+    assert 0 < error.mean < 0.05 * error.effect
+    assert error.positions == 256
+
+
+def test_merging_nan_is_refused_and_leaves_nothing(bases, tmp_path):
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a")
+    make.value("model.layers.0.self_attn.q_proj.lora_B.weight", float("nan"))(adapter)
+    with pytest.raises(ExportError, match="NaN"):
+        export_merged(adapter, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_failed_save_leaves_nothing(bases, dora, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(export, "_save_tokenizer", fail)
+    with pytest.raises(OSError, match="no space"):
+        export_merged(dora, tmp_path / "merged", bases["llama"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lora_of_a_dora(bases, tmp_path):
+    """Full rank (32) fits exactly, magnitudes included; a low rank does not, and the report says how much."""
+    dora = make.save_adapter(bases["llama"], tmp_path / "a", use_dora=True, **FULL)
+    full = export_lora(dora, tmp_path / "full", bases["llama"], rank=32)
+    low = export_lora(dora, tmp_path / "low", bases["llama"], rank=2)
+    assert full.largest < 1e-3
+    assert full.same_top > 0.99
+    assert low.mean > 100 * full.mean
+    assert low.effect == pytest.approx(full.effect)
+    for name, error in (("full", full), ("low", low)):
+        assert check_adapter(tmp_path / name, base=bases["llama"]).ok
+        difference = (with_peft(bases["llama"], tmp_path / name) - with_peft(bases["llama"], dora)).abs()
+        assert error.mean == pytest.approx(difference.mean().item(), rel=0.05, abs=1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 0.9])
+def test_lora_of_a_dora_with_chosen_rank(rank, bases, dora, tmp_path):
+    error = export_lora(dora, tmp_path / "out", bases["llama"], rank=rank)
+    assert check_adapter(tmp_path / "out", base=bases["llama"]).ok
+    assert 0 <= error.mean < error.effect
+
+
+def test_lora_of_a_dora_on_some_layers(bases, tmp_path):
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a", use_dora=True, layers_to_transform=[1], **FULL)
+    assert export_lora(adapter, tmp_path / "out", bases["llama"], rank=32).largest < 1e-3
+
+
+def test_lora_of_a_dora_on_gpt2(bases, tmp_path):
+    settings = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True, "r": 4}
+    adapter = make.save_adapter(bases["gpt2"], tmp_path / "a", **settings)
+    assert export_lora(adapter, tmp_path / "out", bases["gpt2"], rank=32).largest < 1e-3
+
+
+def test_lora_refuses_saved_modules(bases, tmp_path):
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a", use_dora=True, modules_to_save=["lm_head"])
+    with pytest.raises(AdapterError, match="--merged"):
+        export_lora(adapter, tmp_path / "out", bases["llama"])
+
+
+def test_portable(bases, tmp_path):
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a", use_rslora=True, r=12)
+    assert export_portable(adapter, tmp_path / "out") == tmp_path / "out"
+    assert check_adapter(tmp_path / "out").ok
+    assert (tmp_path / "out").stat().st_mode & 0o055 == 0o055
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "out"}
+
+
+@pytest.mark.parametrize("function", [export_portable, export_merged, export_lora])
+def test_nothing_is_overwritten(function, bases, dora, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ExportError, match="exists already"):
+        function(make.save_adapter(bases["llama"], tmp_path / "a"), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "a"}
+
+
+def test_gguf_without_the_converter_says_how_to_get_it(bases, dora, tmp_path, monkeypatch):
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a")
+    with pytest.raises(ExportError, match="git clone"):
+        export_gguf(adapter, tmp_path / "a.gguf")
+    with pytest.raises(ExportError, match="no file"):
+        export_gguf(adapter, tmp_path / "a.gguf", converter=tmp_path / "nothing.py")
+
+
+def test_gguf_reports_a_failing_converter(bases, tmp_path):
+    """A real process that fails: its last words reach the user and no file appears."""
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a")
+    script = tmp_path / "convert_lora_to_gguf.py"
+    script.write_text("import sys; sys.exit('Model architecture not supported')")
+    with pytest.raises(ExportError, match="architecture not supported"):
+        export_gguf(adapter, tmp_path / "a.gguf", converter=script)
+    assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.skipif(not os.environ.get("LLAMA_CPP"), reason="set LLAMA_CPP to a llama.cpp checkout")
+def test_gguf_through_llama_cpp(bases, tmp_path):
+    """The tensors and alpha in the GGUF file give the weight change of the trained adapter."""
+    from gguf import GGUFReader
+
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a", use_rslora=True, r=12, layers_to_transform=[1])
+    out = export_gguf(adapter, tmp_path / "adapter.gguf")
+    reader = GGUFReader(out)
+    values = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    alpha = float(reader.fields["adapter.lora.alpha"].parts[-1][0])
+    assert len(values) == 2 * 3 * 7
+    trained = make.load_file(adapter / make.WEIGHTS)
+    a, b = (trained[f"base_model.model.model.layers.1.mlp.up_proj.lora_{side}.weight"] for side in "AB")
+    a_gguf, b_gguf = (values[f"blk.1.ffn_up.weight.lora_{side}"] for side in "ab")
+    torch.testing.assert_close(alpha / 16 * b_gguf @ a_gguf, 32 / 12**0.5 * b @ a)
+
+
+@pytest.mark.parametrize(("words", "status"), [
+    (["check", "dora"], 1),
+    (["check", "nothing"], 2),
+    (["check", "dora", "--base", "nowhere"], 2),
+    (["export", "--portable", "dora", "out"], 2),
+    (["export", "--merged", "dora", "out"], 0),
+    (["export", "--lora", "dora", "out", "--rank", "16"], 0),
+    (["export", "--lora", "dora", "out", "--rank", "0.9"], 0),
+    (["export", "--gguf", "dora", "dora"], 2),
+])  # fmt: skip
+def test_command_line(words, status, run, dora, tmp_path):
+    places = {"dora": dora, "out": tmp_path / "out", "nowhere": tmp_path / "nowhere"}
+    got, *printed = run(*[places.get(word, word) for word in words])
+    printed = "".join(printed)
+    assert got == status, printed
+    assert (tmp_path / "out").exists() == (status == 0)
+    if "dora" in words and "nowhere" not in words and words[1] not in ("--gguf", "--lora"):
+        assert "DoRA" in printed or "logit error" in printed
+    if words[1] == "--lora":
+        assert run("check", tmp_path / "out", "--json", "--base", dora.parent)[0] == 2
+        assert run("check", tmp_path / "out", "--engine", "tgi")[0] == 0
+
+
+def test_command_line_json(run, bases, tmp_path):
+    make.save_adapter(bases["llama"], tmp_path, target_modules=list(ALL))
+    status, printed, _ = run("check", tmp_path, "--json", "--headers-only")
+    assert status == 0
+    assert json.loads(printed)["ok"] is True
+
+
+def test_help_reads_without_torch():
+    """The parsers are built on every start of the command line, so they must not import torch."""
+    code = """if True:
+        import argparse, sys, importlib.util
+        from pathlib import Path
+        spec = importlib.util.spec_from_file_location("cli_serving", sys.argv[1])
+        module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+        parser = argparse.ArgumentParser(prog="echo-trainer"); sub = parser.add_subparsers()
+        for add in (module.add_check_parser, module.add_export_parser): print(add(sub).format_help())
+        assert "torch" not in sys.modules"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, cli_serving.__file__], capture_output=True, text=True, check=True
+    )
+    for word in ("exit status", "--merged", "--engine", "examples", "a multiple of 16"):
+        assert word in done.stdout
+    assert max(map(len, done.stdout.splitlines())) < 120
+    assert Path(cli_serving.__file__).exists()
