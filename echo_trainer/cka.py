@@ -62,8 +62,10 @@ def centred_gram(x_nd: Tensor) -> Tensor:
     return centred @ centred.T
 
 
-def _biased_hsic(k_mnn: Tensor, l_mnn: Tensor, w_bn: Tensor) -> Tensor:
-    # tr(K H L H) with H = I - w w^T / sum(w), written out
+def _biased_hsic(k_mnn: Tensor, l_mnn: Tensor, w_bn: Tensor | None) -> Tensor:
+    if w_bn is None:  # K and L are centred already
+        return (k_mnn * l_mnn).sum((-2, -1))[:, None]
+    # tr(W K H L H) with the weighted mean taken out by H, written out
     n_b = w_bn.sum(-1)
     kw, lw = k_mnn @ w_bn.T, l_mnn @ w_bn.T  # (m, n, b)
     pairs = torch.einsum("bi,mij,bj->mb", w_bn, k_mnn * l_mnn, w_bn)
@@ -122,11 +124,15 @@ def gram_cka(k_mnn: Tensor, l_mnn: Tensor, *, debiased: bool = False, weights_bn
     if weights_bn is not None and (weights_bn.ndim != 2 or weights_bn.shape[-1] != n):
         raise ValueError(f"expected weights of shape (b, {n}), one per sample, got {tuple(weights_bn.shape)}")
     hsic = _debiased_hsic if debiased else _biased_hsic
-    w_bn = torch.ones(1, n, dtype=k_mnn.dtype, device=k_mnn.device) if weights_bn is None else weights_bn.to(k_mnn)
+    w_bn = None if weights_bn is None else weights_bn.to(k_mnn)
+    if w_bn is None and debiased:
+        w_bn = torch.ones(1, n, dtype=k_mnn.dtype, device=k_mnn.device)
     kk, ll = hsic(k_mnn, k_mnn, w_bn), hsic(l_mnn, l_mnn, w_bn)
     denominator = (kk.clamp_min(0) * ll.clamp_min(0)).sqrt()
     # 4-tuples of distinct samples need four of them; below that the sums are rounding noise
-    defined = (denominator > 0) & ((w_bn > 0).sum(-1) >= (4 if debiased else 1))
+    defined = denominator > 0
+    if debiased:
+        defined &= (w_bn > 0).sum(-1) >= 4
     cka = torch.where(defined, hsic(k_mnn, l_mnn, w_bn) / torch.where(defined, denominator, 1.0), 0.0)
     return cka[:, 0] if weights_bn is None else cka
 
