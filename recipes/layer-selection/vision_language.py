@@ -13,6 +13,7 @@ folder written by Dataset.save_to_disk.
 import argparse
 from pathlib import Path
 
+import torch
 from datasets import load_dataset, load_from_disk
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -62,6 +63,7 @@ def main(argv=None) -> dict:
             max_steps=args.max_steps,
             per_device_train_batch_size=args.batch_size,
             max_length=None,  # truncation could cut image tokens
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
             logging_steps=1,
             save_strategy="no",
             report_to="none",
