@@ -1,0 +1,67 @@
+"""`echo-trainer`: a thin door to the package's functions. `echo-trainer COMMAND --help` explains each."""
+
+import importlib
+import os
+import sys
+import traceback
+
+_COMMANDS = {
+    "quickstart": ("quickstart", "fine-tune the embedded base with LoRA and with Echo-LoRA, offline, in minutes"),
+    "sft": ("sft", "fine-tune a model from a recipe or from options"),
+    "recipes": ("cli", "list the recipes that ship with the package"),
+}
+
+_USAGE = """usage: echo-trainer COMMAND [options]
+
+Echo-LoRA: fine-tune a language model with a better LoRA adapter for nearly the price of plain LoRA.
+
+commands:
+{commands}
+
+`echo-trainer COMMAND --help` explains a command. ECHO_TRAINER_TRACEBACK=1 shows where an error comes from.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from ._version import __version__
+
+        print(f"echo-trainer {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in _COMMANDS:
+        print(f"echo-trainer: {name!r} is no command.\n\n{usage()}", file=sys.stderr)
+        return 2
+    if name == "recipes":
+        return list_recipes()
+    module = importlib.import_module(f".{_COMMANDS[name][0]}", __package__)
+    try:
+        return module.main(rest)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if os.environ.get("ECHO_TRAINER_TRACEBACK"):
+            traceback.print_exc()
+        print(f"\necho-trainer {name}: {error}", file=sys.stderr)
+        return 2
+
+
+def usage() -> str:
+    """The text of `echo-trainer --help`."""
+    width = max(map(len, _COMMANDS))
+    return _USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, (_, what) in _COMMANDS.items()))
+
+
+def list_recipes() -> int:
+    """Print the names of the shipped recipes."""
+    from .recipe import available_recipes
+
+    print("\n".join(available_recipes()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""`echo-trainer quickstart`: the embedded base, its data and the run that uses them."""
