@@ -67,6 +67,7 @@ def add_check_parser(subparsers: argparse._SubParsersAction) -> argparse.Argumen
 def add_export_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command ``export``; its handler returns the exit status."""
     parser = _parser(subparsers, "export", "write an adapter in a form that a server wants", EXPORT, EXPORT_END)
+    parser.usage = "%(prog)s (--portable | --merged | --lora | --gguf) [options] ADAPTER OUT"
     form = parser.add_mutually_exclusive_group(required=True)
     for name in ("portable", "merged", "lora", "gguf"):
         form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=argparse.SUPPRESS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .serving_adapter import Adapter, AdapterError, Base, read_adapter, read_base
-from .serving_rules import ENGINES, RULES, UNREADABLE, Rule, Verdict
+from .serving_rules import ENGINES, MERGE_ONLY, PORTABLE, RULES, UNREADABLE, Rule, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,6 +100,9 @@ class Report:
             console.print(Text(note))
 
     def _fix(self, found: Finding) -> str:
+        first = next((other.rule.name for other in self.findings if other.rule.name in MERGE_ONLY), None)
+        if first and found.rule.fix.startswith(PORTABLE):
+            return f"Goes away with the fix for {first}."
         return found.rule.fix.replace("ADAPTER", self.adapter)
 
 
@@ -170,5 +173,7 @@ def _notes(adapter: Adapter) -> list[str]:
         return []
     flag = min(allowed for allowed in VLLM_RANKS if allowed >= rank)
     needs = f"vLLM: --enable-lora --max-lora-rank {flag}. SGLang: --enable-lora --max-lora-rank {rank}."
+    if rank % 16:
+        return [needs]
     gpus = rank // 8
-    return [needs, f"TGI and LoRAX: right on up to {gpus} GPU{'s' * (gpus != 1)}; more of them need a larger rank."]
+    return [needs, f"TGI and LoRAX: right on up to {gpus} GPUs; more of them need a larger rank."]

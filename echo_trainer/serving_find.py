@@ -37,7 +37,12 @@ def _settings(adapter: Adapter, names: Iterable[str]) -> Found:
 
 def not_lora(adapter: Adapter, base: Base | None) -> Found:
     kind = adapter.config.get("peft_type")
-    return [] if kind == "LORA" else [f"peft_type={kind!r}"]
+    return [] if kind == "LORA" or _only_lora_tensors(adapter) else [f"peft_type={kind!r}"]
+
+
+def mislabelled(adapter: Adapter, base: Base | None) -> Found:
+    kind = adapter.config.get("peft_type")
+    return [f"peft_type={kind!r}"] if kind != "LORA" and _only_lora_tensors(adapter) else []
 
 
 def missing_settings(adapter: Adapter, base: Base | None) -> Found:
@@ -234,8 +239,12 @@ def foreign_tensors(adapter: Adapter, base: Base | None) -> Found:
     return [k for k in adapter.other_keys if k not in known and not k.endswith(".base_layer.weight")]
 
 
-def half_pairs(adapter: Adapter, base: Base | None) -> Found:
-    return [f"{m.path} has only lora_{''.join(m.keys)}" for m in adapter.modules.values() if len(m.keys) == 1]
+def b_missing(adapter: Adapter, base: Base | None) -> Found:
+    return [m.keys["A"] for m in adapter.modules.values() if "B" not in m.keys]
+
+
+def a_missing(adapter: Adapter, base: Base | None) -> Found:
+    return [m.keys["B"] for m in adapter.modules.values() if "A" not in m.keys]
 
 
 def not_a_matrix(adapter: Adapter, base: Base | None) -> Found:
@@ -266,6 +275,10 @@ def non_finite(adapter: Adapter, base: Base | None) -> Found:
 
     with safe_open(adapter.folder / WEIGHTS_NAME, framework="pt") as file:
         return [key for key in adapter.tensors if not torch.isfinite(file.get_tensor(key).float()).all()]
+
+
+def _only_lora_tensors(adapter: Adapter) -> bool:
+    return bool(adapter.modules) and not adapter.other_keys
 
 
 def _in_saved_module(adapter: Adapter, key: str) -> bool:

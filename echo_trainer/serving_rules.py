@@ -73,14 +73,17 @@ RULES = (
     Rule("not-lora", "✗ ? ? ? ✗", find.not_lora,
          "This is another PEFT method than LoRA.",
          f"Merge it: {MERGED}."),
+    Rule("mislabelled", "∅ ? ? ? ∅", find.mislabelled,
+         "peft_type names another method, the tensors are LoRA's; engines serve them as LoRA, PEFT does not.",
+         "Correct peft_type in adapter_config.json."),
     Rule("missing-setting", "✗ ∅ ∅ ✗ ?", find.missing_settings,
          "Settings are missing; engines refuse or assume r=8, alpha=8.",
          f"Write them into adapter_config.json. {AGAIN}"),
     Rule("bad-number", "✗ ✗ ✗ ✗ ✗", find.bad_numbers,
          "A rank or alpha is not a usable number.",
          f"Ranks are positive integers, alphas finite numbers. {AGAIN}"),
-    Rule("no-lora-tensors", "∅ ∅ ∅ ? ?", find.no_lora_tensors,
-         "There is nothing to serve; the base model answers.",
+    Rule("no-lora-tensors", "✗ ∅ ∅ ? ?", find.no_lora_tensors,
+         "There is nothing to serve; an engine that does not refuse answers as the base model.",
          AGAIN),
     Rule("second-adapter-file", "✓ ∅ ∅ ∅ ✓", find.same_tensors_in_other_files,
          "Another file holds tensors of the same names; engines that read all files mix them.",
@@ -187,8 +190,11 @@ RULES = (
     Rule("foreign-tensor", "✗ ∅ ∅ ? ✗", find.foreign_tensors,
          "Tensors that are no part of a LoRA adapter are refused, or dropped.",
          "Remove them, or merge if they were trained."),
-    Rule("half-pair", "✗ ∅ ∅ ? ✗", find.half_pairs,
-         "lora_A or lora_B is missing.",
+    Rule("b-missing", "✗ ∅ ∅ ? ✗", find.b_missing,
+         "There is a lora_A without its lora_B.",
+         AGAIN),
+    Rule("a-missing", "∅ ∅ ∅ ? ✗", find.a_missing,
+         "There is a lora_B without its lora_A; vLLM loads it and leaves the module as it is.",
          AGAIN),
     Rule("not-a-matrix", "? ? ? ? ✗", find.not_a_matrix,
          "A tensor is empty or no matrix: shards were not gathered (ZeRO-3, FSDP).",
@@ -203,4 +209,8 @@ RULES = (
          "NaN or infinity: garbage, and in vLLM other requests are corrupted as well.",
          "Take an earlier checkpoint; training diverged."),
 )
+
+# What the portable form cannot hold: with one of these, its fix for the others is of no use.
+MERGE_ONLY = {"base-changed", "bias", "dora", "magnitudes-without-flag", "not-lora", "other-variant", "saved-modules",
+              "trainable-tokens", "variant"}
 # fmt: on

@@ -15,6 +15,7 @@ _SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hid
           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "llama-served": lambda: LlamaConfig(**_SIZES, head_dim=32, tie_word_embeddings=False, eos_token_id=1),
     "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**_SIZES),  # q, k and v have biases
     "gpt2": lambda: GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64),  # Conv1D
@@ -110,6 +111,18 @@ def drop(part: str):
 
 def reshape(part: str, change):
     return tensors(lambda all_: {name: change(value) if part in name else value for name, value in all_.items()})
+
+
+def other_method(settings):
+    """Replace the adapter by one of another PEFT method."""
+
+    def change(folder: Path) -> None:
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        for path in folder.iterdir():
+            path.unlink()
+        get_peft_model(load_base(Path(base)), settings).save_pretrained(folder)
+
+    return change
 
 
 def cut(folder: Path) -> None:

@@ -101,7 +101,8 @@ def test_form(bases, tmp_path):
     config = json.loads((tmp_path / "b/adapter_config.json").read_text())
     assert config == {
         "base_model_name_or_path": str(bases["llama"]), "bias": "none", "fan_in_fan_out": False,
-        "inference_mode": True, "init_lora_weights": True, "lora_alpha": 16 * 32 / 12, "lora_dropout": 0.0, "peft_type": "LORA", "r": 16,
+        "inference_mode": True, "init_lora_weights": True, "lora_alpha": 16 * 32 / 12,
+        "lora_dropout": 0.0, "peft_type": "LORA", "r": 16,
         "target_modules": ["k_proj", "q_proj", "up_proj", "v_proj"], "task_type": "CAUSAL_LM", "use_rslora": False,
     }  # fmt: skip
     tensors = load_file(tmp_path / "b" / make.WEIGHTS)

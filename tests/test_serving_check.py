@@ -11,6 +11,7 @@ import adapter_cases as make
 import pytest
 import torch
 from adapter_cases import ALL, add, config, drop, rename, reshape, value
+from peft import AdaLoraConfig, IA3Config
 from rich.console import Console
 
 from echo_trainer.portable import make_portable
@@ -23,6 +24,8 @@ Q0 = "model.layers.0.self_attn.q_proj"
 GOOD = "✓ ✓ ✓ ✓ ✓"
 WIDE = torch.ones(3)
 INF = float("inf")
+IA3 = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+ADALORA = AdaLoraConfig(target_modules=["q_proj", "v_proj"], total_step=10)
 
 # name: (verdicts, rule that must be named, settings of the trained adapter, change of its files)
 LLAMA = {
@@ -87,12 +90,12 @@ LLAMA = {
     "echo tensors": ("✗ ∅ ∅ ? ✗", "foreign-tensor", {}, add(base_model__echo__p2__weight=WIDE)),
     "plain weight": ("✗ ∅ ∅ ? ✗", "foreign-tensor", {}, add(base_model__model__model__x__weight=WIDE)),
     "trained bias": ("✗ ∅ ∅ ∅ ✗", "bias", {}, add(base_model__model__model__layers__0__mlp__up_proj__bias=WIDE)),
-    "B missing": ("✗ ∅ ∅ ? ✗", "half-pair", {}, drop(f"{Q0}.lora_B")),
-    "A missing": ("✗ ∅ ∅ ? ✗", "half-pair", {}, drop(f"{Q0}.lora_A")),
+    "B missing": ("✗ ∅ ∅ ? ✗", "b-missing", {}, drop(f"{Q0}.lora_B")),
+    "A missing": ("∅ ∅ ∅ ? ✗", "a-missing", {}, drop(f"{Q0}.lora_A")),
     "ungathered shard": ("? ? ? ? ✗", "not-a-matrix", {}, reshape(f"{Q0}.lora_A", lambda t: torch.empty(0))),
     "integers": ("? ? ? ? ?", "not-floating", {}, reshape(f"{Q0}.lora_A", lambda t: t.to(torch.int8))),
     "tensors outside target_modules": ("∅ ∅ ∅ ? ∅", "outside-targets", {}, config(target_modules=ALL[:-1])),
-    "no tensors": ("∅ ∅ ∅ ? ?", "no-lora-tensors", {}, drop("")),
+    "no tensors": ("✗ ∅ ∅ ? ?", "no-lora-tensors", {}, drop("")),
     "nan": ("∅ ∅ ∅ ∅ ∅", "non-finite", {}, value(f"{Q0}.lora_B.weight", float("nan"))),
     "inf": ("∅ ∅ ∅ ∅ ∅", "non-finite", {}, value(f"{Q0}.lora_A.weight", INF)),
     "inf in bfloat16": ("∅ ∅ ∅ ∅ ∅", "non-finite", {"dtype": torch.bfloat16}, value(f"{Q0}.lora_A.weight", -INF)),
@@ -108,7 +111,9 @@ LLAMA = {
     "config a list": ("✗ ✗ ✗ ✗ ✗", "broken-config", {}, make.write("adapter_config.json", "[]")),
     "no weights": ("✗ ✗ ✗ ✗ ✗", "no-weights", {}, make.remove(make.WEIGHTS)),
     "weights cut short": ("✗ ✗ ✗ ✗ ✗", "broken-weights", {}, make.cut),
-    "not lora": ("✗ ? ? ? ✗", "not-lora", {}, config(peft_type="IA3")),
+    "lora called IA3": ("∅ ? ? ? ∅", "mislabelled", {}, config(peft_type="IA3")),
+    "IA3": ("✗ ∅ ∅ ✗ ✗", "not-lora", {}, make.other_method(IA3)),
+    "AdaLoRA": ("✗ ∅ ∅ ? ✗", "not-lora", {}, make.other_method(ADALORA)),
 }  # fmt: skip
 OTHERS = {  # on other bases
     "qwen2": ("qwen2", GOOD, None, {}),
@@ -227,6 +232,13 @@ def test_report_as_json_and_as_table(bases, tmp_path):
     text = console.export_text()
     assert "silently-wrong" in text
     assert "export --merged" in text
+
+
+def test_fixes_that_do_not_work_are_not_offered(bases, tmp_path):
+    make.save_adapter(bases["llama"], tmp_path, use_dora=True, r=12)
+    fixes = {found["rule"]: found["fix"] for found in check_adapter(tmp_path).to_dict()["findings"]}
+    assert "--portable" not in fixes["rank-block"]
+    assert "--merged" in fixes["dora"]
 
 
 def test_notes_give_the_flags(bases, tmp_path):
