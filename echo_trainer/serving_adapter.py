@@ -18,6 +18,15 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 _LORA_KEY = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))$")
+_TYPES = {
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "target_modules": (list, str),
+    "exclude_modules": (list, str),
+    "modules_to_save": (list,),
+    "layers_to_transform": (list, int),
+    "layers_pattern": (list, str),
+}
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.")
 
 
@@ -149,6 +158,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise _broken("broken-config", f"{CONFIG_NAME} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise _broken("broken-config", f"{CONFIG_NAME} holds a {type(config).__name__}, not an object")
+    for name, types in _TYPES.items():
+        if not isinstance(config.get(name), (*types, type(None))):
+            raise _broken("broken-config", f"{name}={config[name]!r} is no {' or '.join(t.__name__ for t in types)}")
+    patterns = [value for name in _TYPES if (value := config.get(name)) and not isinstance(value, int)]
+    for pattern in (each for value in patterns for each in ([value] if isinstance(value, str) else value)):
+        try:
+            re.compile(str(pattern))
+        except re.error as error:
+            raise _broken("broken-config", f"{pattern!r} is no regular expression: {error}") from error
     return config
 
 
@@ -213,8 +231,11 @@ def read_base(base: Any, download: bool = False) -> Base:
             ) from error
     architecture = (getattr(base, "architectures", None) or [""])[0]
     build = getattr(getattr(transformers, architecture, None), "_from_config", None)
-    with torch.device("meta"):
-        model = build(base) if build else transformers.AutoModelForCausalLM.from_config(base)
+    try:
+        with torch.device("meta"):
+            model = build(base) if build else transformers.AutoModelForCausalLM.from_config(base)
+    except ValueError as error:
+        raise AdapterError(f"'{name}' is no causal language model that this transformers knows: {error}") from error
     return _shapes_of(model, name)
 
 
