@@ -172,8 +172,8 @@ class EchoSFTConfig(SFTConfig):
         off = "or switch the echo off with echo_p_start=0 and echo_p_end=0"
         if self.loss_type != "nll":
             raise ValueError(
-                f"`loss_type={self.loss_type!r}` re-weights the cross-entropy, and Echo-LoRA defines its loss on plain "
-                f"cross-entropy. Set loss_type='nll', {off}."
+                f"`loss_type={self.loss_type!r}` re-weights the cross-entropy, and Echo-LoRA defines its loss on "
+                f"plain cross-entropy. Set loss_type='nll', {off}."
             )
         if self.label_smoothing_factor:
             raise ValueError(

@@ -45,7 +45,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder model. Echo-LoRA needs one causal decoder that reads the "
-            f"prompt and the answer as one sequence; use a decoder-only model (Llama, Qwen, Mistral, Gemma, GPT-2 ...)."
+            f"prompt and the answer as one sequence; use a decoder-only model (Llama, Qwen, Mistral, GPT-2 ...)."
         )
     depth = model.config.get_text_config().num_hidden_layers
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model

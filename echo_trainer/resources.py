@@ -7,7 +7,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 def resource_folder(name: str) -> Path:
     """
-    Folder of the recipes ("recipes") or card templates ("model_cards"): inside an installed package, beside a checkout.
+    Folder of the recipes ("recipes") or card templates ("model_cards"), in an installed package or a checkout.
 
     Raises:
         FileNotFoundError: the installation is incomplete.

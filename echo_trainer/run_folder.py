@@ -1,4 +1,4 @@
-"""The finished run's folder: `echo_run.json` (record of the run), `assets/*.png` (curves), `README.md` (model card)."""
+"""The finished run's folder: `echo_run.json` (record), `assets/*.png` (curves) and `README.md` (model card)."""
 
 import json
 import platform

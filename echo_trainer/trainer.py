@@ -10,14 +10,17 @@ Overrides, each for one reason:
 - saving and loading: in `checkpoint.py`.
 """
 
+import functools
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from .checkpoint import EchoCheckpointMixin
 from .collator import PLAN_KEY, DeferredBatch, EchoCollator
@@ -65,35 +68,18 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
     _tag_names = ["trl", "sft", "echo-lora"]
     _name = "Echo-LoRA"
 
-    def __init__(
-        self,
-        model: Any,
-        args: EchoSFTConfig | SFTConfig | TrainingArguments | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        compute_loss_func: Any = None,
-        **kwargs: Any,
-    ):
-        args = _as_echo_config(args, model)
-        if args.echo_enabled:
-            check_arguments(model, kwargs.get("peft_config"), compute_loss_func)
-        self._examples_before_truncation: int | None = None
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_loss_func=compute_loss_func,
-            **kwargs,
-        )
+    @functools.wraps(SFTTrainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        call = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
+        call.pop("self")
+        call["args"] = config = _as_echo_config(call.get("args"), call["model"])
+        if config.echo_enabled:
+            check_arguments(call["model"], call.get("peft_config"), call.get("compute_loss_func"))
         self.echo: EchoSetup | None = None
         self._echo_metrics = EchoMetrics()
-        if args.echo_enabled:
-            check_model(self.model, args, self.accelerator)
+        super().__init__(**call)
+        if config.echo_enabled:
+            check_model(self.model, self.accelerator)
             check_dataset(self.train_dataset)
             self._build_echo()
 
@@ -143,11 +129,11 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
         logger.warning("The echo pass runs whole sequences (about twice the price of LoRA): %s.", obstacle)
         return False
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Prepare a dataset as TRL does and say how many examples lost their answer to truncation."""
-        prepared = super()._prepare_dataset(dataset, *args, **kwargs)
-        if hasattr(dataset, "__len__") and hasattr(prepared, "__len__") and "seq_lengths" not in prepared.column_names:
-            warn_of_lost_answers(len(dataset), len(prepared), self.args.max_length if hasattr(self, "args") else None)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if not packing and isinstance(dataset, Dataset):
+            warn_of_lost_answers(dataset_name, len(dataset), len(prepared), args.max_length)
         return prepared
 
     # Deferred collation
@@ -248,7 +234,7 @@ def _as_echo_config(args: Any, model: Any) -> EchoSFTConfig:
         return EchoSFTConfig(f"{name.rstrip('/').split('/')[-1]}-Echo-SFT")
     if not isinstance(args, TrainingArguments):
         raise TypeError(
-            f"`args` is a {type(args).__name__}. Pass an EchoSFTConfig (or an SFTConfig, which gets the echo's defaults)."
+            f"`args` is a {type(args).__name__}. Pass an EchoSFTConfig, or an SFTConfig to use the echo's defaults."
         )
     fields = {name: getattr(args, name) for name in args.__dataclass_fields__ if args.__dataclass_fields__[name].init}
     return EchoSFTConfig(**fields)

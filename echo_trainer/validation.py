@@ -51,8 +51,8 @@ def check_arguments(model: Any, peft_config: Any, compute_loss_func: Any) -> Non
 def _check_adapter(config: Any) -> None:
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise ValueError(
-            f"The adapter is configured by {type(config).__name__}; Echo-LoRA adds the echo to LoRA modules (LoRA, DoRA "
-            f"and rsLoRA). Use a LoraConfig, {OFF}."
+            f"The adapter is configured by {type(config).__name__}; Echo-LoRA adds the echo to LoRA modules (LoRA, "
+            f"DoRA and rsLoRA). Use a LoraConfig, {OFF}."
         )
     if config.bias != "none":
         raise ValueError(
@@ -61,7 +61,7 @@ def _check_adapter(config: Any) -> None:
         )
 
 
-def check_model(model: nn.Module, args: Any, accelerator: Any) -> None:
+def check_model(model: nn.Module, accelerator: Any) -> None:
     """
     What can be refused once model and accelerator exist.
 
@@ -76,8 +76,8 @@ def check_model(model: nn.Module, args: Any, accelerator: Any) -> None:
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.activation_checkpointing:
         raise ValueError(
-            "`fsdp_activation_checkpointing` replays layers without the echo that was added to them, which gives wrong "
-            "gradients. Set it to false in the accelerate config and use `gradient_checkpointing=True` of the "
+            "`fsdp_activation_checkpointing` replays layers without the echo that was added to them, which gives "
+            "wrong gradients. Set it to false in the accelerate config and use `gradient_checkpointing=True` of the "
             "training arguments."
         )
     parallelism = getattr(accelerator, "parallelism_config", None)
@@ -89,8 +89,6 @@ def check_model(model: nn.Module, args: Any, accelerator: Any) -> None:
                     f"matrices over processes, and the echo needs the boundary of a prompt and its answer in one "
                     f"place. Use data parallelism (DDP, FSDP2, DeepSpeed ZeRO), {OFF}."
                 )
-    if any(getattr(module, "quant_method", None) == "gptq" for module in model.modules()):
-        logger.info("Quantised base model: the echo is added to the outputs of its LoRA modules.")
 
 
 def check_dataset(dataset: Any) -> None:
@@ -119,13 +117,14 @@ def check_dataset(dataset: Any) -> None:
     )
 
 
-def warn_of_lost_answers(before: int, after: int, max_length: int | None) -> None:
+def warn_of_lost_answers(name: str, before: int, after: int, max_length: int | None) -> None:
     """Say once how many examples lost their whole answer to truncation (TRL drops them without a word)."""
     if before > after:
         logger.warning(
-            "%d of %d training examples have no answer left after truncation to max_length=%s and are dropped. Raise "
-            "`max_length` to keep them.",
+            "%d of %d examples of the %s dataset have no answer left after truncation to max_length=%s and are "
+            "dropped. Raise `max_length` to keep them.",
             before - after,
             before,
+            name,
             max_length,
         )

@@ -70,9 +70,7 @@ def test_step_equals_reference(form, checkpointing, dora, suffix):
     documents = documents_of(examples)
     # The packed collator cannot be asked which document is which; the order of the list says it.
     places = [
-        (row, number)
-        for row, example in enumerate(examples)
-        for number in range(len(example.get("seq_lengths", [0])))
+        (row, number) for row, example in enumerate(examples) for number in range(len(example.get("seq_lengths", [0])))
     ]
     routed = [uniform(2, row, number) < p for row, number in places]
     assert any(routed[1:]) and not all(routed), "choose another seed: the test needs routed and unrouted documents"

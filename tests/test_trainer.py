@@ -205,7 +205,9 @@ def test_mixture_of_experts(tmp_path):
     FAMILIES.setdefault("qwen3_moe", FAMILIES["qwen3"])
     lora = lora_config(target_modules=["q_proj", "v_proj"], init_lora_weights=True)
     settings = {"lora": lora, "max_steps": 2}
-    ours = trained(echo_trainer(tmp_path / "a", model=tiny_model(**model), echo_p_start=1e-12, echo_p_end=1e-12, **settings))
+    ours = trained(
+        echo_trainer(tmp_path / "a", model=tiny_model(**model), echo_p_start=1e-12, echo_p_end=1e-12, **settings)
+    )
     theirs = trained(plain_trainer(tmp_path / "b", model=tiny_model(**model), **settings))
     assert ours.state.log_history[0]["aux_loss"] == pytest.approx(theirs.state.log_history[0]["aux_loss"], rel=1e-5)
     torch.testing.assert_close(losses(ours), losses(theirs), rtol=1e-5, atol=0)
