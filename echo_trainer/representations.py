@@ -152,9 +152,10 @@ def _frozen(model: nn.Module, device: torch.device | str | None) -> Iterator[tor
     spread = set((getattr(base, "hf_device_map", None) or {}).values())
     home = next(base.parameters()).device
     if device is not None and (len(spread) > 1 or getattr(base, "is_quantized", False)):
+        state = f"spread over {', '.join(sorted(map(str, spread)))}" if len(spread) > 1 else "quantised"
         raise ValueError(
-            f"device={str(device)!r} was given, but the model is quantised or spread over {sorted(map(str, spread))}, "
-            "so it must not be moved; leave device out, the rows are collected from wherever each layer is"
+            f"device={str(device)!r} was given, but the model is {state}, so it must not be moved; leave device out, "
+            "the rows are collected from wherever each layer is"
         )
     # modes are put back one by one: a user may have frozen single parts in evaluation mode
     modes = [(module, module.training) for module in model.modules()]

@@ -30,14 +30,11 @@ def plot_selection(selection: LayerSelection, path: str | Path) -> Path:
         upper.set_yscale("log")
         upper.set_ylim(bottom=smallest / 2)
     upper.set_ylabel("importance 1 - CKA")
-    upper.set_title(
-        f"{len(selection.layers)} of {selection.num_layers} layers, {selection.method} CKA, "
-        f"{selection.n_samples} samples, {selection.n_bootstrap} bootstrap draws",
-        fontsize=10,
-    )
-    upper.legend(
-        handles=[Patch(color=_CHOSEN, label="chosen"), Patch(color=_OTHER, label="left frozen")], frameon=False
-    )
+    counts = f"{len(selection.layers)} of {selection.num_layers} layers by {selection.method} CKA"
+    source = f"{selection.n_samples} samples, {selection.n_bootstrap} bootstrap draws"
+    upper.set_title(f"{counts}; {source}", fontsize=10, loc="left")
+    handles = [Patch(color=_CHOSEN, label="chosen"), Patch(color=_OTHER, label="left frozen")]
+    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=2)
     lower.bar(layers, selection.stability, color=colours)
     lower.set_ylim(0, 1.05)
     lower.set_ylabel("stability")

@@ -227,7 +227,7 @@ def test_a_model_with_layers_offloaded_by_accelerate(tmp_path):
     plain = select_layers(build("llama"), token_rows(), progress=False)
     got = select_layers(spread, token_rows(), progress=False)
     assert got.importance == pytest.approx(plain.importance, rel=1e-6)
-    with pytest.raises(ValueError, match="must not be moved"):
+    with pytest.raises(ValueError, match="spread over cpu, disk, so it must not be moved"):
         select_layers(spread, token_rows(), progress=False, device="cpu")
 
 
