@@ -15,10 +15,22 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .logit_error import (
+    ExportError,
+    LogitError,
+    base_name,
+    load_base,
+    logit_error,
+    logits_of,
+    probe_ids,
+    reference,
+    require_equal,
+    with_adapter,
+)
 from .portable import copy_besides, make_portable
 from .serving_adapter import AdapterError, read_adapter
 from .serving_check import check_adapter
@@ -28,42 +40,10 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 CONVERTER = "convert_lora_to_gguf.py"
-MERGE_TOLERANCE = 1e-3  # of the largest logit: float32 rounding stays a hundred times below it
 GET_CONVERTER = f"""llama.cpp's converter, {CONVERTER}, was not found. To get it:
     git clone --depth 1 https://github.com/ggml-org/llama.cpp
     pip install gguf sentencepiece
 then pass --converter llama.cpp/{CONVERTER}, or set LLAMA_CPP=llama.cpp."""
-
-
-class ExportError(AdapterError):
-    """The export was stopped, or its result is not what PEFT computes; nothing was left behind."""
-
-
-@dataclass(frozen=True)
-class LogitError:
-    """How far the exported model's logits are from those of base + adapter in PEFT, float32.
-
-    Attributes:
-        largest: max |exported - original|.
-        mean: mean |exported - original|.
-        effect: mean |original - base|, what the adapter changes. An error far below it is harmless.
-        same_top: share of positions where the most probable token is the same.
-        positions: how many positions were compared.
-
-    """
-
-    largest: float
-    mean: float
-    effect: float
-    same_top: float
-    positions: int
-
-    def __str__(self) -> str:
-        share = f"{self.mean / self.effect:.2g} of what the adapter changes" if self.effect else "the adapter is zero"
-        return (
-            f"logit error: largest {self.largest:.2g}, mean {self.mean:.2g} ({share}); "
-            f"same top token at {self.same_top:.1%} of {self.positions} positions"
-        )
 
 
 def export_portable(adapter: str | Path, out: str | Path, base: Any = None, rank: int | None = None) -> Path:
@@ -90,20 +70,20 @@ def export_merged(
 
     if dtype not in DTYPES:
         raise AdapterError(f"dtype={dtype!r} is not supported. Choose one of: {', '.join(DTYPES)}.")
-    original, plain, model = _reference(adapter, base)
+    original, plain, model = reference(adapter, base)
     ids = probe_ids(model.config.vocab_size)
     model = model.merge_and_unload()
-    _require_equal(_logits(model, ids), original, "merging in float32")
+    require_equal(logits_of(model, ids), original, "merging in float32")
     _cast_weights(model, getattr(torch, dtype))
     with _new_folder(out) as stage:
         model.save_pretrained(stage)
         _save_tokenizer(adapter, base, stage)
         _cast_weights(model, torch.float32)
-        rounded = _logits(model, ids)
+        rounded = logits_of(model, ids)
         del model
-        saved = _logits(_load_base(stage), ids)
-        _require_equal(saved, rounded, "reading the saved model back")
-    return _error(saved, original, plain)
+        saved = logits_of(load_base(stage), ids)
+        require_equal(saved, rounded, "reading the saved model back")
+    return logit_error(saved, original, plain)
 
 
 def export_lora(
@@ -129,7 +109,7 @@ def export_lora(
         if source.config.get(name):
             raise AdapterError(f"{name}={source.config[name]} cannot become a LoRA. Use `echo-trainer export "
                                f"--merged`.")  # fmt: skip
-    original, plain, model = _reference(adapter, base)
+    original, plain, model = reference(adapter, base)
     smallest = min(min(shape[0][1], shape[1][0]) for m in source.complete if (shape := source.shapes(m)))
     trained = max(source.rank(m) for m in source.complete)
     if rank is None:
@@ -151,8 +131,8 @@ def export_lora(
         save_file(tensors, Path(fitted) / "adapter_model.safetensors", metadata={"format": "pt"})
         copy_besides(Path(adapter), Path(fitted))
         make_portable(fitted, base_model, stage)
-        exported = _logits(_with_adapter(base_model, stage), probe_ids(base_model.config.vocab_size))
-    return _error(exported, original, plain)
+        exported = logits_of(with_adapter(base_model, stage), probe_ids(base_model.config.vocab_size))
+    return logit_error(exported, original, plain)
 
 
 def export_gguf(
@@ -217,58 +197,6 @@ def find_converter(given: str | Path | None = None) -> Path:
     return found
 
 
-def probe_ids(vocabulary: int, rows: int = 4, length: int = 64) -> torch.Tensor:
-    """The token sequences that errors are measured on: (rows, length), the same ones every time."""
-    import torch
-
-    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
-
-
-def _reference(adapter: str | Path, base: str | Path | None) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Logits of base + adapter, logits of the base, and the model; all in float32."""
-    read_adapter(adapter)  # its errors are clearer than those of from_pretrained
-    model = _with_adapter(_load_base(_base_name(adapter, base)), adapter)
-    ids = probe_ids(model.config.vocab_size)
-    original = _logits(model, ids)
-    with model.disable_adapter():
-        plain = _logits(model, ids)
-    return original, plain, model
-
-
-def _base_name(adapter: str | Path, base: str | Path | None) -> str:
-    name = base or read_adapter(adapter).config.get("base_model_name_or_path")
-    if not name:
-        raise AdapterError(f"'{adapter}' does not name its base model. Give it: --base BASE.")
-    return str(name)
-
-
-def _load_base(name: str | Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"The base model '{name}' cannot be loaded ({str(error).splitlines()[0]}). Give the base "
-                           f"that the adapter was trained on: --base BASE.") from error  # fmt: skip
-
-
-def _with_adapter(model: Any, adapter: str | Path) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).float().eval()
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise AdapterError(f"PEFT cannot load '{adapter}' on this base: {error}") from error
-
-
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    with torch.no_grad():
-        return model.eval()(ids[:, : getattr(model.config, "max_position_embeddings", None) or ids.shape[1]]).logits
-
-
 def _cast_weights(model: Any, dtype: torch.dtype) -> None:
     """Like ``model.to(dtype)``, except for rotary frequencies and other buffers that are computed, not saved."""
     for parameter in model.parameters():
@@ -286,40 +214,31 @@ def _true_weight_changes(model: Any) -> Iterator[None]:
 
     modules = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for module in modules:
-        weight = module.get_base_layer().weight
-        before = weight.data.clone()
-        module.merge()
-        change = weight.data - before
-        module.unmerge()
-        weight.data = before  # unmerging rounds
-        module.get_delta_weight = lambda adapter_name, change=change: change
+        module.get_delta_weight = partial(_change_by_merging, module)
     try:
         yield
     finally:
         for module in modules:
-            del module.get_delta_weight
+            vars(module).pop("get_delta_weight", None)
 
 
-def _require_equal(got: torch.Tensor, expected: torch.Tensor, after: str) -> None:
-    difference = (got - expected).abs().max().item()
-    if not difference <= MERGE_TOLERANCE * max(1.0, expected.abs().max().item()):  # also when it is NaN
-        raise ExportError(
-            f"After {after}, logits differ by {difference:.3g}, more than rounding explains. The adapter or the base "
-            f"may hold NaN, or its method may not be mergeable."
-        )
-
-
-def _error(exported: torch.Tensor, original: torch.Tensor, plain: torch.Tensor) -> LogitError:
-    difference = (exported - original).abs()
-    same = (exported.argmax(-1) == original.argmax(-1)).float().mean().item()
-    effect = (original - plain).abs().mean().item()
-    return LogitError(difference.max().item(), difference.mean().item(), effect, same, original[..., 0].numel())
+def _change_by_merging(module: Any, adapter_name: str) -> torch.Tensor:
+    replaced = vars(module).pop("get_delta_weight")  # merging calls PEFT's own
+    weight = module.get_base_layer().weight
+    before = weight.data.clone()
+    try:
+        module.merge()
+        return weight.data - before
+    finally:
+        module.unmerge()
+        weight.data = before  # unmerging rounds
+        module.get_delta_weight = replaced
 
 
 def _save_tokenizer(adapter: str | Path, base: str | Path | None, out: Path) -> None:
     from transformers import AutoTokenizer
 
-    for place in (adapter, _base_name(adapter, base)):
+    for place in (adapter, base_name(adapter, base)):
         try:
             AutoTokenizer.from_pretrained(place).save_pretrained(out)
             return
