@@ -160,13 +160,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise _broken("broken-config", f"{CONFIG_NAME} holds a {type(config).__name__}, not an object")
     for name, types in _TYPES.items():
         if not isinstance(config.get(name), (*types, type(None))):
-            raise _broken("broken-config", f"{name}={config[name]!r} is no {' or '.join(t.__name__ for t in types)}")
+            raise _broken("bad-setting", f"{name}={config[name]!r} is no {' or '.join(t.__name__ for t in types)}")
     patterns = [value for name in _TYPES if (value := config.get(name)) and not isinstance(value, int)]
     for pattern in (each for value in patterns for each in ([value] if isinstance(value, str) else value)):
         try:
             re.compile(str(pattern))
         except re.error as error:
-            raise _broken("broken-config", f"{pattern!r} is no regular expression: {error}") from error
+            raise _broken("bad-setting", f"{pattern!r} is no regular expression: {error}") from error
     return config
 
 

@@ -62,6 +62,9 @@ AGAIN = "Save the adapter again with model.save_pretrained()."
 UNREADABLE = (
     Rule("no-config", "✗ ✗ ✗ ✗ ✗", None, "There is no adapter_config.json.", AGAIN),
     Rule("broken-config", "✗ ✗ ✗ ✗ ✗", None, "adapter_config.json cannot be read.", AGAIN),
+    Rule("bad-setting", "? ? ? ? ?", None,
+         "PEFT cannot use a setting; an engine that does not look at it may load the adapter all the same.",
+         "Correct it in adapter_config.json."),
     Rule("no-weights", "✗ ✗ ✗ ✗ ✗", None, "There is no adapter_model.safetensors.", AGAIN),
     Rule("broken-weights", "✗ ✗ ✗ ✗ ✗", None, "A safetensors file is cut short.", f"Copy it again. {AGAIN}"),
     Rule("pickle", "? ? ? ? ?", None,
