@@ -56,8 +56,8 @@ class EchoCheckpointMixin:
         if not os.path.isfile(path):
             raise ValueError(
                 f"The checkpoint {checkpoint} holds no {ECHO_WEIGHTS}, so the echo networks cannot go on from it. "
-                f"It was saved with save_only_model=True or without the echo. Continue from another checkpoint, or start a "
-                f"new run from its adapter: PeftModel.from_pretrained(model, {checkpoint!r}, is_trainable=True)."
+                f"It was saved with save_only_model=True or without the echo. Continue from another checkpoint, or "
+                f"start a new run from its adapter: PeftModel.from_pretrained(model, {checkpoint!r}, is_trainable=True)."
             )
         state = load_file(path)
         own = self.echo.networks.state_dict()

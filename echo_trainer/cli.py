@@ -8,6 +8,7 @@ import traceback
 _COMMANDS = {
     "quickstart": ("quickstart", "fine-tune the embedded base with LoRA and with Echo-LoRA, offline, in minutes"),
     "sft": ("sft", "fine-tune a model from a recipe or from options"),
+    "bench": ("cli_bench", "measure what an echo step costs beside plain LoRA"),
     "recipes": ("cli", "list the recipes that ship with the package"),
 }
 

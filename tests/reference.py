@@ -57,7 +57,7 @@ def kl(teacher, student, labels, tau):
 
 
 def logits_and_states(model, ids):
-    """Logits (T, V) and the outputs (T, d) of all layers. transformers normalises the last entry of `hidden_states`."""
+    """Logits (T, V) and the outputs (T, d) of all layers. transformers normalises the last of `hidden_states`."""
     output = model(input_ids=torch.tensor([ids]), output_hidden_states=True, use_cache=False)
     last = []
     layers = model.gpt_neox.layers if hasattr(model, "gpt_neox") else model.model.layers
@@ -68,12 +68,13 @@ def logits_and_states(model, ids):
 
 
 def echo_logits(model, sites, networks, ids, echoes, positions, key):
-    """Logits of the echo-augmented model: at `positions[t] = echo number` the echo is added to the targets' outputs."""
+    """Logits of the echo-augmented model: at `positions[t]` the echo of that number is added."""
     originals = {}
     for site in sites:
         originals[site.module] = site.module.forward
+        network = networks[key(site)]
 
-        def forward(x, *args, module=site.module, network=networks[key(site)], **kwargs):
+        def forward(x, *args, module=site.module, network=network, **kwargs):
             out = originals[module](x, *args, **kwargs)
             rows = list(out.reshape(-1, out.shape[-1]))
             for t, number in positions.items():

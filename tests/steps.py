@@ -75,7 +75,10 @@ def planned_batch(examples, *, suffix, positions="answer", p=1.0, collator=None,
     return batch, plan
 
 
-def step_gradients(model, setup, batch, plan, kd=Distillation(1.0, 2.0, "echo"), autocast=False):
+DEFAULT_KD = Distillation(1.0, 2.0, "echo")
+
+
+def step_gradients(model, setup, batch, plan, kd=DEFAULT_KD, autocast=False):
     """Output of one step and the gradient of every trainable parameter, LoRA and echo, by name."""
     model.zero_grad()
     setup.networks.zero_grad()

@@ -1,4 +1,4 @@
-"""Bad input: an error before training starts that says what was received and what to write instead; nothing written."""
+"""Bad input: an error before training starts that says what was received and what to write instead."""
 
 import os
 
@@ -47,7 +47,7 @@ CONFIG = [
 
 @pytest.mark.parametrize(("settings", "message"), CONFIG, ids=[str(settings) for settings, _ in CONFIG])
 def test_config(tmp_path, settings, message):
-    with pytest.raises(ValueError, match="(?s).*") as error:
+    with pytest.raises(ValueError) as error:
         EchoSFTConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     assert message in str(error.value)
     assert next(iter(settings)).split("_kwargs")[0] in str(error.value)
@@ -114,7 +114,7 @@ def dynamic_rope():
 @pytest.mark.parametrize(("settings", "message"), [row[1:] for row in TRAINER], ids=[row[0] for row in TRAINER])
 def test_trainer(tmp_path, settings, message):
     made = {name: value() if callable(value) else value for name, value in settings.items()}
-    with pytest.raises(ValueError, match="(?s).*") as error:
+    with pytest.raises(ValueError) as error:
         echo_trainer(tmp_path / "out", **made)
     assert message in str(error.value)
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Invariant 2: suffix pass = full pass, for every family, with and without checkpointing, padded, multi-turn, packed."""
+"""Invariant 2: suffix pass = full pass, for every family and form of batch, with and without checkpointing."""
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ def trained(trainer):
 @DORA
 @CHECKPOINTING
 def test_without_routing_equals_sft_trainer(tmp_path, form, dora, checkpointing):
-    """Invariant 1: p = 0 gives the losses and weights of `SFTTrainer`, step for step, bit for bit, dropout included."""
+    """Invariant 1: p = 0 gives the losses and weights of `SFTTrainer`, step for step, bit for bit, with dropout."""
     settings, rows = DATA_FORMS[form]
     lora = {"use_dora": dora, "init_lora_weights": True, "lora_dropout": 0.1}
     shared = {"gradient_checkpointing": checkpointing, "max_steps": 20, **settings}
@@ -53,8 +53,8 @@ def test_accumulation_does_not_matter(tmp_path, form, dora, checkpointing):
     """Invariant 3, one process: batch 8 = batch 4 x accumulation 2: same routes, same weights to float32 rounding."""
     settings, rows = DATA_FORMS[form]
     shared = {
-        "gradient_checkpointing": checkpointing, "max_steps": 3, "echo_p_start": 0.6, "echo_p_end": 0.6, "optim": "sgd",
-        **settings,
+        "gradient_checkpointing": checkpointing, "max_steps": 3, "echo_p_start": 0.6, "echo_p_end": 0.6,
+        "optim": "sgd", **settings,
     }  # fmt: skip
     runs = []
     for batch, accumulation in ((8, 1), (4, 2)):
