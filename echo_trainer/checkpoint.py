@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .portable import NotPortableError, make_portable
 from .run_folder import write_run_folder
+from .serving_check import check_adapter
+from .serving_rules import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,32 @@ _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 def is_checkpoint(folder: str | os.PathLike) -> bool:
     """Whether a folder is named like a checkpoint of the Trainer."""
     return bool(_CHECKPOINT.fullmatch(Path(folder).name))
+
+
+def finish_adapter(folder: str, model: Any, portable: bool) -> None:
+    """
+    Bring a final adapter into the portable form, if asked, and say which engines would not serve it as trained.
+
+    Args:
+        folder: where PEFT has just saved the adapter.
+        model: the PeftModel; only the shapes of its base are used.
+        portable: whether to rewrite. What is not plain LoRA (DoRA, saved modules) keeps its form.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    base = model.get_base_model().config
+    if portable:
+        try:
+            make_portable(folder, base)
+        except NotPortableError as error:
+            logger.warning("The adapter keeps its trained form: %s", error)
+    report = check_adapter(folder, base=base)
+    for engine, verdict in report.verdicts.items():
+        if verdict in (Verdict.REFUSES, Verdict.SILENTLY_WRONG):
+            rules = ", ".join(found.rule.name for found in report.for_engine(engine))
+            logger.warning(
+                "%s %s this adapter (%s); `echo-trainer check %s` says why.", engine, verdict, rules, folder
+            )
 
 
 class EchoCheckpointMixin:
@@ -57,7 +86,8 @@ class EchoCheckpointMixin:
             raise ValueError(
                 f"The checkpoint {checkpoint} holds no {ECHO_WEIGHTS}, so the echo networks cannot go on from it. "
                 f"It was saved with save_only_model=True or without the echo. Continue from another checkpoint, or "
-                f"start a new run from its adapter: PeftModel.from_pretrained(model, {checkpoint!r}, is_trainable=True)."
+                f"start a new run from its adapter: PeftModel.from_pretrained(model, {checkpoint!r}, "
+                f"is_trainable=True)."
             )
         state = load_file(path)
         own = self.echo.networks.state_dict()
@@ -77,6 +107,7 @@ class EchoCheckpointMixin:
         # The pickle of the arguments is needed by nothing and would be uploaded with the adapter.
         Path(output_dir, TRAINING_ARGUMENTS).unlink(missing_ok=True)
         if not is_checkpoint(output_dir):
+            finish_adapter(output_dir, self.model, portable=self.args.portable_adapter)
             write_run_folder(self, output_dir)
 
     def create_model_card(

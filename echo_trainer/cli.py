@@ -1,5 +1,6 @@
 """`echo-trainer`: a thin door to the package's functions. `echo-trainer COMMAND --help` explains each."""
 
+import argparse
 import importlib
 import os
 import sys
@@ -9,6 +10,8 @@ _COMMANDS = {
     "quickstart": ("quickstart", "fine-tune the embedded base with LoRA and with Echo-LoRA, offline, in minutes"),
     "sft": ("sft", "fine-tune a model from a recipe or from options"),
     "bench": ("cli_bench", "measure what an echo step costs beside plain LoRA"),
+    "check": ("cli_serving", "say whether serving engines will serve an adapter as it was trained"),
+    "export": ("cli_serving", "write an adapter in another form: portable, merged, LoRA from DoRA, GGUF"),
     "recipes": ("cli", "list the recipes that ship with the package"),
 }
 
@@ -40,9 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if name == "recipes":
         return list_recipes()
-    module = importlib.import_module(f".{_COMMANDS[name][0]}", __package__)
     try:
-        return module.main(rest)
+        if name in ("check", "export"):
+            return serving_command(name, rest)
+        return importlib.import_module(f".{_COMMANDS[name][0]}", __package__).main(rest)
     except (ValueError, TypeError, FileNotFoundError) as error:
         if os.environ.get("ECHO_TRAINER_TRACEBACK"):
             traceback.print_exc()
@@ -54,6 +58,18 @@ def usage() -> str:
     """The text of `echo-trainer --help`."""
     width = max(map(len, _COMMANDS))
     return _USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, (_, what) in _COMMANDS.items()))
+
+
+def serving_command(name: str, arguments: list[str]) -> int:
+    """Run `check` or `export`."""
+    from .cli_serving import add_check_parser, add_export_parser
+
+    parser = argparse.ArgumentParser(prog="echo-trainer")
+    subparsers = parser.add_subparsers()
+    add_check_parser(subparsers)
+    add_export_parser(subparsers)
+    parsed = parser.parse_args([name, *arguments])
+    return parsed.func(parsed)
 
 
 def list_recipes() -> int:

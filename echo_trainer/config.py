@@ -38,6 +38,7 @@ class EchoSFTConfig(SFTConfig):
     | `echo_pass` | how the echo pass is computed | "auto", "suffix", "full" |
     | `echo_learning_rate` | rate of the echo networks | > 0, None = `learning_rate` |
     | `echo_seed` | seed of routing and echo initialisation | integer >= 0, None = `seed` |
+    | `portable_adapter` | form of the final adapter | True, False |
 
     With `echo_p_start = echo_p_end = 0` the trainer is `SFTTrainer`, step for step and bit for bit.
 
@@ -112,6 +113,15 @@ class EchoSFTConfig(SFTConfig):
     echo_seed: int | None = field(
         default=None,
         metadata={"help": "Seed of the routing and of the echo networks' initialisation, >= 0. None: `seed`."},
+    )
+
+    portable_adapter: bool = field(
+        default=True,
+        metadata={
+            "help": "Write the final adapter in the form that every serving engine reads correctly (one rank, one "
+            "scale, every layer; the same function up to rounding). False keeps the trained form. Checkpoints always "
+            "keep it."
+        },
     )
 
     def __post_init__(self):

@@ -40,7 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="echo-trainer quickstart",
         description="Fine-tune the small base that ships with echo_trainer on a task it cannot do yet, once with "
-        "plain LoRA and once with Echo-LoRA, and compare both on held-out items. Offline, on the CPU, in about two minutes.",
+        "plain LoRA and once with Echo-LoRA, and compare both on held-out items. Offline, on the CPU, in about two "
+        "minutes.",
     )
     parser.add_argument("--output_dir", default="echo-quickstart", help="folder of the finished Echo-LoRA adapter")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="optimizer steps of each of the two runs")

@@ -1,6 +1,6 @@
 """What CKA of all neighbouring layers costs: sample space (ours, float64) against feature space (published, float32).
 
-Needs: 1 GB of memory; about a minute on 2 cores. Expect: the table of this folder's README.
+Needs: 1 GB of memory; about two minutes on one core. Expect: the table of this folder's README.
 
     python recipes/layer-selection/cost.py --dim 4096 --samples 128 --layers 32
 """

@@ -1,6 +1,6 @@
 """Choose the layers of SmolLM2-135M on OpenBookQA: scores, stability, plot, comparison with the published code.
 
-Needs: 1 GB of memory; about 20 s on 2 cores. Expect: the table of this folder's README.
+Needs: 2 GB of memory; about a minute for each draw of samples on one core. Expect: the table of this folder's README.
 
     python recipes/layer-selection/smollm2_openbookqa.py
     python recipes/layer-selection/smollm2_openbookqa.py --reference path/to/decoder-only/select_layers_decoder.py
