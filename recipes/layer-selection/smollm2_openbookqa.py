@@ -52,7 +52,8 @@ def load_rows(dataset: str) -> list[dict]:
 def representations_of(model, tokenizer, rows, args, seed):
     samples = [encode_row(row, tokenizer, args.max_length) for row in draw_rows(rows, args.samples, seed)]
     batches = make_batches(samples, args.batch_size, tokenizer.pad_token_id)
-    return collect_representations(model, batches, pooling="last", blocks=find_blocks(model))
+    final_norm = not args.bare_last_layer
+    return collect_representations(model, batches, pooling="last", blocks=find_blocks(model), final_norm=final_norm)
 
 
 def compare_with_reference(path: str, model, tokenizer, rows, args) -> dict:
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--other-seeds", type=int, default=3, help="further draws of samples, to see what moves")
+    parser.add_argument("--bare-last-layer", action="store_true", help="R_L before the final norm")
     parser.add_argument("--reference", help="select_layers_decoder.py of the published code, to compare with")
     args = parser.parse_args()
 
@@ -107,6 +109,8 @@ def main() -> None:
         choose_layers(representations, ratio=args.ratio, debiased=b, seed=args.seed) for b in (False, True)
     )
     for name, selection in (("biased", biased), ("debiased", debiased)):
+        selection.pooling, selection.final_norm = "last", not args.bare_last_layer
+        selection.blocks_path, selection.model = find_blocks(model).path, args.model
         selection.to_json(args.output / f"{name}.json")
         selection.plot(args.output / f"{name}.png")
     print("\n| layer | chosen | importance | 95 % interval | stability | debiased importance | stability |")
