@@ -9,6 +9,8 @@ import copy
 import gc
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -86,17 +88,20 @@ VARIANTS: dict[str, tuple[type, type, dict[str, Any]]] = {
 }
 
 
-def run_bench(options: BenchOptions, advance: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def run_bench(
+    options: BenchOptions, advance: Callable[[str], None] = lambda text: None, measure_memory: bool = True
+) -> dict[str, Any]:
     """
     Measure the variants.
 
     Args:
         options: what to measure.
         advance: called with a word on what comes next, once a step, for a progress bar.
+        measure_memory: on a CPU, run three steps of every variant in a process of its own for its peak memory.
 
     Returns:
-        `options`, `machine`, and by variant the median step time (s), tokens/s, counted FLOPs, peak memory of the
-        device (bytes, CUDA only) and the ratios of all of them to the baseline.
+        `options`, `machine`, and by variant the median step time (s), tokens/s, counted FLOPs, peak memory (bytes;
+        of the device, or on a CPU of the whole process) and the ratios of all of them to the baseline.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [BASELINE, *(options.variants or [name for name in VARIANTS if name != BASELINE])]
@@ -130,11 +135,36 @@ def run_bench(options: BenchOptions, advance: Callable[[str], None] = lambda tex
         row["time_ratio"] = row["median_s"] / rows[BASELINE]["median_s"]
         row["mean_time_ratio"] = row["mean_s"] / rows[BASELINE]["mean_s"]
         row["flops_ratio"] = row["flops"] / rows[BASELINE]["flops"]
+    if device.type == "cpu" and measure_memory:
+        for name, row in rows.items():
+            advance(f"memory of {name}")
+            row["peak_memory"] = _peak_alone(name, options)
+    for row in rows.values():
         row["memory_ratio"] = row["peak_memory"] / rows[BASELINE]["peak_memory"] if row["peak_memory"] else None
     rate = matrix_rate(device, getattr(torch, options.dtype))
     for row in rows.values():
         row["share_of_matrix_rate"] = row["flops"] / row["median_s"] / rate
     return {"options": asdict(options), "machine": describe_machine(device, rate), "variants": rows}
+
+
+def _peak_alone(name: str, options: BenchOptions) -> int:
+    """Peak resident memory in bytes of a process that runs three steps of one variant and nothing else."""
+    code = (
+        "import json, resource, sys; from echo_trainer.bench import run_alone; run_alone(*json.loads(sys.argv[1])); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    arguments = json.dumps([name, asdict(options)])
+    run = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=True)
+    return int(run.stdout.split()[-1]) * 1024
+
+
+def run_alone(name: str, options: dict[str, Any]) -> None:
+    """Three steps of one variant (the body of `_peak_alone`)."""
+    bench = BenchOptions(**options)
+    with tempfile.TemporaryDirectory() as folder:
+        stepper = Stepper(name, _random_model(bench, torch.device("cpu")), bench, folder)
+        for round_number in range(3):
+            stepper.step(round_number)
 
 
 class Stepper:

@@ -31,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dora", action="store_true", help="use DoRA in all variants")
     parser.add_argument("--r", type=int, default=default.r, help="rank of the adapter")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=[], help="run these only")
+    parser.add_argument("--no_memory", action="store_true", help="skip the extra processes that measure CPU memory")
     parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")
     return parser
 
@@ -38,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Entry point of `echo-trainer bench`."""
     options = vars(make_parser().parse_args(arguments))
-    output = options.pop("output")
+    output, memory = options.pop("output"), not options.pop("no_memory")
     for name in ("prompt", "answer", "batch", "rounds", "r"):
         if options[name] < 1:
             raise ValueError(f"--{name} is {options[name]}; it must be at least 1.")
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
     with Progress(*columns, console=console) as progress:
         n_variants = len(bench.variants or VARIANTS)
         task = progress.add_task("building", total=(bench.rounds + bench.warmup) * n_variants)
-        result = run_bench(bench, lambda name: progress.update(task, description=name, advance=1))
+        result = run_bench(bench, lambda name: progress.update(task, description=name, advance=1), memory)
     console.print(table(result))
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
