@@ -10,6 +10,7 @@ _COMMANDS = {
     "quickstart": ("quickstart", "fine-tune the embedded base with LoRA and with Echo-LoRA, offline, in minutes"),
     "sft": ("sft", "fine-tune a model from a recipe or from options"),
     "bench": ("cli_bench", "measure what an echo step costs beside plain LoRA"),
+    "select-layers": ("cli_selection", "choose the layers worth adapting, by CKA on your model and data"),
     "check": ("cli_serving", "say whether serving engines will serve an adapter as it was trained"),
     "export": ("cli_serving", "write an adapter in another form: portable, merged, LoRA from DoRA, GGUF"),
     "recipes": ("cli", "list the recipes that ship with the package"),

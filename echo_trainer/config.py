@@ -12,6 +12,7 @@ AGGREGATIONS = ("mean", "weighted")
 POSITIONS = ("answer", "predicting")
 TEACHERS = ("echo", "plain", "mutual")
 PASSES = ("auto", "suffix", "full")
+CKA = "cka"
 TOKEN_FIELDS = ("hub_token", "push_to_hub_token")
 
 
@@ -26,7 +27,7 @@ class EchoSFTConfig(SFTConfig):
 
     | field | symbol | unit, range |
     |---|---|---|
-    | `echo_source_layers` | S | indices of decoder layers, negative counts from the end |
+    | `echo_source_layers` | S | indices of decoder layers, negative counts from the end, or "cka" |
     | `echo_target_layers` | M | as above; every target lies below every source |
     | `echo_bottleneck` | width of P1, G1 | features, >= 1 |
     | `echo_aggregation` | how S is averaged into z | "mean", "weighted" |
@@ -46,20 +47,21 @@ class EchoSFTConfig(SFTConfig):
         ValueError: an `echo_*` value is outside its range, or an option of `SFTConfig` cannot work with the echo.
     """
 
-    echo_source_layers: list[int] | None = field(
+    echo_source_layers: list[str] | None = field(
         default=None,
         metadata={
             "nargs": "*",
             "help": "Source layers S: decoder layers whose hidden states at the prompt/answer boundary make the echo. "
-            "Zero-based, negative counts from the end. None: about 0.75 to 0.88 of the depth.",
+            "Zero-based, negative counts from the end. None: about 0.75 to 0.88 of the depth. 'cka': the most "
+            "important deep layers by CKA on the training data.",
         },
     )
-    echo_target_layers: list[int] | None = field(
+    echo_target_layers: list[str] | None = field(
         default=None,
         metadata={
             "nargs": "*",
             "help": "Target layers M: decoder layers whose LoRA modules receive the echo. All must lie below every "
-            "source layer. None: about 0.13 to 0.25 of the depth.",
+            "source layer. None: about 0.13 to 0.25 of the depth. 'cka': the most important shallow layers by CKA.",
         },
     )
     echo_bottleneck: int = field(
@@ -225,16 +227,21 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _layer_list(name: str, value: Any) -> list[int] | None:
-    """Accept None, [..], or one index; refuse everything else in plain words."""
-    if value is None:
-        return None
-    items = [value] if _is_integer(value) else list(value) if isinstance(value, list | tuple | range) else None
-    if not items or not all(_is_integer(item) for item in items):
+def _layer_list(name: str, value: Any) -> list[int] | str | None:
+    """Accept None, "cka", one index or a list of them (as text, from the command line); refuse everything else."""
+    if value is None or value in (CKA, [CKA]):
+        return None if value is None else CKA
+    items = list(value) if isinstance(value, list | tuple | range) else [value]
+    try:
+        indices = [int(item) if isinstance(item, str) else item for item in items]
+    except ValueError:
+        indices = []
+    if not indices or not all(_is_integer(index) for index in indices):
         raise ValueError(
             f"`{name}` is {value!r}. Write a list of layer indices, such as [4, 5, 6, 7] or [-8, -7, -6, -5] "
-            f"(negative counts from the end), or leave it out to choose layers by the model's depth."
+            f"(negative counts from the end), 'cka' to choose them by layer selection, or leave it out to choose them "
+            f"by the model's depth."
         )
-    if len(set(items)) != len(items):
-        raise ValueError(f"`{name}` names a layer twice: {items}. Name each layer once.")
-    return items
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"`{name}` names a layer twice: {indices}. Name each layer once.")
+    return indices

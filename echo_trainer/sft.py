@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -15,10 +16,14 @@ from trl import (
     get_quantization_config,
 )
 
-from .config import EchoSFTConfig
+from .config import CKA, EchoSFTConfig
 from .recipe import recipe_path
+from .selection import number_of_layers, select_layers
+from .selection_use import baseline_layers, lora_config_kwargs
 from .templates import TEMPLATES
 from .trainer import EchoSFTTrainer
+
+LAYER_BASELINES = ("first-half-plus-last", "last", "random", "uniform")
 
 
 @dataclass
@@ -45,6 +50,17 @@ class AdapterArguments(ModelConfig):
         default_factory=lambda: ["all-linear"],
         metadata={"nargs": "+", "help": "Modules that get LoRA, by name; 'all-linear' is every linear layer."},
     )
+    lora_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapt half of the layers: 'cka' (the most important ones by layer selection on the data), or "
+            "a baseline to compare it with. None: all layers.",
+            "choices": [CKA, *LAYER_BASELINES],
+        },
+    )
+    lora_layers_ratio: float = field(
+        default=0.5, metadata={"help": "Share of the layers that `lora_layers` adapts, in (0, 1]."}
+    )
 
 
 def make_parser(prog: str = "echo-trainer sft") -> TrlParser:
@@ -65,6 +81,17 @@ def parse(arguments: list[str]) -> tuple[DataArguments, EchoSFTConfig, AdapterAr
         FileNotFoundError: there is no such recipe.
         ValueError: the recipe has an unknown key, or a value is refused.
     """
+    return make_parser().parse_args_and_config(with_recipe_path(arguments))
+
+
+def with_recipe_path(arguments: list[str]) -> list[str]:
+    """
+    The arguments with the recipe that `--config` names replaced by its path.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: nothing follows `--config`.
+    """
     arguments = list(arguments)
     for place, argument in enumerate(arguments):
         if argument.startswith("--config="):
@@ -74,7 +101,7 @@ def parse(arguments: list[str]) -> tuple[DataArguments, EchoSFTConfig, AdapterAr
         if place == len(arguments):
             raise ValueError("`--config` needs the name or the path of a recipe after it.")
         arguments[place] = str(recipe_path(arguments[place]))
-    return make_parser().parse_args_and_config(arguments)
+    return arguments
 
 
 def load_data(data: DataArguments, mixture: DatasetMixtureConfig) -> Any:
@@ -129,13 +156,18 @@ def run(
     for split in [data.dataset_train_split, *([data.dataset_test_split] if evaluate else [])]:
         if split not in dataset:
             raise ValueError(f"The dataset has no split {split!r}; it has {sorted(dataset)}.")
+    train_dataset = dataset[data.dataset_train_split]
+    model, quantization = adapter.model_name_or_path, get_quantization_config(adapter)
+    peft_config = get_peft_config(adapter)
+    if adapter.lora_layers is not None:
+        model, quantization, peft_config = _on_selected_layers(adapter, config, peft_config, train_dataset)
     trainer = EchoSFTTrainer(
-        model=adapter.model_name_or_path,
+        model=model,
         args=config,
-        train_dataset=dataset[data.dataset_train_split],
+        train_dataset=train_dataset,
         eval_dataset=dataset[data.dataset_test_split] if evaluate else None,
-        quantization_config=get_quantization_config(adapter),
-        peft_config=get_peft_config(adapter),
+        quantization_config=quantization,
+        peft_config=peft_config,
     )
     trainer.dataset_name = None if data.dataset_name and Path(data.dataset_name).exists() else data.dataset_name
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
@@ -145,6 +177,40 @@ def run(
         trainer.push_to_hub(dataset_name=trainer.dataset_name)
     trainer.end()
     return trainer
+
+
+def load_model(adapter: AdapterArguments, config: EchoSFTConfig) -> tuple[Any, Any]:
+    """The base model and its tokenizer, as the trainer would load them."""
+    options = {key: value for key, value in (config.model_init_kwargs or {}).items() if value is not None}
+    options.setdefault("trust_remote_code", config.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        adapter.model_name_or_path, quantization_config=get_quantization_config(adapter), **options
+    )
+    tokenizer = AutoTokenizer.from_pretrained(
+        adapter.model_name_or_path, revision=options.get("revision"), trust_remote_code=config.trust_remote_code
+    )
+    return model, tokenizer
+
+
+def _on_selected_layers(
+    adapter: AdapterArguments, config: EchoSFTConfig, peft_config: Any, dataset: Any
+) -> tuple[Any, None, Any]:
+    """The loaded model and the LoraConfig that adapts only the layers `lora_layers` chooses."""
+    model, tokenizer = load_model(adapter, config)
+    depth = model.config.get_text_config().num_hidden_layers
+    if adapter.lora_layers == CKA:
+        selection = select_layers(
+            model, dataset, processing_class=tokenizer, ratio=adapter.lora_layers_ratio, seed=config.seed
+        )
+        layers = selection.layers
+    else:
+        count = number_of_layers(adapter.lora_layers_ratio, depth)
+        layers = baseline_layers(adapter.lora_layers, depth, count, config.seed)
+    fields = lora_config_kwargs(model, layers, peft_config.target_modules)
+    for name, value in fields.items():
+        setattr(peft_config, name, value)
+    config.model_init_kwargs = None
+    return model, None, peft_config
 
 
 def main(arguments: list[str]) -> int:

@@ -24,8 +24,8 @@ from trl import SFTTrainer
 
 from .checkpoint import EchoCheckpointMixin
 from .collator import PLAN_KEY, DeferredBatch, EchoCollator
-from .config import EchoSFTConfig
-from .layers import decoder_layers, find_sites, resolve_layers
+from .config import CKA, EchoSFTConfig
+from .layers import decoder_layers, find_sites, lora_sites, resolve_layers
 from .losses import Distillation
 from .metrics import EchoMetrics
 from .network import EchoNetworks
@@ -91,7 +91,7 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
     def _build_echo(self) -> None:
         args = self.args
         layers = decoder_layers(self.model)
-        sources, targets = resolve_layers(args.echo_source_layers, args.echo_target_layers, len(layers))
+        sources, targets = resolve_layers(*self._named_layers(layers), len(layers))
         base = self.model.get_base_model()
         sites = find_sites(base, targets)
         networks = EchoNetworks(
@@ -114,6 +114,21 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
             targets,
             "suffix" if suffix else "full",
         )
+
+    def _named_layers(self, layers: torch.nn.ModuleList) -> tuple[list[int] | None, list[int] | None]:
+        """`echo_source_layers` and `echo_target_layers`, with "cka" replaced by what layer selection chose."""
+        named = (self.args.echo_source_layers, self.args.echo_target_layers)
+        if CKA not in named:
+            return named
+        from .selection import select_layers
+        from .selection_use import echo_layers
+
+        selection = select_layers(
+            self.model, self.train_dataset, processing_class=self.processing_class, seed=self.args.seed
+        )
+        adapted = [index for index, layer in enumerate(layers) if lora_sites(layer, index)]
+        chosen = echo_layers(selection, adapted=adapted)
+        return tuple(by_cka if name == CKA else name for name, by_cka in zip(named, chosen, strict=True))
 
     def _choose_pass(self, base: torch.nn.Module) -> bool:
         """Whether the echo pass runs the suffix only; says once why not where it cannot."""

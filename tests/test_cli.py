@@ -1,0 +1,91 @@
+"""The command line end to end: recipes, local folders, layer selection, check."""
+
+import json
+
+import pytest
+from models import prompt_completion_rows, tiny_model, tiny_tokenizer
+
+from echo_trainer import cli
+from echo_trainer.recipe import available_recipes, recipe_path
+from echo_trainer.sft import parse
+from echo_trainer.templates import alpaca, chat
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a base model, a dataset folder and a recipe."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "data").mkdir()
+    for split, n in (("train", 24), ("test", 8)):
+        lines = [json.dumps(row) for row in prompt_completion_rows(n)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "recipe.yaml").write_text(
+        "model_name_or_path: base\ndataset_name: data\noutput_dir: out\nmax_steps: 2\nuse_cpu: true\nbf16: false\n"
+        "report_to: none\nlora_r: 4\nlearning_rate: 1.0e-3\nper_device_train_batch_size: 4\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_sft_from_a_recipe_and_check(workplace, capsys):
+    assert cli.main(["sft", "--config", "recipe.yaml", "--echo_p_end", "1.0", "--echo_source_layers", "-1", "-2"]) == 0
+    record = json.loads((workplace / "out" / "echo_run.json").read_text())
+    assert record["echo"]["echo_p_end"] == 1.0
+    assert record["echo"]["source_layers"] == [3, 4]
+    assert cli.main(["check", "out", "--base", "base"]) == 0
+    assert "vllm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layers", ["cka", "last"])
+def test_selected_layers(workplace, layers):
+    arguments = ["--lora_layers", layers, "--echo_source_layers", "cka", "--echo_target_layers", "cka"]
+    assert cli.main(["sft", "--config=recipe.yaml", "--portable_adapter", "false", *arguments]) == 0
+    config = json.loads((workplace / "out" / "adapter_config.json").read_text())
+    assert len(config["layers_to_transform"]) == 2  # half of five layers
+    record = json.loads((workplace / "out" / "echo_run.json").read_text())["echo"]
+    assert set(record["target_layers"]) <= set(config["layers_to_transform"])
+    assert max(record["target_layers"]) < min(record["source_layers"])
+
+
+def test_select_layers(workplace, capsys):
+    assert cli.main(["select-layers", "--config", "recipe.yaml", "--n_samples", "12", "--n_bootstrap", "20"]) == 0
+    selection = json.loads((workplace / "out" / "layer_selection.json").read_text())
+    assert len(selection["layers"]) == 2
+    assert (workplace / "out" / "layer_selection.png").read_bytes().startswith(b"\x89PNG")
+    assert "lora_layers: cka" in capsys.readouterr().out
+
+
+def test_every_recipe_parses():
+    assert "smollm2-135m/openbookqa" in available_recipes()
+    for name in available_recipes():
+        data, config, adapter, _ = parse(["--config", name])
+        assert data.dataset_name
+        assert adapter.model_name_or_path
+        assert recipe_path(name).read_text().startswith("# ")  # says what it needs and what to expect
+        assert config.output_dir.startswith("runs/")
+
+
+def test_templates_know_both_forms_of_openbookqa():
+    ours = {
+        "instruction": "Please choose the correct answer to the question: Q?\n\nAnswer1: a Answer2: b\n\n"
+        "Answer format: answer1/answer2",
+        "input": "",
+        "output": "the correct answer is answer2",
+    }
+    original = {"question_stem": "Q?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+    assert alpaca(ours) == alpaca(original)
+    assert chat(ours) == chat(original)
+    with pytest.raises(ValueError, match="dataset_template"):
+        alpaca({"text": "x"})
+
+
+def test_help_of_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for command in ("quickstart", "sft", "bench", "select-layers", "check", "export"):
+        assert f"  {command} " in overview
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        assert len(capsys.readouterr().out) > 200
