@@ -105,7 +105,7 @@ def run_bench(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [BASELINE, *(options.variants or [name for name in VARIANTS if name != BASELINE])]
-    base = _random_model(options, device)
+    base = random_model(options, device)
     with tempfile.TemporaryDirectory() as folder:
         steppers = {name: Stepper(name, base, options, folder) for name in dict.fromkeys(names)}
         times: dict[str, list[float]] = {name: [] for name in steppers}
@@ -162,7 +162,7 @@ def run_alone(name: str, options: dict[str, Any]) -> None:
     """Three steps of one variant (the body of `_peak_alone`)."""
     bench = BenchOptions(**options)
     with tempfile.TemporaryDirectory() as folder:
-        stepper = Stepper(name, _random_model(bench, torch.device("cpu")), bench, folder)
+        stepper = Stepper(name, random_model(bench, torch.device("cpu")), bench, folder)
         for round_number in range(3):
             stepper.step(round_number)
 
@@ -249,7 +249,8 @@ def _samples(options: BenchOptions) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def _random_model(options: BenchOptions, device: torch.device) -> LlamaForCausalLM:
+def random_model(options: BenchOptions, device: torch.device) -> LlamaForCausalLM:
+    """A Llama of the chosen shape with frozen random weights."""
     torch.manual_seed(0)
     length = options.prompt + options.answer
     config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=max(2048, length), pad_token_id=0)

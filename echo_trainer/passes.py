@@ -20,6 +20,7 @@ from .injection import Injection
 from .layers import EchoSite, decoder_layers
 from .network import EchoNetworks
 from .plan import EchoPlan, FullLayout, SuffixLayout
+from .rows import take_rows
 from .suffix_cache import KeyValueRecord, PrefixCache, attach_cache
 
 
@@ -94,12 +95,12 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
                 keep = _keep_rows(sources, index, plan.boundary_G)
                 stack.enter_context(_forward_hook(layers[index], keep))
         if isinstance(plan.layout, SuffixLayout):
-            record = KeyValueRecord(plan.layout.prefix_RP, first_layer=setup.first_target)
+            record = KeyValueRecord(plan.layout, first_layer=setup.first_target)
             stack.enter_context(attach_cache(layers, record))
-            stack.enter_context(_input_hook(layers[setup.first_target], _keep_entry(entry, plan.layout.token_RA)))
+            stack.enter_context(_input_hook(layers[setup.first_target], _keep_entry(entry, plan.layout)))
         outputs = setup.model.base_model(**inputs, use_cache=False)
     return PlainState(
-        hidden_Nd=_rows(outputs.last_hidden_state, plan.predict_N),
+        hidden_Nd=take_rows(outputs.last_hidden_state, plan.predict_N),
         source_SGd=torch.stack([sources[s].to(plan.boundary_G.device) for s in setup.source_layers])
         if sources
         else None,
@@ -122,7 +123,7 @@ class FullEchoPass:
         injection = Injection(setup.sites, delta, layout.inject_position_J, layout.inject_segment_J, n_positions)
         with injection.active(layers):
             outputs = setup.model.base_model(**selected, use_cache=False)
-        return _rows(outputs.last_hidden_state, layout.output_position_E), injection
+        return take_rows(outputs.last_hidden_state, layout.output_position_E), injection
 
 
 class SuffixEchoPass:
@@ -148,7 +149,7 @@ class SuffixEchoPass:
                 past_key_values=cache,
                 use_cache=False,
             )
-        return _rows(outputs.last_hidden_state, layout.output_position_E), injection
+        return take_rows(outputs.last_hidden_state, layout.output_position_E), injection
 
 
 def run_echo_pass(
@@ -157,11 +158,6 @@ def run_echo_pass(
     """The echo pass in the form that the plan is laid out for."""
     echo_pass: EchoPass = SuffixEchoPass() if isinstance(plan.layout, SuffixLayout) else FullEchoPass()
     return echo_pass(setup, inputs, plan, plain, delta)
-
-
-def _rows(hidden: Tensor, index: Tensor) -> Tensor:
-    """Rows of the flattened leading dimensions, on the device of `hidden`."""
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, index.reshape(-1).to(hidden.device))
 
 
 def _select_rows(inputs: dict[str, Any], layout: FullLayout, rows: int) -> tuple[dict[str, Any], FullLayout]:
@@ -197,15 +193,17 @@ def _keep_rows(store: dict[int, Tensor], key: int, index: Tensor) -> Callable:
 
     def hook(module, args, output):
         hidden = output[0] if isinstance(output, tuple) else output
-        store[key] = _rows(hidden.detach(), index)
+        store[key] = take_rows(hidden.detach(), index)
 
     return hook
 
 
-def _keep_entry(store: list[Tensor], token_RA: Tensor) -> Callable:
+def _keep_entry(store: list[Tensor], layout: SuffixLayout) -> Callable:
+    """A hook that keeps a layer's input at the suffix tokens, with gradient."""
+
     def hook(module, args, kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
-        store.append(_rows(hidden, token_RA).view(*token_RA.shape, -1))
+        store.append(take_rows(hidden, layout.token_RA, layout.real_token))
 
     return hook
 

@@ -91,12 +91,15 @@ class SuffixLayout(PassLayout):
         position_RA: int64 (R, A), position id of each suffix token.
         prefix_RP: int64 (R, P), position in F of each prefix token (padding repeats a valid one).
         mask_RK: int64 (R, P + A), 1 for real prefix and suffix tokens.
+        real_token, real_prefix: int64, where the flattened `token_RA` and `prefix_RP` are not padding.
     """
 
     token_RA: Tensor
     position_RA: Tensor
     prefix_RP: Tensor
     mask_RK: Tensor
+    real_token: Tensor
+    real_prefix: Tensor
 
 
 @dataclass(frozen=True)
@@ -230,20 +233,17 @@ def _suffix_layout(
     token_RA = torch.minimum(begin_R[:, None] + offset_A, last_R[:, None])
     n_prefix = max(int(prefix_R.max()), 1)  # a zero-width cache is a special case for no kernel
     prefix_RP = torch.maximum(begin_R[:, None] - n_prefix + torch.arange(n_prefix), start_R[:, None])
-    mask_RK = torch.cat(
-        [
-            torch.arange(n_prefix).ge(n_prefix - prefix_R[:, None]),
-            offset_A.lt(length_R[:, None]),
-        ],
-        dim=1,
-    )
-    inject_RA = inject_F[token_RA].masked_fill(offset_A.ge(length_R[:, None]), -1).reshape(-1)
+    real_prefix_RP = torch.arange(n_prefix).ge(n_prefix - prefix_R[:, None])
+    real_token_RA = offset_A.lt(length_R[:, None])
+    inject_RA = inject_F[token_RA].masked_fill(~real_token_RA, -1).reshape(-1)
     inject = inject_RA.ge(0).nonzero().flatten()
     return SuffixLayout(
         token_RA=token_RA,
         position_RA=_position_ids(segments, position_ids)[token_RA],
         prefix_RP=prefix_RP,
-        mask_RK=mask_RK.long(),
+        mask_RK=torch.cat([real_prefix_RP, real_token_RA], dim=1).long(),
+        real_token=real_token_RA.reshape(-1).nonzero().flatten(),
+        real_prefix=real_prefix_RP.reshape(-1).nonzero().flatten(),
         inject_position_J=inject,
         inject_segment_J=inject_RA[inject],
         output_position_E=row_E * len(offset_A) + reached - begin_R[row_E],

@@ -14,19 +14,22 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .plan import SuffixLayout
+from .rows import take_rows
+
 
 class KeyValueRecord(Cache):
     """
     Keeps the prefixes' keys and values of the plain pass, with their graph, and hands back what it was given.
 
     Args:
-        prefix_RP: position in the flattened batch of each prefix token, (R, P).
+        layout: says where the prefixes are.
         first_layer: layers below it are not recorded.
     """
 
-    def __init__(self, prefix_RP: Tensor, first_layer: int):
+    def __init__(self, layout: SuffixLayout, first_layer: int):
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.prefix_RP = prefix_RP
+        self.layout = layout
         self.first_layer = first_layer
         self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -41,10 +44,7 @@ class KeyValueRecord(Cache):
 
     def _prefix(self, states_BHTh: Tensor) -> Tensor:
         """The prefixes' rows, (R, H, P, h)."""
-        n_rows, n_heads, length, size = states_BHTh.shape
-        flat = states_BHTh.transpose(1, 2).reshape(n_rows * length, n_heads, size)
-        index = self.prefix_RP.to(flat.device)
-        return flat.index_select(0, index.reshape(-1)).view(*index.shape, n_heads, size).transpose(1, 2)
+        return take_rows(states_BHTh.transpose(1, 2), self.layout.prefix_RP, self.layout.real_prefix).transpose(1, 2)
 
 
 class PrefixCache(Cache):
