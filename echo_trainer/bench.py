@@ -208,7 +208,7 @@ class Stepper:
         self.examples = list(iter(trainer.get_train_dataloader()))
 
     def step(self, round_number: int) -> None:
-        """One optimizer step on the round's batch, collation included."""
+        """One optimizer step on the round's batch; with the echo on, collation is part of it."""
         trainer = self.trainer
         trainer.state.global_step = round_number
         batch = iter([self.examples[round_number % len(self.examples)]])
@@ -224,12 +224,21 @@ class Stepper:
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         begin = time.perf_counter()
         self.step(round_number)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-        return seconds, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        if device.type != "cuda":
+            return seconds, 0
+        # The other variants lie on the device too; count this one's own weights and states and what its step adds.
+        return seconds, self._resident() + torch.cuda.max_memory_allocated() - before
+
+    def _resident(self) -> int:
+        """Bytes of the model's weights and the optimizer's states."""
+        states = (x for state in self.trainer.optimizer.state.values() for x in state.values() if torch.is_tensor(x))
+        return sum(x.nbytes for x in (*self.trainer.model.parameters(), *states))
 
     def counted_step(self) -> int:
         """Floating-point operations of a step, the mean over the run's routing where it changes."""

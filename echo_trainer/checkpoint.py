@@ -1,5 +1,6 @@
 """What is written where: checkpoints hold the echo networks beside the adapter, the final folder never does."""
 
+import json
 import logging
 import os
 import re
@@ -7,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .network import site_key
 from .portable import NotPortableError, make_portable
 from .run_folder import write_run_folder
+from .serving_adapter import AdapterError
 from .serving_check import check_adapter
 from .serving_rules import Verdict
 
@@ -19,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 ECHO_WEIGHTS = "echo_networks.safetensors"
 TRAINING_ARGUMENTS = "training_args.bin"
+RESUME_OPTIONS = (
+    "bottleneck", "aggregation", "positions", "p_start", "p_end", "kd_weight", "kd_temperature", "teacher",
+)  # fmt: skip
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
@@ -39,11 +46,16 @@ def finish_adapter(folder: str, model: Any, portable: bool) -> None:
     if not hasattr(model, "peft_config"):
         return
     base = model.get_base_model().config
-    if portable:
-        try:
+    name = model.active_adapters[0]
+    if name != "default":  # PEFT saves a named adapter in a folder of its name
+        folder = os.path.join(folder, name)
+    try:
+        if portable:
             make_portable(folder, base)
-        except NotPortableError as error:
-            logger.warning("The adapter keeps its trained form: %s", error)
+    except NotPortableError as error:
+        logger.warning("The adapter keeps its trained form: %s", error)
+    except AdapterError as error:
+        logger.error("The adapter in %s is damaged: %s", folder, error)
     report = check_adapter(folder, base=base)
     for engine, verdict in report.verdicts.items():
         if verdict in (Verdict.REFUSES, Verdict.SILENTLY_WRONG):
@@ -65,12 +77,18 @@ class EchoCheckpointMixin:
             return
         state = {name: _whole(value).cpu().contiguous() for name, value in self.echo.networks.state_dict().items()}
         if self.args.should_save:
-            save_file(state, os.path.join(output_dir, ECHO_WEIGHTS))
+            metadata = {"echo": json.dumps(self._echo_options())}
+            save_file(state, os.path.join(output_dir, ECHO_WEIGHTS), metadata=metadata)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the echo networks before the optimizer state that belongs to them."""
         if checkpoint is not None and self.echo is not None:
             self._load_echo_networks(checkpoint)
+        elif checkpoint is not None and os.path.isfile(os.path.join(checkpoint, ECHO_WEIGHTS)):
+            raise ValueError(
+                f"The checkpoint {checkpoint} was saved with the echo on, and this run has it off. Continue with the "
+                f"echo_* options of that run, or start a new run from its adapter."
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
@@ -89,14 +107,26 @@ class EchoCheckpointMixin:
                 f"start a new run from its adapter: PeftModel.from_pretrained(model, {checkpoint!r}, "
                 f"is_trainable=True)."
             )
-        state = load_file(path)
-        own = self.echo.networks.state_dict()
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        with safe_open(path, framework="pt") as file:
+            saved = json.loads((file.metadata() or {}).get("echo", "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        options = self._echo_options()
+        changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in options.items() if saved.get(k) != v]
+        if changed:
             raise ValueError(
-                f"The echo networks in {checkpoint} belong to other options: it has {len(state)} tensors, this run "
-                f"{len(own)}, or their shapes differ. Continue with the same model, LoraConfig and echo_* options."
+                f"The checkpoint {checkpoint} belongs to other echo options: {'; '.join(changed)}. Continue with the "
+                f"options it was saved with, or start a new run."
             )
         self.echo.networks.load_state_dict(state)
+
+    def _echo_options(self) -> dict[str, Any]:
+        """What must not change between stop and resume, since the echo networks were trained for it."""
+        return {
+            "source_layers": self.echo.source_layers,
+            "targets": [site_key(site) for site in self.echo.sites],
+            **{name: getattr(self.args, f"echo_{name}") for name in RESUME_OPTIONS},
+            "seed": self.args.resolved_echo_seed,
+        }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save an ordinary PEFT adapter; outside checkpoints also the card and the record of the run."""

@@ -5,12 +5,15 @@ step, so an ordinary collator cannot know when its batch will be used. Therefore
 uncollated examples in a `DeferredBatch`, and the trainer calls `EchoCollator` at the moment of use.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .plan import EchoPlan, make_plan
+from .plan import EchoPlan, make_plan, starts_at_column_zero
 from .routing import RoutingSchedule
 from .segments import Segments, find_segments
+
+logger = logging.getLogger(__name__)
 
 PLAN_KEY = "echo_plan"
 TEXT_INPUTS = {"input_ids", "attention_mask", "position_ids", "labels"}
@@ -35,16 +38,26 @@ class EchoCollator:
     Args:
         collator: collator of the plain batch, such as TRL's. Its output is kept as it is.
         positions: "answer" or "predicting".
-        suffix: whether the echo pass is laid out as a suffix pass.
+        suffix: whether the echo pass is laid out as a suffix pass. A batch for which that would not be exact is laid
+            out as a full pass, which is said once.
+        strict: raise instead (`echo_pass="suffix"`).
 
     The routes need `schedule`, which the trainer sets when training begins. Called without a step (evaluation, or by
     hand) it is the collator it wraps.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], positions: str, suffix: bool):
+    def __init__(
+        self,
+        collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        positions: str,
+        suffix: bool,
+        strict: bool = False,
+    ):
         self.collator = collator
         self.positions = positions
         self.suffix = suffix
+        self.strict = strict
+        self.fallback: str | None = None
         self.schedule: RoutingSchedule | None = None
 
     def __call__(
@@ -73,10 +86,36 @@ class EchoCollator:
             segments,
             routed,
             positions=self.positions,
-            suffix=self.suffix and set(batch) <= TEXT_INPUTS | PADDING_FREE_INPUTS,
+            suffix=self._lay_out_suffix(batch, segments),
             position_ids=batch.get("position_ids"),
             probability=self.schedule.probability(step),
         )
+
+    def _lay_out_suffix(self, batch: dict[str, Any], segments: Segments) -> bool:
+        if not self.suffix:
+            return False
+        obstacle = _batch_obstacle(batch, segments)
+        if obstacle is None:
+            return True
+        if self.strict:
+            raise ValueError(f"echo_pass='suffix' cannot be exact for a batch: {obstacle}. Use echo_pass='auto'.")
+        if self.fallback is None:
+            logger.warning("The echo pass of a batch runs whole sequences: %s. (Said once.)", obstacle)
+            self.fallback = obstacle
+        return False
+
+
+def _batch_obstacle(batch: dict[str, Any], segments: Segments) -> str | None:
+    """Why a suffix pass of this batch would not be exact, None if it is."""
+    extra = set(batch) - TEXT_INPUTS - PADDING_FREE_INPUTS
+    if extra:
+        return f"it has inputs that are not text: {', '.join(sorted(extra))}"
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        return f"its attention mask has {mask.dim()} dimensions, so which token sees which is not known"
+    if batch.get("position_ids") is None and not starts_at_column_zero(segments):
+        return "its rows are padded on the left, without position ids"
+    return None
 
 
 def sample_of_document(segments: Segments, examples: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:

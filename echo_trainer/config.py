@@ -3,6 +3,7 @@
 Override: only fields and their validation. Everything `SFTConfig` knows keeps its meaning.
 """
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,6 +204,17 @@ class EchoSFTConfig(SFTConfig):
                 "`torch_compile=True` cannot work: the echo pass adds and removes hooks in every step, so the model "
                 f"would be compiled again each time. Set torch_compile=False, {off}."
             )
+
+    def __copy__(self) -> "EchoSFTConfig":
+        return self._duplicate(self.__dict__.copy())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EchoSFTConfig":
+        return self._duplicate(copy.deepcopy(self.__dict__, memo))
+
+    def _duplicate(self, values: dict[str, Any]) -> "EchoSFTConfig":
+        duplicate = object.__new__(type(self))
+        duplicate.__dict__.update(values)
+        return duplicate
 
     def __getstate__(self) -> dict[str, Any]:
         """What `torch.save` and `pickle` see: everything except access tokens."""

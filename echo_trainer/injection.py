@@ -66,7 +66,12 @@ class Injection:
 
         def add_echo(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             flat = output.reshape(-1, output.shape[-1])
-            assert len(flat) == self.n_positions, f"{key}: {tuple(output.shape)} is not one output per token"
+            if len(flat) != self.n_positions:
+                raise ValueError(
+                    f"The LoRA module {site.name!r} of layer {site.layer} returned {tuple(output.shape)} for "
+                    f"{self.n_positions} tokens, so an echo cannot be added token by token. Leave it out of "
+                    f"`target_modules`, or name other `echo_target_layers`."
+                )
             echo_Jo = self.delta[key].to(flat.dtype).index_select(0, self.segment_J)
             if key not in self.relative:
                 self.relative[key] = _relative_norm(echo_Jo, flat, self.position_J)

@@ -183,7 +183,8 @@ def _objective(leaves, labels_N, plain_weight_N, reach_E, head, kd, echo_weight)
     plain_EV = plain_NV.index_select(0, reach_E)
     echo_EV = head.logits(echo_ed)
     ce_echo = cross_entropy(echo_EV, labels_N.index_select(0, reach_E)).sum()
-    kd_sum = distillation(plain_EV, echo_EV, kd.temperature, kd.teacher).sum() if kd.weight else zero
+    with torch.set_grad_enabled(kd.weight > 0):  # logged in any case
+        kd_sum = distillation(plain_EV, echo_EV, kd.temperature, kd.teacher).sum()
     loss = loss + echo_weight * (ce_echo + kd.weight * kd_sum)
     with torch.no_grad():
         ce_plain_routed = unreached + ce_plain_N.index_select(0, reach_E).sum()

@@ -148,9 +148,8 @@ def make_plan(
         segments: the answers of the batch.
         routed_D: r_i of every document; documents without a boundary are never routed, whatever it says.
         positions: "answer" or "predicting" (see `EchoSFTConfig.echo_positions`).
-        suffix: lay the echo pass out as a suffix pass. Falls back to whole rows when a padded row does not start at
-            its first column, since position ids then depend on the model.
-        position_ids: (1, T) or (B, T) position ids of the batch, where it has them.
+        suffix: lay the echo pass out as a suffix pass.
+        position_ids: (1, T) or (B, T) position ids of the batch; None where they are column numbers.
         probability: p_k, kept for logging.
     """
     routed_D = torch.as_tensor(list(routed_D), dtype=torch.bool) & segments.routable_D
@@ -170,7 +169,7 @@ def make_plan(
     layout = None
     if len(reach_E):
         reached = predict_N[reach_E]
-        if suffix and _starts_at_column_zero(segments, position_ids):
+        if suffix:
             layout = _suffix_layout(segments, inject_F, first_D, reached, position_ids)
         else:
             layout = _full_layout(segments, inject_F, reached)
@@ -257,5 +256,6 @@ def _position_ids(segments: Segments, position_ids: Tensor | None) -> Tensor:
     return torch.arange(segments.shape[1]).repeat(segments.shape[0])
 
 
-def _starts_at_column_zero(segments: Segments, position_ids: Tensor | None) -> bool:
-    return position_ids is not None or bool((segments.start_D % segments.shape[1]).eq(0).all())
+def starts_at_column_zero(segments: Segments) -> bool:
+    """Whether every row's document starts at its first column, so that position ids are column numbers."""
+    return bool((segments.start_D % segments.shape[1]).eq(0).all())

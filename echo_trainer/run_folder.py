@@ -1,6 +1,7 @@
 """The finished run's folder: `echo_run.json` (record), `assets/*.png` (curves) and `README.md` (model card)."""
 
 import json
+import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,8 +26,9 @@ def write_run_folder(trainer: Any, folder: str, dataset_name: str | None = None)
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    record = run_record(trainer, dataset_name)
-    (path / RUN_RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    record = _finite(run_record(trainer, dataset_name))
+    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False)
+    (path / RUN_RECORD).write_text(text + "\n", encoding="utf-8")
     curves = _write_curves(trainer.state.log_history, path / "assets")
     (path / "README.md").write_text(render_card(record, curves), encoding="utf-8")
 
@@ -35,7 +37,8 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
     """Configuration, versions, data, metrics and provenance of a run, without tokens and without local paths."""
     args = trainer.args
     base_id = getattr(trainer.model.config, "_name_or_path", "") or None
-    peft_config = getattr(trainer.model, "peft_config", {}).get("default")
+    configs = getattr(trainer.model, "peft_config", {})
+    peft_config = configs.get(trainer.model.active_adapters[0]) if configs else None
     return {
         "echo_trainer": __version__,
         "base_model": base_id if base_id and not Path(base_id).exists() else None,
@@ -45,7 +48,7 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
             "enabled": args.echo_enabled,
             "source_layers": trainer.echo.source_layers if trainer.echo else None,
             "target_layers": sorted({site.layer for site in trainer.echo.sites}) if trainer.echo else None,
-            "pass": ("suffix" if trainer.data_collator.suffix else "full") if trainer.echo else None,
+            "pass": _echo_pass(trainer),
             **{name: getattr(args, name) for name in args.__dataclass_fields__ if name.startswith("echo_")},
         },
         "hyperparameters": _hyperparameters(args),
@@ -56,6 +59,25 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
         "device": trainer.args.device.type,
         "n_processes": args.world_size,
     }
+
+
+def _echo_pass(trainer: Any) -> str | None:
+    """How the echo pass was computed."""
+    if trainer.echo is None:
+        return None
+    if not trainer.data_collator.suffix:
+        return "full"
+    fallback = trainer.data_collator.fallback
+    return "suffix" if fallback is None else f"suffix; full for batches where {fallback}"
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinity as text, which JSON cannot hold as numbers."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _adapter_record(config: Any) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ def install_echo_forward(model: PeftModel, setup: EchoSetup, kd: Distillation) -
     original one, so evaluation and generation are those of the plain adapter.
     """
     original = model.forward
-    setattr(model, ECHO_MODULE, setup.networks)
+    attach_networks(model, setup)
 
     @functools.wraps(original)
     def forward(self, *args, echo_plan: EchoPlan | None = None, **kwargs):
@@ -36,7 +36,21 @@ def install_echo_forward(model: PeftModel, setup: EchoSetup, kd: Distillation) -
             return original(*args, **kwargs)
         return echo_step(setup, kd, kwargs, echo_plan)
 
+    # accelerate unwraps a model by following `__wrapped__`; it must stop here.
+    del forward.__wrapped__
     model.forward = types.MethodType(forward, model)
+
+
+def attach_networks(model: PeftModel, setup: EchoSetup) -> None:
+    """Make the echo networks a part of the model, at its root, where optimizers and distributed engines find them."""
+    if not hasattr(model, ECHO_MODULE):
+        setattr(model, ECHO_MODULE, setup.networks)
+
+
+def detach_networks(model: object) -> None:
+    """Take the echo networks off the model, so that it is the plain adapted model again."""
+    if ECHO_MODULE in getattr(model, "_modules", {}):
+        delattr(model, ECHO_MODULE)
 
 
 def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: EchoPlan) -> dict[str, Tensor]:

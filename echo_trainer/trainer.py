@@ -31,7 +31,7 @@ from .metrics import EchoMetrics
 from .network import EchoNetworks
 from .passes import EchoSetup
 from .routing import RoutingSchedule
-from .step import ECHO_MODULE, install_echo_forward
+from .step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
 from .suffix_support import suffix_obstacle
 from .validation import check_arguments, check_dataset, check_model, warn_of_lost_answers
 
@@ -75,12 +75,13 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
         call["args"] = config = _as_echo_config(call.get("args"), call["model"])
         if config.echo_enabled:
             check_arguments(call["model"], call.get("peft_config"), call.get("compute_loss_func"))
+        detach_networks(call["model"])  # those of an earlier trainer
         self.echo: EchoSetup | None = None
         self._echo_metrics = EchoMetrics()
         super().__init__(**call)
         if config.echo_enabled:
             check_model(self.model, self.accelerator)
-            check_dataset(self.train_dataset)
+            check_dataset(self.train_dataset, self.data_collator)
             self._build_echo()
 
     @property
@@ -106,7 +107,9 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
         kd = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
         install_echo_forward(self.model, self.echo, kd)
         suffix = self._choose_pass(base)
-        self.data_collator = EchoCollator(self.data_collator, args.echo_positions, suffix)
+        self.data_collator = EchoCollator(
+            self.data_collator, args.echo_positions, suffix, strict=args.echo_pass == "suffix"
+        )
         logger.info(
             "Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s, %s echo pass.",
             sources,
@@ -150,6 +153,16 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
         if not packing and isinstance(dataset, Dataset):
             warn_of_lost_answers(dataset_name, len(dataset), len(prepared), args.max_length)
         return prepared
+
+    def train(self, *args: Any, **kwargs: Any):
+        """Train as TRL does. Afterwards the echo networks are no longer part of the model; this trainer keeps them."""
+        if self.echo is None:
+            return super().train(*args, **kwargs)
+        attach_networks(self.model, self.echo)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            detach_networks(self.accelerator.unwrap_model(self.model))
 
     # Deferred collation
 
@@ -222,10 +235,17 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any):
         """TRL's optimizer; with `echo_learning_rate` the echo networks get parameter groups of their own."""
+        created = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self.echo is None:
+            return optimizer
         rate = self.args.echo_learning_rate
-        if self.echo is not None and rate is not None:
+        if created and rate is not None:
             _give_own_rate(optimizer, {id(p) for p in self._echo_parameters()}, rate)
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        forgotten = [p for p in self._echo_parameters() if id(p) not in known]
+        if forgotten:  # an optimizer made by the caller, before there were echo networks
+            optimizer.add_param_group({"params": forgotten, "lr": rate or optimizer.param_groups[0]["lr"]})
         return optimizer
 
     def _echo_parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -233,7 +253,7 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with the echo's metrics of the steps since the last log."""
-        if self.echo is not None and self.model.training:
+        if self.echo is not None and ("loss" in logs or "train_runtime" in logs):
             metrics = self._echo_metrics.drain(self.accelerator)
             if metrics:
                 self._total_train_tokens += int(metrics.pop("input_tokens"))
@@ -269,3 +289,4 @@ def _give_own_rate(optimizer: torch.optim.Optimizer, chosen: set[int], rate: flo
         group["params"] = [p for p in group["params"] if id(p) not in chosen]
         options = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
         optimizer.add_param_group({**options, "params": moved, "lr": rate})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

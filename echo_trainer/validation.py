@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft.utils import PeftType
 from torch import nn
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TEXT_COLLATOR
 
 from .segments import has_boundary
 
@@ -54,6 +55,11 @@ def _check_adapter(config: Any) -> None:
             f"The adapter is configured by {type(config).__name__}; Echo-LoRA adds the echo to LoRA modules (LoRA, "
             f"DoRA and rsLoRA). Use a LoraConfig, {OFF}."
         )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "`alora_invocation_tokens` makes an activated LoRA, whose position PEFT looks up in a forward of its own. "
+            f"Echo-LoRA runs the model's layers directly, so the adapter would never be active. Leave it out, {OFF}."
+        )
     if config.bias != "none":
         raise ValueError(
             f"`bias={config.bias!r}` of the LoraConfig trains biases: with 'all' those of the echo networks would end "
@@ -91,12 +97,13 @@ def check_model(model: nn.Module, accelerator: Any) -> None:
                 )
 
 
-def check_dataset(dataset: Any) -> None:
+def check_dataset(dataset: Any, collator: Any) -> None:
     """
     Refuse a prepared dataset in which no answer follows a prompt.
 
     Looks at examples until one has an answer after a prompt: the first, for a dataset in the right format. Of a stream
-    it looks at the first 1,000 examples only. Datasets without `labels` (images, prepared on the fly) are not checked.
+    it looks at the first 1,000 examples only. TRL's collator trains on examples without `labels` as a whole; what
+    another collator makes of them is not known, so they are not checked then.
 
     Raises:
         ValueError: no example has a prompt/answer boundary.
@@ -104,9 +111,9 @@ def check_dataset(dataset: Any) -> None:
     seen = 0
     examples = dataset if isinstance(dataset, Dataset) else itertools.islice(iter(dataset), STREAM_PROBE)
     for example in examples:
-        if "labels" not in example:
+        if "labels" not in example and not ("input_ids" in example and type(collator) is TEXT_COLLATOR):
             return
-        if has_boundary(example):
+        if "labels" in example and has_boundary(example):
             return
         seen += 1
     raise ValueError(

@@ -158,7 +158,7 @@ def test_arguments_of_another_type(tmp_path):
 def test_echo_networks_of_other_options(tmp_path):
     echo_trainer(tmp_path / "a", save_strategy="steps", save_steps=3, max_steps=3).train()
     other = echo_trainer(tmp_path / "b", echo_bottleneck=16)
-    with pytest.raises(ValueError, match="other options"):
+    with pytest.raises(ValueError, match="bottleneck was 64, is 16"):
         other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
 
 

@@ -91,9 +91,7 @@ def test_checkpoints_hold_what_a_resume_needs(tmp_path):
     trainer.train()
     checkpoint = tmp_path / "checkpoint-6"
     echo = load_file(checkpoint / "echo_networks.safetensors")
-    assert {f"echo_networks.{name}" for name in echo} == {
-        name for name, _ in trainer.model.named_parameters() if "echo_networks" in name
-    }
+    assert echo.keys() == trainer.echo_networks.state_dict().keys()
     assert all("lora_" in name for name in load_file(checkpoint / "adapter_model.safetensors"))
     trainer.save_model()
     assert not list(tmp_path.glob("echo_networks*")) and not list(tmp_path.glob("*.bin"))

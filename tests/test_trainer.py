@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import lora_config, prompt_completion_rows, tiny_model
-from training import DATA_FORMS, adapter, assert_equal, echo_trainer, losses, plain_trainer, trainable
+from training import DATA_FORMS, adapter, all_parameters, assert_equal, echo_trainer, losses, plain_trainer, trainable
 
 FORMS = pytest.mark.parametrize("form", DATA_FORMS)
 DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -133,10 +133,10 @@ def test_every_echo_parameter_learns(tmp_path, dora, checkpointing):
         echo_source_layers=[3, 4],
         echo_target_layers=[0, 1],
     )
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    before = all_parameters(trainer)
     assert any("echo_networks" in name for name in before)
     trainer.train()
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in all_parameters(trainer).items():
         moved = not torch.equal(parameter.detach(), before[name])
         assert moved == parameter.requires_grad, f"{name}: requires_grad={parameter.requires_grad}, moved={moved}"
 

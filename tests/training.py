@@ -50,9 +50,17 @@ DATA_FORMS = {
 }
 
 
+def all_parameters(trainer):
+    """Parameters by name, copied, with the echo networks wherever they are."""
+    parameters = dict(trainer.model.named_parameters())
+    if getattr(trainer, "echo", None) is not None:  # off the model after training
+        parameters |= {f"echo_networks.{n}": p for n, p in trainer.echo_networks.named_parameters()}
+    return {n: p.detach().clone().requires_grad_(p.requires_grad) for n, p in parameters.items()}
+
+
 def trainable(trainer):
     """Trainable parameters by name, copied."""
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {n: p.detach() for n, p in all_parameters(trainer).items() if p.requires_grad}
 
 
 def adapter(trainer):
