@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+TABLE_WIDTH = 118
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Options of the command."""
@@ -60,6 +62,8 @@ def main(arguments: list[str]) -> int:
     options["variants"] = tuple(options["variants"])
     bench = BenchOptions(**options)
     console = Console()
+    if console.width < TABLE_WIDTH:
+        console = Console(width=TABLE_WIDTH)
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         n_variants = len(bench.variants or VARIANTS)
@@ -83,8 +87,9 @@ def table(result: dict[str, Any]) -> Table:
         f"{', checkpointing' if options['checkpointing'] else ''} on {machine['device']}"
     )
     shown = Table(title=title)
-    for column in ("", "median step", "ratio", "mean ratio", "tokens/s", "GFLOP", "ratio", "peak memory", "ratio"):
-        shown.add_column(column, justify="right" if column else "left")
+    columns = ("", "median", "ratio", "mean ratio", "tokens/s", "GFLOP", "ratio", "memory", "ratio", "of matrix rate")
+    for column in columns:
+        shown.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in result["variants"].items():
         peak = row["peak_memory"]
         shown.add_row(
@@ -97,6 +102,7 @@ def table(result: dict[str, Any]) -> Table:
             f"{row['flops_ratio']:.3f}",
             f"{peak / 2**30:.2f} GiB" if peak else "-",
             f"{row['memory_ratio']:.3f}" if peak else "-",
+            f"{row['share_of_matrix_rate']:.0%}",
         )
     return shown
 

@@ -48,6 +48,13 @@ def test_selected_layers(workplace, layers):
     assert max(record["target_layers"]) < min(record["source_layers"])
 
 
+def test_adapter_on_selected_layers_is_servable(workplace):
+    assert cli.main(["sft", "--config", "recipe.yaml", "--lora_layers", "cka", "--echo_target_layers", "cka"]) == 0
+    config = json.loads((workplace / "out" / "adapter_config.json").read_text())
+    assert not config.get("layers_to_transform")  # the portable form: every layer, zeros where it was not trained
+    assert cli.main(["check", "out", "--base", "base"]) == 0
+
+
 def test_select_layers(workplace, capsys):
     assert cli.main(["select-layers", "--config", "recipe.yaml", "--n_samples", "12", "--n_bootstrap", "20"]) == 0
     selection = json.loads((workplace / "out" / "layer_selection.json").read_text())

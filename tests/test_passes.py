@@ -12,6 +12,7 @@ from steps import (
     random_examples,
     step_gradients,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from echo_trainer.plan import FullLayout, SuffixLayout
 from echo_trainer.suffix_support import suffix_obstacle
@@ -92,6 +93,28 @@ def test_bfloat16_autocast(dora):
     )
     torch.testing.assert_close(suffix["objective"], full["objective"], rtol=0.01, atol=0)
     flat = [torch.cat([g.flatten() for g in gradients.values()]) for gradients in (full_gradients, suffix_gradients)]
+    assert torch.cosine_similarity(*flat, dim=0) > 0.99
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and is_flash_attn_2_available()), reason="needs a GPU and flash-attn"
+)
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_flash_attention(family, form):
+    """Flash attention reads the suffix as a continuation of left-padded prompts; bfloat16, so to its precision."""
+    model = adapted(tiny_model(family, attention="flash_attention_2", dtype=torch.bfloat16).cuda()).cuda().train()
+    setup = echo_setup(model)
+    setup.networks.cuda()
+    examples, collator = random_examples(4, seed=2, low=8, high=14), None
+    if form == "packed":
+        examples, collator = [packed_example(examples)], padding_free_collator()
+    gradients = []
+    for suffix in (False, True):
+        batch, plan = planned_batch(examples, suffix=suffix, collator=collator)
+        batch = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}
+        gradients.append(step_gradients(model, setup, batch, plan.to("cuda"))[1])
+    flat = [torch.cat([g.float().flatten() for g in tensors.values()]) for tensors in gradients]
     assert torch.cosine_similarity(*flat, dim=0) > 0.99
 
 
