@@ -242,10 +242,13 @@ class Stepper:
 
     def counted_step(self) -> int:
         """Floating-point operations of a step, the mean over the run's routing where it changes."""
+        args = self.trainer.args
+        constant = getattr(args, "echo_p_start", 0.0) == getattr(args, "echo_p_end", 0.0)
+        rounds = 1 if constant else self.rounds
         with FlopCounterMode(display=False) as counter:
-            for round_number in range(self.rounds):
+            for round_number in range(rounds):
                 self.step(round_number)
-        return counter.get_total_flops() // self.rounds
+        return counter.get_total_flops() // rounds
 
 
 def _samples(options: BenchOptions) -> Dataset:
