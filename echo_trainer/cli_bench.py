@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .quiet import quiet_libraries
+
 TABLE_WIDTH = 118
 
 
@@ -47,25 +49,15 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"--{name} is {options[name]}; it must be at least 1.")
     if options["answer"] < 2:
         raise ValueError("--answer is 1: the echo starts at the first answer token and would reach nothing. Use 2.")
-    import logging
-    import warnings
-
-    import datasets
-    import transformers
-
     from .bench import VARIANTS, BenchOptions, run_bench, save_json
 
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    logging.getLogger("echo_trainer").setLevel(logging.ERROR)
     options["variants"] = tuple(options["variants"])
     bench = BenchOptions(**options)
     console = Console()
     if console.width < TABLE_WIDTH:
         console = Console(width=TABLE_WIDTH)
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with quiet_libraries(), Progress(*columns, console=console) as progress:
         n_variants = len(bench.variants or VARIANTS)
         task = progress.add_task("building", total=(bench.rounds + bench.warmup) * n_variants)
         result = run_bench(bench, lambda name: progress.update(task, description=name, advance=1), memory)

@@ -6,9 +6,7 @@ Everything is measured in the run that prints it. The base, its tokenizer and th
 
 import argparse
 import json
-import logging
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from ..quiet import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
 BASE, TRAIN, TEST = HERE / "base", HERE / "train.jsonl", HERE / "test.jsonl"
@@ -65,13 +65,12 @@ def quickstart(output_dir: Path, settings: Settings, seed: int, console: Console
     Returns:
         Exact-match accuracy on the held-out items of "base", "LoRA" and "Echo-LoRA".
     """
-    _be_quiet()
     tests = [json.loads(line) for line in TEST.read_text(encoding="utf-8").splitlines()]
     console.print("[bold]Echo-LoRA quickstart[/bold]: one held-out item of the task\n")
     console.print(f"  {tests[0]['prompt']}[green]{tests[0]['completion']}[/green]\n", highlight=False)
     columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     accuracy, seconds = {}, {}
-    with Progress(*columns, console=console) as progress:
+    with quiet_libraries(), Progress(*columns, console=console) as progress:
         accuracy["base"] = _score(_load_base(), tests, settings, progress, "base, held-out items")
         for name, p_start, p_end in (("LoRA", 0.0, 0.0), ("Echo-LoRA", 1.0, 0.2)):
             trainer = _trainer(output_dir, settings, seed, p_start, p_end, progress, f"{name}, training")
@@ -79,7 +78,7 @@ def quickstart(output_dir: Path, settings: Settings, seed: int, console: Console
             trainer.train()
             seconds[name] = time.perf_counter() - begin
             accuracy[name] = _score(trainer.model, tests, settings, progress, f"{name}, held-out items")
-    trainer.save_model()
+        trainer.save_model()
     console.print(_table(accuracy, seconds, settings, len(tests)))
     console.print(f"The Echo-LoRA adapter is in [bold]{output_dir}[/bold]; its base is {BASE}.", soft_wrap=True)
     console.print("It is an ordinary PEFT adapter: see README.md in its folder.")
@@ -178,15 +177,3 @@ def _table(accuracy: dict[str, float], seconds: dict[str, float], settings: Sett
     for name, value in accuracy.items():
         table.add_row(name, f"{value:.1%}", f"{seconds[name]:.0f} s" if name in seconds else "")
     return table
-
-
-def _be_quiet() -> None:
-    """Keep the libraries' notes out of the demonstration; errors still show."""
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("echo_trainer").setLevel(logging.ERROR)
