@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .layers import decoder_layers, lora_sites
 from .representations import base_model_of, find_blocks
-from .selection import LayerSelection
+from .selection import LayerSelection, select_layers
 
 
 def lora_config_kwargs(
@@ -138,6 +139,24 @@ def echo_layers(selection: LayerSelection, *, adapted: Sequence[int] | None = No
     targets = sorted(shallow[:count] or [min(allowed)])
     deep = [i for i in ranking if i >= max(depth // 2, targets[-1] + 1)]
     return sorted(deep[:count]), targets
+
+
+def layers_by_cka(
+    named: tuple[Any, Any], model: nn.Module, dataset: Any, processing_class: Any, seed: int
+) -> tuple[list[int] | None, list[int] | None]:
+    """
+    Source and target layers as the user named them, with each "cka" replaced by what layer selection chooses.
+
+    Args:
+        named: `echo_source_layers` and `echo_target_layers`.
+        model: the model with its adapter.
+        dataset, processing_class: training data and tokenizer.
+        seed: seed of the samples that are looked at.
+    """
+    selection = select_layers(model, dataset, processing_class=processing_class, seed=seed)
+    adapted = [index for index, layer in enumerate(decoder_layers(model)) if lora_sites(layer, index)]
+    chosen = echo_layers(selection, adapted=adapted)
+    return tuple(by_cka if name == "cka" else name for name, by_cka in zip(named, chosen, strict=True))
 
 
 def first_half_plus_last(depth: int, count: int, seed: int = 0) -> list[int]:

@@ -1,15 +1,43 @@
 """Whether the suffix pass is exact for a model, decided from its configuration before training."""
 
+import logging
+
 from torch import nn
 
 from .layers import decoder_layers
 from .suffix_cache import cache_argument
+
+logger = logging.getLogger(__name__)
 
 # Layers whose past is their keys and values, each token's independent of how many follow.
 _EXACT_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Rotary embeddings that depend on a token's position alone, not on the length of the sequence it is in.
 _EXACT_ROPE_TYPES = {"default", "linear", "llama3", "yarn", "proportional"}
 _ATTENTION_KERNELS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3"}
+
+
+def choose_suffix(model: nn.Module, echo_pass: str) -> bool:
+    """
+    Whether the echo pass runs the suffix only; says once why not where it cannot.
+
+    Args:
+        model: the causal language model below the PeftModel.
+        echo_pass: "auto", "suffix" or "full".
+
+    Raises:
+        ValueError: "suffix" was asked for and would not be exact.
+    """
+    if echo_pass == "full":
+        return False
+    obstacle = suffix_obstacle(model)
+    if obstacle is None:
+        return True
+    if echo_pass == "suffix":
+        raise ValueError(
+            f"echo_pass='suffix' cannot be exact for this model: {obstacle}. Use echo_pass='auto' or 'full'."
+        )
+    logger.warning("The echo pass runs whole sequences (about twice the price of LoRA): %s.", obstacle)
+    return False
 
 
 def suffix_obstacle(model: nn.Module) -> str | None:

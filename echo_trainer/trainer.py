@@ -25,14 +25,15 @@ from trl import SFTTrainer
 from .checkpoint import EchoCheckpointMixin
 from .collator import PLAN_KEY, DeferredBatch, EchoCollator
 from .config import CKA, EchoSFTConfig
-from .layers import decoder_layers, find_sites, lora_sites, resolve_layers
+from .layers import decoder_layers, find_sites, resolve_layers
 from .losses import Distillation
 from .metrics import EchoMetrics
 from .network import EchoNetworks
 from .passes import EchoSetup
 from .routing import RoutingSchedule
+from .selection_use import layers_by_cka
 from .step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
-from .suffix_support import suffix_obstacle
+from .suffix_support import choose_suffix
 from .validation import check_arguments, check_dataset, check_model, warn_of_lost_answers
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
 
     _tag_names = ["trl", "sft", "echo-lora"]
     _name = "Echo-LoRA"
+    networks_class = EchoNetworks
 
     @functools.wraps(SFTTrainer.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
@@ -92,21 +94,24 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
     def _build_echo(self) -> None:
         args = self.args
         layers = decoder_layers(self.model)
-        sources, targets = resolve_layers(*self._named_layers(layers), len(layers))
+        named = (args.echo_source_layers, args.echo_target_layers)
+        if CKA in named:
+            named = layers_by_cka(named, self.model, self.train_dataset, self.processing_class, args.seed)
+        sources, targets = resolve_layers(*named, len(layers))
         base = self.model.get_base_model()
         sites = find_sites(base, targets)
-        networks = EchoNetworks(
+        networks = self.networks_class(
             sites,
             n_sources=len(sources),
             hidden_size=base.config.get_text_config().hidden_size,
             bottleneck=args.echo_bottleneck,
             aggregation=args.echo_aggregation,
             seed=args.resolved_echo_seed,
-        ).to(self.args.device)
+        ).to(args.device)
         self.echo = EchoSetup(base, networks, sites, sources)
         kd = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
         install_echo_forward(self.model, self.echo, kd)
-        suffix = self._choose_pass(base)
+        suffix = choose_suffix(base, args.echo_pass)
         self.data_collator = EchoCollator(
             self.data_collator, args.echo_positions, suffix, strict=args.echo_pass == "suffix"
         )
@@ -117,35 +122,6 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
             targets,
             "suffix" if suffix else "full",
         )
-
-    def _named_layers(self, layers: torch.nn.ModuleList) -> tuple[list[int] | None, list[int] | None]:
-        """`echo_source_layers` and `echo_target_layers`, with "cka" replaced by what layer selection chose."""
-        named = (self.args.echo_source_layers, self.args.echo_target_layers)
-        if CKA not in named:
-            return named
-        from .selection import select_layers
-        from .selection_use import echo_layers
-
-        selection = select_layers(
-            self.model, self.train_dataset, processing_class=self.processing_class, seed=self.args.seed
-        )
-        adapted = [index for index, layer in enumerate(layers) if lora_sites(layer, index)]
-        chosen = echo_layers(selection, adapted=adapted)
-        return tuple(by_cka if name == CKA else name for name, by_cka in zip(named, chosen, strict=True))
-
-    def _choose_pass(self, base: torch.nn.Module) -> bool:
-        """Whether the echo pass runs the suffix only; says once why not where it cannot."""
-        if self.args.echo_pass == "full":
-            return False
-        obstacle = suffix_obstacle(base)
-        if obstacle is None:
-            return True
-        if self.args.echo_pass == "suffix":
-            raise ValueError(
-                f"echo_pass='suffix' cannot be exact for this model: {obstacle}. Use echo_pass='auto' or 'full'."
-            )
-        logger.warning("The echo pass runs whole sequences (about twice the price of LoRA): %s.", obstacle)
-        return False
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Prepare a dataset as TRL does and say how many examples lost their answer to truncation."""
