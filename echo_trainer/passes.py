@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .injection import Injection
 from .layers import EchoSite, decoder_layers
+from .layouts import FullLayout, SuffixLayout
 from .network import EchoNetworks
-from .plan import EchoPlan, FullLayout, SuffixLayout
+from .plan import EchoPlan
 from .rows import take_rows
 from .suffix_cache import KeyValueRecord, PrefixCache, attach_cache
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .plan import SuffixLayout
+from .layouts import SuffixLayout
 from .rows import take_rows
 
 

@@ -14,7 +14,7 @@ from steps import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from echo_trainer.plan import FullLayout, SuffixLayout
+from echo_trainer.layouts import FullLayout, SuffixLayout
 from echo_trainer.suffix_support import suffix_obstacle
 
 # Sums of float64 in another order; most families normalise in float32 whatever the model's dtype.
