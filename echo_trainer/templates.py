@@ -2,7 +2,7 @@
 
 The eight commonsense tasks of LLM-Adapters (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c, OBQA) come as an
 `instruction` and an `output` ("the correct answer is answer2"). OpenBookQA in its original columns is put into the
-same words.
+same words. Other instruction data is known by its columns.
 """
 
 from collections.abc import Callable
@@ -13,27 +13,38 @@ ALPACA = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
+# Columns of an instruction, of more text to it (or None), and of the answer; the first pair that a row has is taken.
+_COLUMNS = (
+    ("instruction", "input", "output"),  # LLM-Adapters, Alpaca
+    ("instruction", "context", "response"),  # Dolly, Magicoder
+    ("query", None, "response"),  # MetaMathQA
+    ("question", None, "answer"),  # GSM8K
+)
+
 
 def instruction_and_answer(example: dict[str, Any]) -> tuple[str, str]:
     """
     Instruction and answer of one example.
 
     Args:
-        example: a row of a dataset in the LLM-Adapters format (`instruction`, optional `input`, `output`) or of
-            OpenBookQA (`question_stem`, `choices`, `answerKey`).
+        example: a row of a dataset in the LLM-Adapters format (`instruction`, optional `input`, `output`), with
+            `instruction`, optional `context` and `response` (Dolly, Magicoder), `query` and `response` (MetaMathQA),
+            `question` and `answer` (GSM8K), or of OpenBookQA (`question_stem`, `choices`, `answerKey`).
 
     Raises:
-        ValueError: the row has the columns of neither.
+        ValueError: the row has the columns of none of them.
     """
-    if "instruction" in example and "output" in example:
-        extra = example.get("input") or ""
-        return example["instruction"] + (f"\n\n{extra}" if extra else ""), example["output"]
+    for instruction, more, answer in _COLUMNS:
+        if isinstance(example.get(instruction), str) and isinstance(example.get(answer), str):
+            extra = example.get(more) or ""
+            return example[instruction] + (f"\n\n{extra}" if extra else ""), example[answer]
     if {"question_stem", "choices", "answerKey"} <= example.keys():
-        return _multiple_choice(example["question_stem"], example["choices"], example["answerKey"])
+        return multiple_choice(example["question_stem"], example["choices"], example["answerKey"])
     raise ValueError(
-        f"A `dataset_template` turns the columns instruction and output (LLM-Adapters), or question_stem, choices and "
-        f"answerKey (OpenBookQA), into a prompt and a completion; this dataset has {sorted(example)}. Leave "
-        f"`dataset_template` out if it is in a format of TRL already (prompt and completion, or messages)."
+        f"A `dataset_template` turns the columns instruction and output (LLM-Adapters), instruction and response, "
+        f"query and response, question and answer (GSM8K), or question_stem, choices and answerKey (OpenBookQA) into "
+        f"a prompt and a completion; this dataset has {sorted(example)}. Leave `dataset_template` out if it is in a "
+        f"format of TRL already (prompt and completion, or messages)."
     )
 
 
@@ -55,10 +66,57 @@ def chat(example: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
 TEMPLATES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"alpaca": alpaca, "chat": chat}
 
 
-def _multiple_choice(question: str, choices: dict[str, list[str]], key: str) -> tuple[str, str]:
+def rendered(example: dict[str, Any], tokenizer: Any = None) -> tuple[str, str]:
+    """
+    Prompt and completion as the text that `SFTTrainer` tokenises.
+
+    Args:
+        example: `prompt` and `completion`, as text or as messages; what the functions of `TEMPLATES` return.
+        tokenizer: its chat template renders messages.
+
+    Returns:
+        The two texts. Rendered messages hold their special tokens already: tokenise them without adding any. Training
+        appends an end token to a completion that is plain text.
+
+    Raises:
+        ValueError: neither text nor messages, messages without a chat template, or a chat template that writes a
+            prompt differently once it is answered.
+    """
+    prompt, completion = example.get("prompt"), example.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise ValueError(
+            f"A row needs `prompt` and `completion`, both text or both messages; this one has {sorted(example)}. "
+            f"A template ({', '.join(TEMPLATES)}) makes them from other columns."
+        )
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("The rows are messages, and the tokenizer has no chat template. Use the template 'alpaca'.")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+    if not whole.startswith(text):
+        raise ValueError(
+            "The chat template writes the prompt differently once it is answered, so training and evaluation would "
+            "differ. Use a chat template that does not, or the template 'alpaca'."
+        )
+    return text, whole[len(text) :]
+
+
+def multiple_choice(question: str, choices: dict[str, list[str]], key: str) -> tuple[str, str]:
+    """
+    Instruction and answer of a question with lettered choices (ARC, OpenBookQA), in the words of LLM-Adapters.
+
+    Args:
+        question: the question.
+        choices: `text` and `label` of every choice.
+        key: label of the right one.
+
+    Raises:
+        ValueError: `key` is none of the labels.
+    """
     options = " ".join(f"Answer{number}: {text}" for number, text in enumerate(choices["text"], start=1))
     names = "/".join(f"answer{number}" for number in range(1, len(choices["text"]) + 1))
     instruction = (
         f"Please choose the correct answer to the question: {question}\n\n{options}\n\nAnswer format: {names}"
     )
-    return instruction, f"the correct answer is answer{choices['label'].index(key.strip()) + 1}"
+    return instruction, f"the correct answer is answer{list(choices['label']).index(key.strip()) + 1}"
