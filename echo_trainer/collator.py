@@ -41,6 +41,7 @@ class EchoCollator:
         suffix: whether the echo pass is laid out as a suffix pass. A batch for which that would not be exact is laid
             out as a full pass, which is said once.
         strict: raise instead (`echo_pass="suffix"`).
+        lockstep: give every batch an echo pass, one of no weight where nothing is routed (see `lockstep.py`).
 
     The routes need `schedule`, which the trainer sets when training begins. Called without a step (evaluation, or by
     hand) it is the collator it wraps.
@@ -52,11 +53,13 @@ class EchoCollator:
         positions: str,
         suffix: bool,
         strict: bool = False,
+        lockstep: bool = False,
     ):
         self.collator = collator
         self.positions = positions
         self.suffix = suffix
         self.strict = strict
+        self.lockstep = lockstep
         self.fallback: str | None = None
         self.schedule: RoutingSchedule | None = None
 
@@ -89,6 +92,7 @@ class EchoCollator:
             suffix=self._lay_out_suffix(batch, segments),
             position_ids=batch.get("position_ids"),
             probability=self.schedule.probability(step),
+            lockstep=self.lockstep,
         )
 
     def _lay_out_suffix(self, batch: dict[str, Any], segments: Segments) -> bool:
@@ -99,6 +103,11 @@ class EchoCollator:
             return True
         if self.strict:
             raise ValueError(f"echo_pass='suffix' cannot be exact for a batch: {obstacle}. Use echo_pass='auto'.")
+        if self.lockstep:
+            raise ValueError(
+                f"The echo pass of a batch cannot be a suffix ({obstacle}), and where parameters are sharded every "
+                f"process must run the same kind of pass. Set echo_pass='full'."
+            )
         if self.fallback is None:
             logger.warning("The echo pass of a batch runs whole sequences: %s. (Said once.)", obstacle)
             self.fallback = obstacle

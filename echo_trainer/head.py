@@ -3,11 +3,17 @@
 Never (B, T, vocab): a step projects the positions that predict answer tokens, a chunk at a time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .modules import forward_replaced
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,15 +43,25 @@ class LanguageModelHead:
         return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 
 
-def language_model_head(model: nn.Module) -> LanguageModelHead:
-    """The head of a causal language model of transformers, looked up anew since PEFT and FSDP replace modules."""
-    head = model.get_output_embeddings()
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if hasattr(weight, "full_tensor"):  # FSDP2 shards parameters; the whole head is needed at once
-        weight = weight.full_tensor()
-        bias = bias.full_tensor() if bias is not None else None
+def with_head(model: nn.Module, use: Callable[[LanguageModelHead], T]) -> T:
+    """
+    What `use` returns for the head of a causal language model of transformers.
+
+    It is called inside a call of the head module, where an engine that shards parameters has gathered the head's.
+    """
+    module = model.get_output_embeddings()  # looked up anew, since PEFT and FSDP replace modules
     config = model.config.get_text_config()
-    return LanguageModelHead(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    result: list[T] = []
+
+    def forward() -> None:
+        # Not returned: an engine with mixed precision would cast it.
+        head = LanguageModelHead(module.weight, getattr(module, "bias", None), _logit_scale(config), softcap)
+        result.append(use(head))
+
+    with forward_replaced(module, forward):
+        module()
+    return result[0]
 
 
 def _logit_scale(config) -> float:

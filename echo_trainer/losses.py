@@ -81,7 +81,6 @@ def chunked_objective(
     reach_E: Tensor,
     head: LanguageModelHead,
     kd: Distillation,
-    echo_weight: float = 1.0,
 ) -> tuple[Tensor, Statistics]:
     """
     The objective above and its statistics.
@@ -94,14 +93,13 @@ def chunked_objective(
         reach_E: increasing indices into N of the positions of `echo_Ed`.
         head: the language-model head.
         kd: distillation options.
-        echo_weight: factor on every term of the echo pass; 0 where the pass only keeps processes in step.
 
     Returns:
         The objective, a scalar of at least float32 with gradient, and statistics.
     """
     weight, bias = head.weight, head.bias
     objective, *statistics = _ChunkedObjective.apply(
-        plain_Nd, echo_Ed, weight, bias, labels_N, plain_weight_N, reach_E, head, kd, echo_weight
+        plain_Nd, echo_Ed, weight, bias, labels_N, plain_weight_N, reach_E, head, kd
     )
     return objective, Statistics(*statistics)
 
@@ -115,7 +113,7 @@ class _ChunkedObjective(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, plain_Nd, echo_Ed, weight, bias, labels_N, plain_weight_N, reach_E, head, kd, echo_weight):
+    def forward(ctx, plain_Nd, echo_Ed, weight, bias, labels_N, plain_weight_N, reach_E, head, kd):
         inputs = (plain_Nd, echo_Ed, weight, bias)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:4]) if needed]
         gradients: list[Tensor | None] = [None] * 4
@@ -138,7 +136,7 @@ class _ChunkedObjective(torch.autograd.Function):
             ]
             with torch.enable_grad():
                 loss, sums = _objective(
-                    leaves, labels_N[span_N], plain_weight_N[span_N], reach_E[span_E] - start, head, kd, echo_weight
+                    leaves, labels_N[span_N], plain_weight_N[span_N], reach_E[span_E] - start, head, kd
                 )
             used = [i for i in wanted if leaves[i] is not None and (i != 1 or leaves[1].numel())]
             for i, gradient in zip(used, torch.autograd.grad(loss, [leaves[i] for i in used]), strict=True):
@@ -159,10 +157,10 @@ class _ChunkedObjective(torch.autograd.Function):
             None if gradient is None else (gradient * grad_objective).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*gradients, *[None] * 6)
+        return (*gradients, *[None] * 5)
 
 
-def _objective(leaves, labels_N, plain_weight_N, reach_E, head, kd, echo_weight):
+def _objective(leaves, labels_N, plain_weight_N, reach_E, head, kd):
     """Objective and statistics of one chunk."""
     plain_nd, echo_ed, weight, bias = leaves
     head = LanguageModelHead(weight, bias, head.scale, head.softcap)
@@ -185,7 +183,7 @@ def _objective(leaves, labels_N, plain_weight_N, reach_E, head, kd, echo_weight)
     ce_echo = cross_entropy(echo_EV, labels_N.index_select(0, reach_E)).sum()
     with torch.set_grad_enabled(kd.weight > 0):  # logged in any case
         kd_sum = distillation(plain_EV, echo_EV, kd.temperature, kd.teacher).sum()
-    loss = loss + echo_weight * (ce_echo + kd.weight * kd_sum)
+    loss = loss + ce_echo + kd.weight * kd_sum
     with torch.no_grad():
         ce_plain_routed = unreached + ce_plain_N.index_select(0, reach_E).sum()
         agreement = agreement + echo_EV.argmax(-1).eq(top_N.index_select(0, reach_E)).float().sum()

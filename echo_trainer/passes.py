@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .injection import Injection
 from .layers import EchoSite, decoder_layers
 from .layouts import FullLayout, SuffixLayout
+from .modules import forward_replaced
 from .network import EchoNetworks
 from .plan import EchoPlan
 from .rows import take_rows
@@ -222,15 +223,11 @@ def _start_at(layers: nn.ModuleList, first: int, entry_RAd: Tensor) -> Iterator[
             return (entry_RAd, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": entry_RAd}
 
-    skipped = list(layers[:first])
-    for layer in skipped:
-        layer.forward = _pass_through
-    try:
-        with _input_hook(layers[first], replace_input):
-            yield
-    finally:
-        for layer in skipped:
-            del layer.forward
+    with ExitStack() as stack:
+        for layer in layers[:first]:
+            stack.enter_context(forward_replaced(layer, _pass_through))
+        stack.enter_context(_input_hook(layers[first], replace_input))
+        yield
 
 
 def _pass_through(hidden_states: Tensor, *args, **kwargs) -> Tensor:

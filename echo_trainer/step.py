@@ -12,8 +12,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from .head import language_model_head
+from .head import with_head
+from .lockstep import touch
 from .losses import Distillation, chunked_objective
+from .memory import now_running
 from .passes import EchoSetup, run_echo_pass, run_plain_pass
 from .plan import EchoPlan
 
@@ -70,21 +72,28 @@ def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: 
     plain = run_plain_pass(setup, inputs, plan)
     echo_Ed, gate, relative_delta = None, None, None
     if plan.layout is not None:
-        delta, gate = setup.networks(plain.source_SGd)
+        now_running("echo pass")
+        delta, gate = setup.networks(plain.source_SGd, weightless=plan.weightless)
         echo_Ed, injection = run_echo_pass(setup, inputs, plan, plain, delta)
         relative_delta = injection.mean_relative_delta()
-    objective, statistics = chunked_objective(
-        plain.hidden_Nd,
-        echo_Ed,
-        plan.labels_N,
-        plan.plain_weight_N,
-        plan.reach_E,
-        language_model_head(setup.model),
-        kd,
+    now_running("loss")
+    objective, statistics = with_head(
+        setup.model,
+        lambda head: chunked_objective(
+            plain.hidden_Nd,
+            None if plan.weightless else echo_Ed,
+            plan.labels_N,
+            plan.plain_weight_N,
+            plan.reach_E,
+            head,
+            kd,
+        ),
     )
     if echo_Ed is None:
         # A step that routes nothing still has to give every parameter a gradient: DDP waits for each of them.
-        objective = objective + 0.0 * sum(parameter.sum() for parameter in setup.networks.parameters())
+        objective = objective + touch(*setup.networks.parameters())
+    elif plan.weightless:
+        objective = objective + touch(echo_Ed)
     zero = objective.detach().new_zeros(())
     output = {
         "objective": objective,

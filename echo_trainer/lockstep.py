@@ -1,0 +1,48 @@
+"""Keep processes in step where their parameters are sharded.
+
+FSDP2 and ZeRO-3 gather a module's parameters each time it runs, forward and backward, with every process taking part.
+So every process must run the same modules equally often; one that skips an echo pass leaves the others waiting for
+ever. ZeRO-2 fills its buckets in the order in which gradients arrive, which must be the same everywhere as well. There
+every process runs an echo pass for every micro-batch: where nothing is routed one of a single token, of no weight. DDP
+keeps an order of its own and needs only a gradient, zero at least, for every parameter.
+"""
+
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def needs_lockstep(accelerator: Any, model: nn.Module) -> bool:
+    """
+    Whether every process must run an echo pass for each micro-batch. The same answer on every process.
+
+    Args:
+        accelerator: of the trainer.
+        model: its model, which transformers may have sharded while loading.
+    """
+    return accelerator.distributed_type in SHARDED or any(hasattr(p, "device_mesh") for p in model.parameters())
+
+
+def touch(*tensors: Tensor) -> Tensor:
+    """Zero, a scalar that depends on `tensors`: their gradients are exactly zero, even where they are not finite."""
+    return _Touch.apply(*tensors)
+
+
+class _Touch(torch.autograd.Function):
+    """0 * x would be NaN where x is not finite. Shapes are kept, not tensors: an engine may free those meanwhile."""
+
+    @staticmethod
+    def forward(ctx, *tensors: Tensor) -> Tensor:
+        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return tuple(
+            torch.zeros(shape, dtype=dtype, device=device) if needed else None
+            for (shape, dtype, device), needed in zip(ctx.like, ctx.needs_input_grad, strict=True)
+        )
