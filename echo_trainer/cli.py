@@ -9,10 +9,12 @@ import traceback
 _COMMANDS = {
     "quickstart": ("quickstart", "fine-tune the embedded base with LoRA and with Echo-LoRA, offline, in minutes"),
     "sft": ("sft", "fine-tune a model from a recipe or from options"),
+    "evaluate": ("cli_evaluate", "measure a model or an adapter: commonsense tasks, GSM8K, or your own prompts"),
     "bench": ("cli_bench", "measure what an echo step costs beside plain LoRA"),
     "select-layers": ("cli_selection", "choose the layers worth adapting, by CKA on your model and data"),
     "check": ("cli_serving", "say whether serving engines will serve an adapter as it was trained"),
     "export": ("cli_serving", "write an adapter in another form: portable, merged, LoRA from DoRA, GGUF"),
+    "push": ("cli_push", "push a finished run to the Hub, and compare every checksum"),
     "recipes": ("cli", "list the recipes that ship with the package"),
 }
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
+QUICKSTART_BASE = _PACKAGE / "quickstart" / "base"
 
 
 def resource_folder(name: str) -> Path:

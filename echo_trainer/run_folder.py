@@ -1,18 +1,19 @@
 """The finished run's folder: `echo_run.json` (record), `assets/*.png` (curves) and `README.md` (model card)."""
 
+import hashlib
 import json
 import math
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ._version import __version__
 from .card import render_card
-from .config import TOKEN_FIELDS
+from .hub_files import adapter_folder
+from .run_record import run_record
+from .serving_adapter import WEIGHTS_NAME, AdapterError, read_adapter
+from .serving_check import check_adapter
 
 RUN_RECORD = "echo_run.json"
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors")
+CARD = "README.md"
 
 
 def write_run_folder(trainer: Any, folder: str, dataset_name: str | None = None) -> None:
@@ -22,53 +23,101 @@ def write_run_folder(trainer: Any, folder: str, dataset_name: str | None = None)
     Args:
         trainer: an `EchoSFTTrainer`.
         folder: where the adapter is.
-        dataset_name: public id of the training data, if the caller knows it.
+        dataset_name: public id of the training data, if the caller knows it; else `trainer.dataset_name`.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    record = _finite(run_record(trainer, dataset_name))
-    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False)
-    (path / RUN_RECORD).write_text(text + "\n", encoding="utf-8")
-    curves = _write_curves(trainer.state.log_history, path / "assets")
-    (path / "README.md").write_text(render_card(record, curves), encoding="utf-8")
+    record = run_record(trainer, dataset_name or getattr(trainer, "dataset_name", None))
+    base = trainer.model.get_base_model().config if hasattr(trainer.model, "peft_config") else None
+    record["saved"] = saved_facts(path, base)
+    record["evaluation"] = _evaluation_of_the_same(record["saved"], Path(trainer.args.output_dir))
+    record["repo_id"] = None  # known when it is pushed
+    record["curves"] = _write_curves(trainer.state.log_history, path / "assets")
+    _write(path, _finite(record))
 
 
-def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
-    """Configuration, versions, data, metrics and provenance of a run, without tokens and without local paths."""
-    args = trainer.args
-    base_id = getattr(trainer.model.config, "_name_or_path", "") or None
-    configs = getattr(trainer.model, "peft_config", {})
-    peft_config = configs.get(trainer.model.active_adapters[0]) if configs else None
+def refresh_card(folder: Path, base_model: str | None = None, repo_id: str | None = None) -> bool:
+    """
+    Write record and card again after something has changed: the adapter, its evaluation, where it will be.
+
+    Args:
+        folder: a finished run's folder, or a copy of it.
+        base_model: id of the base on the Hub.
+        repo_id: where the adapter is on the Hub, for the commands on the card.
+
+    Returns:
+        Whether the card was written. False where there is no record, or the card was edited by hand; then only the
+        record is written.
+    """
+    path = folder / RUN_RECORD
+    if not path.is_file():
+        return False
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if "saved" not in record:  # of an older version
+        return False
+    card = folder / CARD
+    edited = card.is_file() and card.read_text(encoding="utf-8") != render_card(record)
+    record["base_model"] = base_model or record["base_model"]
+    record["repo_id"] = repo_id or record.get("repo_id")
+    saved = saved_facts(folder)
+    if saved is not None and record["saved"] is not None and saved["sha256"] == record["saved"]["sha256"]:
+        saved["engines"] = record["saved"]["engines"]  # found with the base at hand
+    record["saved"] = saved
+    _write(folder, record, card=not edited)
+    return not edited
+
+
+def saved_facts(folder: Path, base: Any = None) -> dict[str, Any] | None:
+    """
+    What the adapter's files themselves say: method, rank, size, checksum, and which engines serve them.
+
+    Args:
+        folder: where the adapter is; None comes back where there is none.
+        base: the base or its config, for the engines' verdicts.
+    """
+    try:
+        found = adapter_folder(folder)
+        adapter = read_adapter(found)
+        verdicts = check_adapter(found, base=base, values=False).verdicts
+    except AdapterError:
+        return None
+    weights = found / WEIGHTS_NAME
+    tensors = adapter.tensors.values()
     return {
-        "echo_trainer": __version__,
-        "base_model": base_id if base_id and not Path(base_id).exists() else None,
-        "base_model_type": trainer.model.config.model_type,
-        "adapter": _adapter_record(peft_config),
-        "echo": {
-            "enabled": args.echo_enabled,
-            "source_layers": trainer.echo.source_layers if trainer.echo else None,
-            "target_layers": sorted({site.layer for site in trainer.echo.sites}) if trainer.echo else None,
-            "pass": _echo_pass(trainer),
-            **{name: getattr(args, name) for name in args.__dataclass_fields__ if name.startswith("echo_")},
-        },
-        "hyperparameters": _hyperparameters(args),
-        "data": {"dataset": dataset_name, "n_train": _length(trainer.train_dataset), "max_length": args.max_length},
-        "steps": {"done": trainer.state.global_step, "planned": trainer.state.max_steps, "epoch": trainer.state.epoch},
-        "metrics": trainer.state.log_history,
-        "versions": {"python": platform.python_version(), **_versions()},
-        "device": trainer.args.device.type,
-        "n_processes": args.world_size,
+        "method": "DoRA" if adapter.config.get("use_dora") else "LoRA",
+        "rank": max((adapter.rank(module) for module in adapter.complete), default=0),
+        "alpha": adapter.config.get("lora_alpha"),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+        "dtype": "/".join(sorted({tensor.dtype for tensor in tensors})),
+        "bytes": weights.stat().st_size,
+        "sha256": _sha256(weights),
+        "engines": {engine: str(verdict) for engine, verdict in verdicts.items()},
     }
 
 
-def _echo_pass(trainer: Any) -> str | None:
-    """How the echo pass was computed."""
-    if trainer.echo is None:
+def _write(folder: Path, record: dict[str, Any], card: bool = True) -> None:
+    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False)
+    (folder / RUN_RECORD).write_text(text + "\n", encoding="utf-8")
+    if card:
+        # From the text just written: what is on the card can be made again from the record alone.
+        (folder / CARD).write_text(render_card(json.loads(text)), encoding="utf-8")
+
+
+def _evaluation_of_the_same(saved: dict[str, Any] | None, folder: Path) -> list[dict[str, Any]] | None:
+    """Results that were written into an earlier record of exactly this adapter."""
+    path = folder / RUN_RECORD
+    if saved is None or not path.is_file():
         return None
-    if not trainer.data_collator.suffix:
-        return "full"
-    fallback = trainer.data_collator.fallback
-    return "suffix" if fallback is None else f"suffix; full for batches where {fallback}"
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        return earlier["evaluation"] if earlier["saved"]["sha256"] == saved["sha256"] else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _finite(value: Any) -> Any:
@@ -80,48 +129,6 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _adapter_record(config: Any) -> dict[str, Any] | None:
-    if config is None:
-        return None
-    targets = config.target_modules
-    return {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_dora": config.use_dora,
-        "use_rslora": config.use_rslora,
-        "target_modules": sorted(targets) if isinstance(targets, set | list | tuple) else targets,
-    }
-
-
-def _hyperparameters(args: Any) -> dict[str, Any]:
-    """The training arguments that matter for a result and name no path."""
-    names = (
-        "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "weight_decay", "optim",
-        "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed", "data_seed", "bf16",
-        "fp16", "gradient_checkpointing", "packing", "padding_free", "completion_only_loss", "assistant_only_loss",
-    )  # fmt: skip
-    values = {name: getattr(args, name) for name in names if hasattr(args, name) and name not in TOKEN_FIELDS}
-    return {
-        k: v if isinstance(v, int | float | bool | type(None)) else str(getattr(v, "value", v))
-        for k, v in values.items()
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _length(dataset: Any) -> int | None:
-    return len(dataset) if hasattr(dataset, "__len__") else None
-
-
 def _write_curves(history: list[dict[str, Any]], folder: Path) -> list[str]:
     """Draw the training curves; names of the files written, relative to the run's folder."""
     steps = [entry for entry in history if "loss" in entry]
@@ -130,16 +137,31 @@ def _write_curves(history: list[dict[str, Any]], folder: Path) -> list[str]:
     # Imported here: pyplot takes a second, and only runs that have something to draw should pay it.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axis = figure.subplots()
-    for key, label in (("echo/ce_plain", "plain path"), ("echo/ce_echo", "echo pass"), ("loss", "training loss")):
-        points = [(entry["step"], entry[key]) for entry in steps if key in entry]
-        if points and not (key == "loss" and any("echo/ce_plain" in entry for entry in steps)):
-            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.4)
-    axis.set_xlabel("optimizer step")
-    axis.set_ylabel("cross-entropy per answer token")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    echo = any("echo/ce_echo" in entry for entry in steps)
+    figure = Figure(figsize=(9, 3.2) if echo else (6, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2 if echo else 1, squeeze=False)[0]
+    curves = (("echo/ce_plain", "plain path"), ("echo/ce_echo", "echo pass")) if echo else (("loss", "training loss"),)
+    _plot(axes[0], steps, curves, "cross-entropy per answer token, nats")
+    held_out = [entry for entry in history if "eval_loss" in entry]
+    if held_out:
+        _plot(axes[0], held_out, (("eval_loss", "evaluation split"),), axes[0].get_ylabel(), marker="o")
+    if echo:
+        curves = (("echo/agreement", "same top token"), ("echo/p", "routing probability"), ("echo/gate", "mean gate"))
+        _plot(axes[1], steps, curves, "share")
+        axes[1].set_ylim(-0.02, 1.02)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "training.png", dpi=130)
     return ["assets/training.png"]
+
+
+def _plot(axis: Any, entries: list[dict[str, Any]], curves: Any, label: str, marker: str = "") -> None:
+    for key, name in curves:
+        points = [
+            (e["step"], e[key]) for e in entries if isinstance(e.get(key), int | float) and math.isfinite(e[key])
+        ]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4, marker=marker)
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
