@@ -12,25 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from .evaluation import Item, Task
+from .evaluation_answers import CHOICES, first_match, last_number
 from .evaluation_data import hub_rows, instruction_row
 from .templates import TEMPLATES, rendered
 
-# The option names of each task; the first one in a generated text is the answer (LLM-Adapters).
-_PATTERNS = {
-    "boolq": "true|false",
-    "piqa": "solution1|solution2",
-    "social_i_qa": "answer1|answer2|answer3|answer4|answer5",
-    "hellaswag": "ending1|ending2|ending3|ending4",
-    "winogrande": "option1|option2",
-    "ARC-Easy": "answer1|answer2|answer3|answer4|answer5",
-    "ARC-Challenge": "answer1|answer2|answer3|answer4|answer5",
-    "openbookqa": "answer1|answer2|answer3|answer4|answer5",
-}
-COMMONSENSE = tuple(_PATTERNS)
+COMMONSENSE = tuple(CHOICES)
 GSM8K = "gsm8k"
 CHOICE_TOKENS, NUMBER_TOKENS = 32, 256
 _ANSWER = "the correct answer is {}"
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 
 
 def commonsense_task(
@@ -56,21 +45,21 @@ def commonsense_task(
     Raises:
         ValueError: unknown task or template, or a row without an answer among its options.
     """
-    if name not in _PATTERNS:
+    if name not in CHOICES:
         raise ValueError(f"{name!r} is no commonsense task. Use one of {', '.join(COMMONSENSE)}.")
-    pattern = re.compile(_PATTERNS[name])
+    extract = partial(first_match, re.compile(CHOICES[name]))
     items = []
     for row in _drawn(rows, limit, seed):
         row = instruction_row(name, row)
         names = _option_names(name, row)
-        answer = str(row.get("answer") or first_match(pattern, row["output"]))
+        answer = str(row.get("answer") or extract(row["output"]))
         if answer not in names:
             raise ValueError(f"An item of {name} has the answer {answer!r}, which is not among its options {names}.")
         prompt, completion = rendered(_template(template)(row), tokenizer)
         options = tuple(_ANSWER.format(option) for option in names)
         items.append(Item(prompt, answer, options, completion))
     return Task(
-        name, items, partial(first_match, pattern), CHOICE_TOKENS, special_tokens=template != "chat",
+        name, items, extract, CHOICE_TOKENS, special_tokens=template != "chat",
         first_match=True, metric="accuracy",
     )  # fmt: skip
 
@@ -221,7 +210,7 @@ def _drawn(rows: Sequence[dict[str, Any]], limit: int | None, seed: int) -> list
 def _option_names(task: str, row: dict[str, Any]) -> list[str]:
     """Options of a row, from the end of its instruction ("Answer format: answer1/answer2")."""
     listed = row["instruction"].rpartition("Answer format:")[2].strip().split("/")
-    known = _PATTERNS[task].split("|")
+    known = CHOICES[task].split("|")
     return listed if len(listed) > 1 and set(listed) <= set(known) else known
 
 
@@ -278,28 +267,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} must hold a list of rows (objects), at least one.")
     return rows
-
-
-def first_match(pattern: re.Pattern[str], text: str) -> str:
-    """The first match in a text, "" where there is none."""
-    found = pattern.search(text)
-    return found.group() if found else ""
-
-
-def last_number(text: str) -> str:
-    """
-    The number after the last "####", else the last number of a text, as plain digits ("1,234.50" -> "1234.5").
-
-    "" where there is none.
-    """
-    marked = text.rsplit("####", 1)
-    found = (_NUMBER.findall(marked[1])[:1] if len(marked) == 2 else []) or _NUMBER.findall(text)[-1:]
-    if not found:
-        return ""
-    digits = found[0].replace("$", "").replace(",", "")
-    if "." in digits:
-        digits = digits.rstrip("0").rstrip(".")
-    sign, digits = ("-", digits[1:]) if digits.startswith("-") else ("", digits)
-    digits = digits.lstrip("0") or "0"
-    digits = "0" + digits if digits.startswith(".") else digits
-    return digits if digits == "0" else sign + digits

@@ -1,0 +1,142 @@
+"""Load what is to be evaluated: an adapter on its base, or a whole model; and say exactly which one it is."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SAMPLED_ABOVE = 1 << 30  # bytes; larger weight files are hashed in part
+_CHUNK = 1 << 20
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """
+    A model ready to be evaluated.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        tokenizer: of the adapter's folder, else of the base.
+        base: id or folder of the base.
+        adapter: folder or id of the adapter, None for a whole model.
+        identity: what the model is: ids, revisions and digests of local files. Holds no path.
+    """
+
+    model: Any
+    tokenizer: Any
+    base: str
+    adapter: str | None
+    identity: dict[str, Any]
+
+
+def load_for_evaluation(
+    name: str, base: str | None = None, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+) -> Loaded:
+    """
+    Load an adapter on its base, or a model.
+
+    Args:
+        name: folder or id of an adapter or of a model.
+        base: folder or id of the base, in place of the one named by the adapter.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
+        device: such as "cuda:0"; None is a GPU where there is one.
+        trust_remote_code: run code of a model's repository.
+
+    Raises:
+        ValueError: the adapter names no base that can be found, `base` was given for a whole model, or the name is
+            neither.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    config = _adapter_config(name)
+    if config is None and base is not None:
+        raise ValueError(f"{name} is a whole model, not an adapter, so it has no base. Leave --base out.")
+    source = name if config is None else base or config.get("base_model_name_or_path")
+    if not source:
+        raise ValueError(f"The adapter {name} does not name its base model. Give --base MODEL.")
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+    except OSError as error:
+        hint = "" if config is None else " Give --base MODEL if the base is elsewhere."
+        raise ValueError(f"{source} could not be loaded: {error}{hint}") from error
+    identity = {"model": _public(source), **_digest(source, model), "dtype": dtype}
+    if config is not None:
+        model = PeftModel.from_pretrained(model, name)
+        identity |= {"adapter": _digest(name, None) | {"name": _public(name)}}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    return Loaded(model.to(device).eval(), tokenizer, source, name if config is not None else None, identity)
+
+
+def _adapter_config(name: str) -> dict[str, Any] | None:
+    """The configuration of an adapter; None where the name is that of a whole model."""
+    folder = Path(name)
+    if folder.is_dir():
+        path = folder / "adapter_config.json"
+        if not path.is_file():
+            if not (folder / "config.json").is_file():
+                raise ValueError(f"The folder {name} holds neither adapter_config.json nor config.json.")
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ValueError(f"There is no folder {name}.")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return json.loads(Path(hf_hub_download(name, "adapter_config.json")).read_text(encoding="utf-8"))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"{name} is no folder, and the Hub could not be asked for it: {error}") from error
+    except EntryNotFoundError:
+        return None
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{name} is neither a folder nor a repository on the Hub that you may read.") from error
+
+
+def _public(name: str) -> str | None:
+    """An id on the Hub, None for a local folder, whose path is nobody's business."""
+    return None if Path(name).exists() else name
+
+
+def _digest(name: str, model: Any) -> dict[str, Any]:
+    """What tells a model (or an adapter: no `model`) from another: the commit of its repository, or a file digest."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if model is not None:
+            return {"revision": getattr(model.config, "_commit_hash", None)}
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "adapter_config.json")  # .../snapshots/COMMIT/adapter_config.json
+        return {"revision": Path(cached).parent.name if isinstance(cached, str) else None}
+    digest = hashlib.sha256()
+    adapter = folder / "adapter_config.json"
+    files = [adapter if adapter.is_file() else folder / "config.json"]
+    files += sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    for path in files:
+        digest.update(path.name.encode())
+        _add_file(digest, path)
+    return {"sha256": digest.hexdigest()}
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    """Add a file to a digest: all of it, or its size and 64 parts of it where it is very large."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _SAMPLED_ABOVE:
+            for chunk in iter(lambda: file.read(_CHUNK), b""):
+                digest.update(chunk)
+            return
+        digest.update(str(size).encode())
+        for part in range(64):
+            file.seek(part * (size - _CHUNK) // 63)
+            digest.update(file.read(_CHUNK))
