@@ -1,74 +1,85 @@
 """What is written where: checkpoints hold the echo networks beside the adapter, the final folder never does."""
 
+import errno
 import json
-import logging
 import os
-import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from .checkpoint_files import STAGING, is_checkpoint, last_whole_checkpoint, publish, publish_files, write_manifest
+from .final_save import compare_written, finish_adapter, refuse_non_finite, trained_tensors
 from .network import site_key
-from .portable import NotPortableError, make_portable
+from .resume import check_same_run, find_checkpoint, run_facts
 from .run_folder import write_run_folder
-from .serving_adapter import AdapterError
-from .serving_check import check_adapter
-from .serving_rules import Verdict
-
-logger = logging.getLogger(__name__)
 
 ECHO_WEIGHTS = "echo_networks.safetensors"
 TRAINING_ARGUMENTS = "training_args.bin"
 RESUME_OPTIONS = (
     "bottleneck", "aggregation", "positions", "p_start", "p_end", "kd_weight", "kd_temperature", "teacher",
 )  # fmt: skip
-_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
-
-
-def is_checkpoint(folder: str | os.PathLike) -> bool:
-    """Whether a folder is named like a checkpoint of the Trainer."""
-    return bool(_CHECKPOINT.fullmatch(Path(folder).name))
-
-
-def finish_adapter(folder: str, model: Any, portable: bool) -> None:
-    """
-    Bring a final adapter into the portable form, if asked, and say which engines would not serve it as trained.
-
-    Args:
-        folder: where PEFT has just saved the adapter.
-        model: the PeftModel; only the shapes of its base are used.
-        portable: whether to rewrite. What is not plain LoRA (DoRA, saved modules) keeps its form.
-    """
-    if not hasattr(model, "peft_config"):
-        return
-    base = model.get_base_model().config
-    name = model.active_adapters[0]
-    if name != "default":  # PEFT saves a named adapter in a folder of its name
-        folder = os.path.join(folder, name)
-    try:
-        if portable:
-            make_portable(folder, base)
-    except NotPortableError as error:
-        logger.warning("The adapter keeps its trained form: %s", error)
-    except AdapterError as error:
-        logger.error("The adapter in %s is damaged: %s", folder, error)
-    report = check_adapter(folder, base=base)
-    for engine, verdict in report.verdicts.items():
-        if verdict in (Verdict.REFUSES, Verdict.SILENTLY_WRONG):
-            rules = ", ".join(found.rule.name for found in report.for_engine(engine))
-            logger.warning(
-                "%s %s this adapter (%s); `echo-trainer check %s` says why.", engine, verdict, rules, folder
-            )
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class EchoCheckpointMixin:
     """Saving and loading for `EchoSFTTrainer`; relies on `self.echo` (an `EchoSetup`, or None with the echo off)."""
 
     echo: Any = None
+    _staging: str | None = None
+    _push_after_publishing = False
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint into a staging folder, and rename it into its place once it is complete."""
+        run_dir = super()._get_output_dir(trial=trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging, final = os.path.join(run_dir, STAGING), os.path.join(run_dir, name)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with _clean_failure(staging, run_dir, final):
+            self._staging, self._push_after_publishing = staging, False
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if (self.state.best_model_checkpoint or "").startswith(staging):
+                self.state.best_model_checkpoint = final
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(staging, name, "trainer_state.json"))
+                write_manifest(os.path.join(staging, name), run_facts(self))
+                publish(os.path.join(staging, name), final)
+                shutil.rmtree(staging)
+                rotate_checkpoints(
+                    output_dir=run_dir,
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=True,
+                )
+        self.accelerator.wait_for_everyone()
+        if self._push_after_publishing:
+            self._push_from_checkpoint(final)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The folder of the run; while a checkpoint is being saved, its staging folder."""
+        return self._staging or super()._get_output_dir(trial=trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint; only after it has its final name."""
+        if self._staging:
+            self._push_after_publishing = True
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the echo networks with the optimizer state they belong to (skipped by `save_only_model`)."""
@@ -80,8 +91,29 @@ class EchoCheckpointMixin:
             metadata = {"echo": json.dumps(self._echo_options())}
             save_file(state, os.path.join(output_dir, ECHO_WEIGHTS), metadata=metadata)
 
+    # Resuming
+
+    def _resume_point(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint to continue from, the same on every process (see `resume.find_checkpoint`)."""
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = find_checkpoint(self.args.output_dir, wanted)
+                if found[0] is not None:
+                    facts = run_facts(self)
+                    del facts["planned_steps"]  # known once training begins
+                    check_same_run(found[0], facts)
+            except ValueError as error:
+                found[1] = str(error)
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise ValueError(found[1])
+        return found[0]
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the echo networks before the optimizer state that belongs to them."""
+        if checkpoint is not None and self.accelerator.is_main_process:
+            check_same_run(checkpoint, {"planned_steps": self.state.max_steps})
         if checkpoint is not None and self.echo is not None:
             self._load_echo_networks(checkpoint)
         elif checkpoint is not None and os.path.isfile(os.path.join(checkpoint, ECHO_WEIGHTS)):
@@ -128,24 +160,80 @@ class EchoCheckpointMixin:
             "seed": self.args.resolved_echo_seed,
         }
 
+    # The final adapter
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save an ordinary PEFT adapter; outside checkpoints also the card and the record of the run."""
+        """
+        Save an ordinary PEFT adapter; outside checkpoints also the card and the record of the run.
+
+        Raises:
+            NonFiniteAdapterError: the adapter holds NaN or infinity; nothing was written.
+            OSError: what was written is not what was trained.
+        """
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        super()._save(output_dir, state_dict=state_dict)
-        if not self.args.should_save:
+        adapters = trained_tensors(self.model, state_dict) if self.args.should_save else {}
+        refuse_non_finite(adapters, last_whole_checkpoint(self.args.output_dir)[0])
+        if is_checkpoint(output_dir):
+            super()._save(output_dir, state_dict=state_dict)
+            if self.args.should_save:
+                _drop_pickle(output_dir)
             return
-        # The pickle of the arguments is needed by nothing and would be uploaded with the adapter.
-        Path(output_dir, TRAINING_ARGUMENTS).unlink(missing_ok=True)
-        if not is_checkpoint(output_dir):
-            finish_adapter(output_dir, self.model, portable=self.args.portable_adapter)
-            write_run_folder(self, output_dir)
+        staging = os.path.join(output_dir, STAGING)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        with _clean_failure(staging, self.args.output_dir, output_dir):
+            super()._save(staging, state_dict=state_dict)
+            if not self.args.should_save:
+                return
+            _drop_pickle(staging)
+            compare_written(staging, adapters)
+            finish_adapter(staging, self.model, portable=self.args.portable_adapter, shown_as=output_dir)
+            write_run_folder(self, staging)
+            publish_files(staging, output_dir)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
     ) -> None:
         """Write our model card and run record to `output_dir` (TRL calls this at every checkpoint and push)."""
         if self.is_world_process_zero():
-            write_run_folder(self, self.args.output_dir, dataset_name=dataset_name)
+            staging = os.path.join(self.args.output_dir, f"{STAGING}-card")
+            with _clean_failure(staging, self.args.output_dir, self.args.output_dir):
+                write_run_folder(self, staging, dataset_name=dataset_name)
+                publish_files(staging, self.args.output_dir)
+
+
+@contextmanager
+def _clean_failure(staging: str, run_dir: str, final: str) -> Iterator[None]:
+    """Remove what a failed save has left, and say what is lost (nothing) where the disk is full."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = _disk_is_full(error, run_dir)
+        shutil.rmtree(staging, ignore_errors=True)
+        if not full:
+            raise
+        whole, _ = last_whole_checkpoint(run_dir)
+        back = f"The last whole checkpoint is {whole}" if whole else f"There is no checkpoint in {run_dir} yet"
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk is full: {final} could not be written ({error}). {back}. Free some space (save_total_limit=2 "
+            f"keeps two checkpoints only) and start again with resume_from_checkpoint=True",
+        ) from error
+
+
+def _disk_is_full(error: BaseException, folder: str) -> bool:
+    """Whether a failed write ran out of space; torch and safetensors do not say so by an error number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _NO_SPACE
+    text = str(error)
+    if any(sign in text for sign in ("No space left", "File too large", "quota exceeded")):
+        return True
+    return "file write failed" in text or ("unexpected pos" in text and shutil.disk_usage(folder).free < 2**24)
+
+
+def _drop_pickle(folder: str) -> None:
+    """Remove the pickle of the arguments: nothing needs it, and it would be uploaded with the adapter."""
+    Path(folder, TRAINING_ARGUMENTS).unlink(missing_ok=True)
 
 
 def _whole(value: torch.Tensor) -> torch.Tensor:

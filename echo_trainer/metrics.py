@@ -13,7 +13,10 @@ from .plan import EchoPlan
 
 SUMS = ("ce_plain", "entropy", "correct", "ce_plain_routed", "ce_echo", "kd", "agreement")
 MEANS = ("gate", "relative_delta", "aux_loss")
-COUNTS = ("tokens", "routed_tokens", "input_tokens", "samples", "routed", "unroutable", "echo_passes", "passes", "p")
+COUNTS = (
+    "tokens", "routed_tokens", "input_tokens", "samples", "routed", "unroutable", "echo_passes", "passes", "p",
+    "nonfinite",
+)  # fmt: skip
 _COLUMNS = (*SUMS, *MEANS, *COUNTS)
 
 
@@ -37,12 +40,24 @@ class EchoMetrics:
             "samples": plan.n_samples,
             "routed": plan.n_routed,
             "unroutable": plan.n_unroutable,
-            "echo_passes": float(plan.layout is not None),
+            "echo_passes": float(plan.layout is not None and not plan.weightless),
             "passes": 1,
             "p": plan.probability,
         }
         for name, value in counts.items():
             self._counts[name] += value
+
+    def count_non_finite(self) -> None:
+        """Count a micro-batch whose echo pass was thrown away."""
+        self._counts["nonfinite"] += 1
+
+    def snapshot(self) -> tuple:
+        """The sums as they are, for `restore`."""
+        return self._device_sums, dict(self._counts), list(self._input_tokens)
+
+    def restore(self, snapshot: tuple) -> None:
+        """Forget what was added since the snapshot."""
+        self._device_sums, self._counts, self._input_tokens = snapshot
 
     def drain(self, accelerator: Any) -> dict[str, float]:
         """
@@ -86,6 +101,8 @@ def _as_metrics(total: dict[str, float]) -> dict[str, float]:
             "echo/gate": mean("gate", "echo_passes"),
             "echo/relative_delta": mean("relative_delta", "echo_passes"),
         }
+    if total["nonfinite"]:
+        metrics["echo/nonfinite"] = total["nonfinite"]
     if total["aux_loss"]:
         metrics["aux_loss"] = mean("aux_loss", "passes")
     return metrics

@@ -7,6 +7,7 @@ Overrides, each for one reason:
 - `compute_loss`: one forward with both passes; falls through to TRL's without a plan (evaluation, echo off).
 - `create_optimizer`: a learning rate of their own for the echo networks.
 - `log`: add the echo's metrics.
+- `training_step`: guarded against what is not finite, in `guard.py`.
 - saving and loading: in `checkpoint.py`.
 """
 
@@ -25,11 +26,16 @@ from trl import SFTTrainer
 from .checkpoint import EchoCheckpointMixin
 from .collator import PLAN_KEY, DeferredBatch, EchoCollator
 from .config import CKA, EchoSFTConfig
+from .guard import GuardMixin
+from .hub_mixin import EchoHubMixin
 from .layers import decoder_layers, find_sites, resolve_layers
+from .lockstep import needs_lockstep
 from .losses import Distillation
+from .memory import now_running
 from .metrics import EchoMetrics
 from .network import EchoNetworks
 from .passes import EchoSetup
+from .resume import base_fingerprint
 from .routing import RoutingSchedule
 from .selection_use import layers_by_cka
 from .step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
@@ -42,7 +48,7 @@ logger = logging.getLogger(__name__)
 _NOT_FOR_THE_BACKBONE = ("labels", "shift_labels")
 
 
-class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
+class EchoSFTTrainer(GuardMixin, EchoCheckpointMixin, EchoHubMixin, SFTTrainer):
     """
     Supervised fine-tuning with Echo-LoRA; a drop-in replacement for `trl.SFTTrainer`.
 
@@ -81,6 +87,7 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
         self.echo: EchoSetup | None = None
         self._echo_metrics = EchoMetrics()
         super().__init__(**call)
+        self.base_fingerprint = base_fingerprint(self.model)
         if config.echo_enabled:
             check_model(self.model, self.accelerator)
             check_dataset(self.train_dataset, self.data_collator)
@@ -113,7 +120,11 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
         install_echo_forward(self.model, self.echo, kd)
         suffix = choose_suffix(base, args.echo_pass)
         self.data_collator = EchoCollator(
-            self.data_collator, args.echo_positions, suffix, strict=args.echo_pass == "suffix"
+            self.data_collator,
+            args.echo_positions,
+            suffix,
+            strict=args.echo_pass == "suffix",
+            lockstep=needs_lockstep(self.accelerator, self.model),
         )
         logger.info(
             "Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s, %s echo pass.",
@@ -130,13 +141,22 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
             warn_of_lost_answers(dataset_name, len(dataset), len(prepared), args.max_length)
         return prepared
 
-    def train(self, *args: Any, **kwargs: Any):
-        """Train as TRL does. Afterwards the echo networks are no longer part of the model; this trainer keeps them."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """
+        Train as TRL does. Afterwards the echo networks are no longer part of the model; this trainer keeps them.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the last whole one in `output_dir`.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or belongs to another model, batch size or echo.
+        """
+        resume = self._resume_point(resume_from_checkpoint)
         if self.echo is None:
-            return super().train(*args, **kwargs)
+            return super().train(resume, *args, **kwargs)
         attach_networks(self.model, self.echo)
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume, *args, **kwargs)
         finally:
             detach_networks(self.accelerator.unwrap_model(self.model))
 
@@ -195,6 +215,11 @@ class EchoSFTTrainer(EchoCheckpointMixin, SFTTrainer):
         if self.aux_loss_enabled:
             backbone_inputs["output_router_logits"] = True
         output = model(**backbone_inputs, echo_plan=plan)
+        if self.is_deepspeed_enabled and not self._agreed_finite([output["objective"]]):
+            self._count_non_finite()
+            plan = plan.without_echo()
+            output = model(**backbone_inputs, echo_plan=plan)
+        now_running("backward pass")
         n_items = len(plan.labels_N) if num_items_in_batch is None else num_items_in_batch
         loss = output["objective"] / torch.as_tensor(n_items).clamp(min=1)
         # `num_items_in_batch` counts the tokens of every process, and DDP averages gradients over them.

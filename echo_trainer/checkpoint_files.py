@@ -1,0 +1,173 @@
+"""Checkpoint folders that are whole or not there at all.
+
+A checkpoint is written into a staging folder, gets a list of its files (size and SHA-256), is flushed to disk and then
+renamed into its place. So a run that is killed at any moment leaves whole checkpoints and, at most, a staging folder
+that the next save clears. What a disk does to a checkpoint later is seen by its list before anything is loaded.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+STAGING = ".unfinished"
+MANIFEST = "echo_checkpoint.json"
+STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+def is_checkpoint(folder: str | os.PathLike) -> bool:
+    """Whether a folder is named like a checkpoint of the Trainer."""
+    return bool(_CHECKPOINT.fullmatch(Path(folder).name))
+
+
+def checkpoints(run_dir: str | os.PathLike) -> list[Path]:
+    """The checkpoint folders of a run, the latest step first."""
+    run_dir = Path(run_dir)
+    found = [p for p in run_dir.iterdir() if p.is_dir() and is_checkpoint(p)] if run_dir.is_dir() else []
+    return sorted(found, key=lambda path: int(_CHECKPOINT.fullmatch(path.name)[1]), reverse=True)
+
+
+def write_manifest(folder: str | os.PathLike, facts: dict[str, Any]) -> None:
+    """
+    List the files of a checkpoint beside them, with what must not change between stop and resume, and flush it all.
+
+    Args:
+        folder: the complete checkpoint.
+        facts: JSON values, kept under their names.
+    """
+    folder = Path(folder)
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    text = json.dumps({"format": 1, **facts, "files": files}, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """
+    What `write_manifest` wrote; None for a checkpoint of another trainer, which has none.
+
+    Raises:
+        ValueError: the file is there and is no manifest.
+    """
+    path = Path(folder, MANIFEST)
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest["files"], dict):
+            raise TypeError
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{MANIFEST} cannot be read") from None
+    return manifest
+
+
+def damage(folder: str | os.PathLike) -> str | None:
+    """
+    What is wrong with a checkpoint, None if it is whole.
+
+    With a manifest every file is compared with it. Without one (a checkpoint of `SFTTrainer`) only the trainer's state
+    is looked at, which transformers writes last.
+    """
+    folder = Path(folder)
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    if manifest is None:
+        return _damaged_state(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes and had {expected['size']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} has another content than when it was saved"
+    return None
+
+
+def _damaged_state(folder: Path) -> str | None:
+    path = folder / STATE
+    if not path.is_file():
+        return f"{STATE} is missing"
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return f"{STATE} cannot be read"
+    return None
+
+
+def last_whole_checkpoint(run_dir: str | os.PathLike) -> tuple[Path | None, dict[str, str]]:
+    """
+    The latest checkpoint of a run that is whole, and what is wrong with the later ones.
+
+    Returns:
+        Its folder, or None; and a description of the damage by name of the folder.
+    """
+    broken = {}
+    for folder in checkpoints(run_dir):
+        why = damage(folder)
+        if why is None:
+            return folder, broken
+        broken[folder.name] = why
+    return None, broken
+
+
+def publish(staged: str | os.PathLike, final: str | os.PathLike) -> None:
+    """Rename a complete folder into its place. What stood there before is removed afterwards."""
+    staged, final = Path(staged), Path(final)
+    old = staged.with_name(f"{staged.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if final.exists():
+        final.rename(old)
+    staged.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def publish_files(staged: str | os.PathLike, final: str | os.PathLike) -> None:
+    """
+    Move every file of a complete folder into an existing one, each in one rename, and remove the staging folder.
+
+    Weights go first and the cards last: a reader never finds the description of an adapter that is not there yet.
+    """
+    staged, final = Path(staged), Path(final)
+    files = [path for path in staged.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.suffix != ".safetensors", path.suffix == ".md", path.name)):
+        _flush(path)
+        target = final / path.relative_to(staged)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    _flush(final)
+    shutil.rmtree(staged)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Make a file or the names in a folder survive a power failure."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # a system without descriptors of folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # a file system that cannot; the rename is still atomic for every process
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""Numerical guard: what is not finite in the echo pass never reaches a weight.
+
+After the backward pass of a micro-batch its loss and every gradient are looked at. If something is not finite, the
+gradients of that micro-batch are thrown away and it is run again without the echo: CE_plain alone. That is counted
+(`echo/nonfinite`), said, and ends the run when it happens again and again. A plain loss that is not finite ends the
+run at once: no step can follow from it.
+
+The look costs no extra wait: transformers reads the loss at the same place (`logging_nan_inf_filter`).
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .collator import PLAN_KEY
+from .memory import explain_out_of_memory
+from .plan import EchoPlan
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_A_ROW = 10
+"""Micro-batches in a row whose echo pass may be non-finite before the run ends."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or its gradients are NaN or infinite, with a cause that another step cannot mend."""
+
+
+class GuardMixin:
+    """The guarded training step of `EchoSFTTrainer`; relies on `self.echo` and `self._echo_metrics`."""
+
+    echo: Any = None
+    _nonfinite_in_a_row = 0
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """
+        One micro-batch, forward and backward, guarded as the module's docstring says.
+
+        Raises:
+            NonFiniteLossError: the plain loss is not finite, or the echo pass was not in many steps in a row.
+        """
+        plan: EchoPlan | None = inputs.get(PLAN_KEY)
+        if self.echo is None or plan is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        # DeepSpeed steps inside its backward, so what it is given must be finite; `compute_loss` sees to that.
+        before = None if self.is_deepspeed_enabled else self._copy_gradients()
+        metrics = self._echo_metrics.snapshot()
+        with explain_out_of_memory(inputs, plan):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if before is None or self._all_finite(loss):
+                self._nonfinite_in_a_row = 0 if plan.layout is not None else self._nonfinite_in_a_row
+                return loss
+            self._put_gradients(before)
+            self._echo_metrics.restore(metrics)
+            self._count_non_finite()
+            loss = super().training_step(model, {**inputs, PLAN_KEY: plan.without_echo()}, num_items_in_batch)
+        if not self._all_finite(loss):
+            self._put_gradients(before)
+            raise NonFiniteLossError(
+                f"The plain loss or its gradients are not finite at step {self.state.global_step} (loss "
+                f"{float(loss):g}), without any echo: training has diverged or a sample overflows the model's dtype. "
+                f"No weight was changed by this step. Continue from the last checkpoint with a lower learning_rate, "
+                f"max_grad_norm=1.0 or bf16 instead of fp16."
+            )
+        return loss
+
+    def _count_non_finite(self) -> None:
+        """Count a micro-batch whose echo was thrown away; say so now and then, and stop when it goes on."""
+        self._nonfinite_in_a_row += 1
+        self._echo_metrics.count_non_finite()
+        logger.warning(
+            "Step %d: the echo pass gave a loss or gradients that are not finite. The step goes on with the plain "
+            "loss (%d in a row; the run stops at %d).",
+            self.state.global_step,
+            self._nonfinite_in_a_row,
+            MAX_IN_A_ROW,
+        )
+        if self._nonfinite_in_a_row >= MAX_IN_A_ROW:
+            raise NonFiniteLossError(
+                f"The echo pass was not finite in {MAX_IN_A_ROW} micro-batches in a row, up to step "
+                f"{self.state.global_step}. The adapter's weights are intact: those steps used the plain loss. Set a "
+                f"lower echo_learning_rate (or learning_rate), bf16 instead of fp16, or switch the echo off with "
+                f"echo_p_start=0 and echo_p_end=0, and continue from the last checkpoint."
+            )
+
+    def _all_finite(self, loss: Tensor) -> bool:
+        """Whether loss and gradients are finite on every process; the same answer on all of them."""
+        # fp16 scales the loss so high that infinite gradients are normal: the scaler looks at those itself.
+        gradients = [] if self.accelerator.scaler is not None else map(_local, self._gradients().values())
+        return self._agreed_finite([loss, *gradients])
+
+    def _agreed_finite(self, tensors: list[Tensor]) -> bool:
+        """Whether all are finite on every process. Every process must call it."""
+        finite = torch.stack([torch.isfinite(x).all().to(tensors[0].device) for x in tensors]).all()
+        if self.accelerator.num_processes > 1:
+            finite = self.accelerator.reduce((~finite).float(), reduction="sum") == 0
+        return bool(finite)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad and p.grad is not None}
+
+    def _copy_gradients(self) -> dict[str, Tensor]:
+        """Gradients of the micro-batches before, with accumulation; else nothing."""
+        return {name: gradient.clone() for name, gradient in self._gradients().items()}
+
+    @torch.no_grad()
+    def _put_gradients(self, gradients: dict[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                if name in gradients:  # in place: DDP may hold a view of it
+                    parameter.grad.copy_(gradients[name])
+                else:
+                    parameter.grad = None
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """The part of a sharded gradient that this process holds."""
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
