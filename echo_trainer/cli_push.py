@@ -9,7 +9,7 @@ Made if it does not exist, uploaded in one commit, tried again after passing fau
 """
 EPILOG = """\
 The token is that of `hf auth login`, or HF_TOKEN; it needs write permission. Adapters that hold NaN or infinity, and
-folders without an adapter, are refused. An existing public repository is never used for a push that asks for --private.
+folders without an adapter, are refused. A push that asks for --private never goes to an existing public repository.
 
 exit status:
   0  pushed, and every checksum is right
@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--message", default="Upload adapter", help="commit message")
     parser.add_argument("--attempts", type=int, default=5, help="tries after passing faults (default: 5)")
     parser.add_argument("--timeout", type=float, default=60.0,
-                        help="seconds without a sign of life after which a request is given up (default: 60)")  # fmt: skip
+                        help="seconds of silence after which a request is given up (default: 60)")  # fmt: skip
     return parser
 
 

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def preflight(
             was asked for.
         Exception: what huggingface_hub raised.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
@@ -146,7 +147,7 @@ def preflight(
     if not token:
         raise RefusedError("there is no access token. Log in with `hf auth login`, or set HF_TOKEN to a token "
                                  "with write permission")  # fmt: skip
-    api, secrets = HfApi(token=token), (token,)
+    api, secrets = hub_api(token), (token,)
     who = patiently("Asking the Hub whose token this is", lambda: api.whoami(token, cache=True), patience, secrets)
     if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise RefusedError("the token may only read. Make one with write permission in your account's settings, "
@@ -170,9 +171,7 @@ def preflight(
 
 
 def _upload(copy: Path, target: Target, message: str, patience: Patience, notes: list[str]) -> Pushed:
-    from huggingface_hub import HfApi
-
-    api, secrets = HfApi(token=target.token), (target.token,)
+    api, secrets = hub_api(target.token), (target.token,)
     files = sorted(path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file())
     where = {"repo_id": target.repo_id, "revision": target.revision}
 
@@ -191,6 +190,14 @@ def _upload(copy: Path, target: Target, message: str, patience: Patience, notes:
     url = f"{api.endpoint}/{target.repo_id}"
     logger.info("Pushed %d files to %s (%s).", len(files), url, "private" if target.private else "public")
     return Pushed(target.repo_id, url, target.private, commit.oid, commit.commit_url, files, notes)
+
+
+@lru_cache(maxsize=8)
+def hub_api(token: str) -> Any:
+    """The library's client for a token; one for all pushes, since the Hub allows few questions whose token it is."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token)
 
 
 def known_tokens(*given: str | None) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from .serving_adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapter
 
+MANIFEST = "echo_checkpoint.json"  # as in checkpoint_files.py, which takes long to import
 ADAPTER = (CONFIG_NAME, WEIGHTS_NAME)
 MODEL = ("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
          "model.safetensors.index.json")  # fmt: skip
@@ -28,7 +29,7 @@ BESIDES = ("README.md", "LICENSE", "echo_run.json", "layer_selection.json", "ass
            *TOKENIZER)  # fmt: skip
 # What a resume needs besides the adapter; the pickled arguments are not among it.
 RESUME = ("echo_networks.safetensors", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth",
-          "trainer_state.json")  # fmt: skip
+          "trainer_state.json", MANIFEST)  # fmt: skip
 
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 _TEXTS = {".json", ".md", ".jinja", ".yaml", ".txt"}
@@ -84,8 +85,11 @@ def copy_run(folder: Path, out: Path, whole_model: bool = False) -> Path:
             raise AdapterError(f"'{folder}' holds no model: config.json and model.safetensors are expected in it.")
     else:
         source = adapter_folder(folder)
-        read_adapter(source)  # says what is missing or cut short
         copy_listed(source, out, (*ADAPTER, "README.md"))
+        try:
+            read_adapter(out)  # says what is missing or cut short
+        except AdapterError as error:
+            raise AdapterError(str(error).replace(str(out), str(source))) from error
     copy_listed(folder, out, BESIDES)
     return out
 
@@ -142,28 +146,38 @@ def clean_copy(folder: Path, base_model: str | None) -> list[str]:
     Returns:
         Notes for the user.
     """
-    notes = []
-    path = folder / CONFIG_NAME
-    if path.is_file():
+    nameless = False
+    for path in sorted(folder.rglob(CONFIG_NAME)):
         config = json.loads(path.read_text(encoding="utf-8"))
         name = config.get("base_model_name_or_path")
         known = base_model or id_from_cache(name)
         if known or is_local(name) or _base_was_local(folder):
             config["base_model_name_or_path"] = known
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            _clean_card(folder / "README.md", name, known)
-        if config.get("base_model_name_or_path") is None:
-            notes.append(
-                "The adapter does not name its base model on the Hub, since it was trained on a local folder: others "
-                "must load the base by hand. If it is on the Hub, push again with --base ID (or base_model=ID)."
-            )
-    path = folder / "trainer_state.json"
-    if path.is_file():
+            _clean_card(path.with_name("README.md"), name, known)
+        nameless |= config.get("base_model_name_or_path") is None
+    for path in sorted(folder.rglob("trainer_state.json")):
         state = json.loads(path.read_text(encoding="utf-8"))
         if state.get("best_model_checkpoint"):
             state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
             path.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return notes
+    for path in sorted(folder.rglob(MANIFEST)):
+        _list_again(path.parent)
+    if not nameless:
+        return []
+    return [
+        "The adapter does not name its base model on the Hub, since it was trained on a local folder: others must "
+        "load the base by hand. If it is on the Hub, push again with --base ID (or base_model=ID)."
+    ]
+
+
+def _list_again(checkpoint: Path) -> None:
+    """Bring the list of a checkpoint's files in line with the copy, so that a resume from it finds no damage."""
+    from .checkpoint_files import read_manifest, write_manifest
+
+    facts = read_manifest(checkpoint)
+    del facts["files"], facts["format"]
+    write_manifest(checkpoint, facts)
 
 
 def _base_was_local(folder: Path) -> bool:

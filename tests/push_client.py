@@ -1,0 +1,131 @@
+"""A process that pushes on command: one JSON call a line on stdin, one JSON answer a line on stdout.
+
+huggingface_hub reads its settings when it is imported, so pushing to the test Hub needs a process of its own.
+"""
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SETTINGS = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "PYTHONUNBUFFERED": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+_UNSET = ("HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "HF_HUB_ETAG_TIMEOUT")
+
+
+class Client:
+    """The process, seen from the test."""
+
+    def __init__(self, url: str, home: Path):
+        environment = {k: v for k, v in os.environ.items() if k not in _UNSET}
+        environment |= SETTINGS | {"HF_ENDPOINT": url, "HF_HOME": str(home)}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, function: str, *arguments: object, **options: object) -> dict:
+        """Call a function below; returns its answer with "log", "seconds" and, if it raised, "error"."""
+        self.process.stdin.write(json.dumps([function, [str(a) for a in arguments], options]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def push(folder: str, repo_id: str, patience: dict | None = None, **options: object) -> dict:
+    from dataclasses import asdict
+
+    from echo_trainer.hub import push_folder
+    from echo_trainer.hub_client import Patience
+
+    quick = {"attempts": 3, "wait": 0.05, "timeout": 5.0, **(patience or {})}
+    return asdict(push_folder(folder, repo_id, patience=Patience(**quick), **options))
+
+
+def forget_user() -> dict:
+    """Ask the Hub again whose token it is; the library keeps the answer."""
+    from echo_trainer.hub import hub_api
+
+    hub_api.cache_clear()
+    return {}
+
+
+def command(*arguments: str, token: str | None = None) -> dict:
+    from contextlib import redirect_stderr, redirect_stdout
+
+    from echo_trainer import cli
+
+    os.environ.pop("HF_TOKEN", None)
+    if token:
+        os.environ["HF_TOKEN"] = token
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            status = cli.main(["push", *arguments])
+    finally:
+        os.environ.pop("HF_TOKEN", None)
+    return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def logits(base: str, adapter: str, token: str, out: str) -> dict:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, token=token).eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=torch.arange(2, 20)[None]).logits, out)
+    return {}
+
+
+def train(folder: str, base: str, token: str, **options: object) -> dict:
+    """Train a tiny model, then call `after`: "push_to_hub", "save_model" or nothing."""
+    import torch
+    from training import echo_trainer
+    from transformers import AutoModelForCausalLM
+
+    from echo_trainer.hub_client import Patience
+    from echo_trainer.hub_mixin import EchoHubMixin
+
+    EchoHubMixin.hub_patience = Patience(attempts=2, wait=0.05, timeout=5.0)
+    after, arguments, resume = options.pop("after", None), options.pop("arguments", {}), options.pop("resume", None)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    trainer = echo_trainer(folder, model=model, hub_token=token, max_steps=4, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    if after:
+        getattr(trainer, after)(**arguments)
+    trainer.model.eval()
+    with torch.no_grad():
+        torch.save(trainer.model(input_ids=torch.arange(2, 20)[None]).logits, Path(folder, "trained.pt"))
+    return {"hub_model_id": trainer.hub_model_id}
+
+
+def _serve() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    answers, sys.stdout = sys.stdout, sys.stderr
+    logging.basicConfig()
+    for line in sys.stdin:
+        function, arguments, options = json.loads(line)
+        heard = io.StringIO()
+        handler = logging.StreamHandler(heard)
+        logger = logging.getLogger("echo_trainer")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        begin = time.monotonic()
+        try:
+            answer = globals()[function](*arguments, **options)
+        except Exception as error:
+            answer = {"error": str(error), "kind": type(error).__name__}
+        logger.removeHandler(handler)
+        answer |= {"log": heard.getvalue(), "seconds": time.monotonic() - begin}
+        print(json.dumps(answer, default=str), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
