@@ -192,6 +192,10 @@ def _rank(model: Any, tokenizer: Any, task: Task, batch: list[int], num_beams: i
         names = [task.extract(option) for option in item.options]
         best = max(range(len(names)), key=lambda o: scores[o].log_likelihood)
         per_token = max(range(len(names)), key=lambda o: scores[o].log_likelihood / scores[o].n_tokens)
+        if item.reference not in names:
+            raise ValueError(
+                f"Item {index} has the answer {item.reference!r}, which is not among its options {names}."
+            )
         right = names.index(item.reference)
         records.append(
             Record(

@@ -18,13 +18,14 @@ class RecordFile:
     Args:
         path: the file. It is made with its folder if it does not exist.
         identity: everything that decides the outcome (model, data, options). A file of something else is refused.
+        notes: keys of `identity` that only explain (the digest of the items decides); alone they refuse nothing.
 
     Raises:
         ValueError: the file was written for another identity, or is no file of records.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]):
-        self.path, self.identity = path, identity
+    def __init__(self, path: Path, identity: dict[str, Any], notes: Sequence[str] = ()):
+        self.path, self.identity, self.notes = path, identity, set(notes)
         self.done: dict[int, Record] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and path.stat().st_size:
@@ -63,7 +64,7 @@ class RecordFile:
         changed = sorted(
             key for key in {*found, *self.identity} if _plain(found.get(key)) != _plain(self.identity.get(key))
         )
-        if changed:
+        if set(changed) - self.notes:
             was = ", ".join(f"{key} {found.get(key)!r} (now {self.identity.get(key)!r})" for key in changed)
             raise ValueError(
                 f"{self.path} holds records of another evaluation: {was}. They are not mixed. Give another --output, "

@@ -65,7 +65,9 @@ def run_evaluation(
         path = folder / f"{task.name}.{mode}.jsonl"
         if restart:
             path.unlink(missing_ok=True)
-        files[task.name] = RecordFile(path, _identity(loaded, task, mode, num_beams, settings or {}))
+        files[task.name] = RecordFile(
+            path, _identity(loaded, task, mode, num_beams, settings or {}), [*(settings or {})]
+        )
     results, clock = [], _Clock()
     for task in tasks:
         file = files[task.name]
