@@ -15,6 +15,7 @@ _COMMANDS = {
     "check": ("cli_serving", "say whether serving engines will serve an adapter as it was trained"),
     "export": ("cli_serving", "write an adapter in another form: portable, merged, LoRA from DoRA, GGUF"),
     "push": ("cli_push", "push a finished run to the Hub, and compare every checksum"),
+    "ablate": ("cli_ablate", "measure which part of Echo-LoRA makes a difference: arms x seeds, paired"),
     "recipes": ("cli", "list the recipes that ship with the package"),
 }
 

@@ -1,0 +1,171 @@
+"""Every comparison that the report shows, computed from the runs on disk."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .arms import ARMS, BASELINE, find_arms
+from .plan import Run, family_of
+from .recipe import AblationRecipe
+from .results import load_items, load_result
+from .statistics import Comparison, compare, holm
+
+METRICS = ("accuracy", "nll")
+_KEY = {"accuracy": "correct", "nll": "nll"}
+CONTRASTS = (
+    ("echo", "echo-zero", "the injection, everything else kept"),
+    ("echo", "echo-shuffled", "the sample's own echo instead of another's"),
+    ("echo", "echo-noise", "an echo instead of noise"),
+    ("echo", "lora-compute-matched", "the same compute spent on more steps"),
+    ("echo", "echo-no-kd", "the distillation"),
+)
+
+
+@dataclass
+class ArmRuns:
+    """
+    Finished runs of an arm and adapter.
+
+    Attributes:
+        results: `result.json` by seed.
+        items: items by seed.
+    """
+
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    items: dict[int, dict[str, dict[str, list]]] = field(default_factory=dict)
+
+    def mean(self, key: str, task: str | None = None) -> float:
+        """Mean over seeds of a number of the results; accuracy and NLL are of `task`, or the mean of the tasks."""
+        values = []
+        for result in self.results.values():
+            if key in METRICS:
+                tasks = [result["tasks"][task]] if task else list(result["tasks"].values())
+                values.append(np.mean([entry[key] for entry in tasks]))
+            elif result.get(key) is not None:
+                values.append(result[key])
+        return float(np.mean(values)) if values else math.nan
+
+
+def collect(recipe: AblationRecipe, output: Path, rates: dict[str, Any]) -> dict[str, dict[str, ArmRuns]]:
+    """Finished runs by adapter and arm."""
+    found: dict[str, dict[str, ArmRuns]] = {}
+    for adapter in recipe.adapters:
+        for arm in find_arms(recipe.arms):
+            rate = rates[adapter][family_of(arm, recipe.learning_rate_choice)]["chosen"]
+            runs = ArmRuns()
+            for seed in recipe.seeds:
+                run = Run(arm.name, adapter, seed, rate)
+                result = load_result(output, run)
+                if result is not None:
+                    runs.results[seed], runs.items[seed] = result, load_items(output, run)
+            if runs.results:
+                found.setdefault(adapter, {})[arm.name] = runs
+    return found
+
+
+def paired(one: ArmRuns, other: ArmRuns, metric: str, tasks: list[str]) -> Comparison | None:
+    """`one` minus `other` over the seeds that both have; None where there is none."""
+    seeds = [seed for seed in one.items if seed in other.items]
+    if not seeds:
+        return None
+    key = _KEY[metric]
+    return compare(
+        [
+            np.array([np.subtract(one.items[s][task][key], other.items[s][task][key], dtype=float) for s in seeds])
+            for task in tasks
+        ]
+    )
+
+
+def check_pairs(runs: dict[str, ArmRuns]) -> list[str]:
+    """Where arms of a seed did not start from the same weights or did not see the same batches, in words."""
+    faults = []
+    base = runs.get(BASELINE, ArmRuns()).results
+    for arm, found in runs.items():
+        for seed, result in found.results.items():
+            if seed not in base:
+                continue
+            same = min(len(result["batches"]), len(base[seed]["batches"]))
+            if result["batches"][:same] != base[seed]["batches"][:same]:
+                faults.append(f"{arm}, seed {seed}: other batches than {BASELINE}")
+            if result["initial_weights"] != base[seed]["initial_weights"]:
+                faults.append(f"{arm}, seed {seed}: other initial weights than {BASELINE}")
+    return faults
+
+
+def summarise(recipe: AblationRecipe, output: Path, rates: dict[str, Any]) -> dict[str, Any]:
+    """
+    All numbers of the report, ready for JSON.
+
+    Returns:
+        By adapter: `arms` (means, ratios and comparisons with `lora`), `contrasts`, `tasks`, `faults`.
+    """
+    summary: dict[str, Any] = {}
+    for adapter, runs in collect(recipe, output, rates).items():
+        tasks = list(next(iter(next(iter(runs.values())).items.values())))
+        rows = {arm: _row(arm, found, runs, tasks) for arm, found in runs.items()}
+        for metric in METRICS:
+            shown = [row for row in rows.values() if row[metric]["to_lora"]]
+            for row, p in zip(shown, holm([row[metric]["to_lora"]["p"] for row in shown]), strict=True):
+                row[metric]["to_lora"]["holm"] = p
+        summary[adapter] = {
+            "arms": rows,
+            "contrasts": _contrasts(runs, tasks),
+            "tasks": tasks,
+            "n_items": {task: len(next(iter(runs.values())).items[_first(runs)][task]["correct"]) for task in tasks},
+            "faults": check_pairs(runs),
+            "rates": rates[adapter],
+        }
+    return summary
+
+
+def _first(runs: dict[str, ArmRuns]) -> int:
+    return next(iter(next(iter(runs.values())).items))
+
+
+def _row(arm: str, found: ArmRuns, runs: dict[str, ArmRuns], tasks: list[str]) -> dict[str, Any]:
+    base = runs.get(BASELINE)
+    # On a shared CPU the clock on the wall measures the neighbours as well.
+    on_cpu = all(result["device"] == "CPU" for result in found.results.values())
+    clock = "training_cpu_seconds" if on_cpu else "training_seconds"
+    row: dict[str, Any] = {
+        "what": ARMS[arm].what,
+        "seeds": sorted(found.results),
+        "steps": found.mean("steps"),
+        "training_seconds": found.mean("training_seconds"),
+        "training_cpu_seconds": found.mean("training_cpu_seconds"),
+        "peak_memory": found.mean("peak_memory"),
+        "flops": found.mean("flops"),
+        "flops_ratio": found.mean("flops") / base.mean("flops") if base else math.nan,
+        "time_ratio": found.mean(clock) / base.mean(clock) if base else math.nan,
+        "clock": clock,
+    }
+    for metric in METRICS:
+        compared = base is not None and arm != BASELINE
+        pairs = {task: paired(found, base, metric, [task]) for task in tasks} if compared else {}
+        macro = paired(found, base, metric, tasks) if compared else None
+        row[metric] = {
+            "mean": found.mean(metric),
+            "by_task": {task: found.mean(metric, task) for task in tasks},
+            "to_lora": asdict(macro) if macro else None,
+            "to_lora_by_task": {task: asdict(pair) for task, pair in pairs.items() if pair},
+        }
+    return row
+
+
+def _contrasts(runs: dict[str, ArmRuns], tasks: list[str]) -> list[dict[str, Any]]:
+    found = []
+    for one, other, what in CONTRASTS:
+        if one in runs and other in runs:
+            pairs = {metric: paired(runs[one], runs[other], metric, tasks) for metric in METRICS}
+            if all(pairs.values()):
+                found.append(
+                    {"one": one, "other": other, "what": what, **{m: asdict(pair) for m, pair in pairs.items()}}
+                )
+    for metric in METRICS:
+        for entry, p in zip(found, holm([entry[metric]["p"] for entry in found]), strict=True):
+            entry[metric]["holm"] = p
+    return found

@@ -1,0 +1,113 @@
+"""Training, held-out and test items of an ablation, from local files."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation import Item, Task
+from ..evaluation_tasks import commonsense_task, prompt_completion_task, read_rows
+from ..templates import TEMPLATES
+from .recipe import AblationRecipe
+
+_SPLIT_SEED = 0
+
+
+def load_examples(recipe: AblationRecipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """
+    Training and held-out examples with a prompt and a completion; the same for every run and seed.
+
+    Raises:
+        ValueError: nothing would be left to train on, or an example has no prompt and completion.
+    """
+    template = TEMPLATES.get(recipe.training.get("dataset_template"), dict)
+    rows = [template(row) for path in recipe.train for row in read_rows(Path(path))]
+    for row in rows:
+        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
+            raise ValueError(
+                f"Training examples need `prompt` and `completion` as text; found {sorted(row)}. Set "
+                f"`dataset_template: alpaca` for files with instruction and output."
+            )
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(rows))
+    held_out = [rows[i] for i in order[: recipe.validation_items]]
+    train = [rows[i] for i in order[recipe.validation_items :]][: recipe.train_limit]
+    if not train:
+        raise ValueError(
+            f"`validation_items` is {recipe.validation_items}, and the training files have {len(rows)} examples: none "
+            f"is left to train on. Hold out fewer."
+        )
+    keep = ("prompt", "completion")
+    return [{k: row[k] for k in keep} for row in train], [{k: row[k] for k in keep} for row in held_out]
+
+
+def load_tests(recipe: AblationRecipe) -> list[Task]:
+    """
+    The test sets.
+
+    Raises:
+        ValueError: two have the same name, or one has unknown options.
+    """
+    tasks = [make_task(recipe, **test) for test in recipe.tests]
+    names = [task.name for task in tasks]
+    if len(set(names)) != len(names):
+        raise ValueError(f"Two test sets have the same name: {names}. Give each a `name` of its own.")
+    return tasks
+
+
+def make_task(
+    recipe: AblationRecipe,
+    *,
+    name: str,
+    file: str,
+    kind: str = "prompt-completion",
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+) -> Task:
+    """
+    One test set.
+
+    Args:
+        recipe: gives the template.
+        name: name in results; for kind "commonsense" one of LLM-Adapters' names, such as "boolq".
+        file: JSON list or JSON lines.
+        kind: "prompt-completion" (exact match) or "commonsense" (LLM-Adapters: the named option counts).
+        limit: use so many items, drawn once for all runs; None: all.
+        max_new_tokens: longest generated answer.
+    """
+    rows = read_rows(Path(file))
+    options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    if kind == "prompt-completion":
+        return prompt_completion_task(name, rows, limit=limit, **options)
+    if kind == "commonsense":
+        template = recipe.training.get("dataset_template") or "alpaca"
+        return commonsense_task(name, rows, template=template, limit=limit, **options)
+    raise ValueError(f"The test set {name!r} has kind {kind!r}. It can be 'prompt-completion' or 'commonsense'.")
+
+
+def held_out_task(rows: list[dict[str, Any]]) -> Task:
+    """The held-out training examples, to be scored."""
+    return Task("held-out", [Item(row["prompt"], row["completion"]) for row in rows], str.strip, 1)
+
+
+def fingerprints(recipe: AblationRecipe) -> dict[str, str]:
+    """Short hashes of the base's weights (of its name, where it is no local folder) and of every data file."""
+    model = Path(recipe.training["model_name_or_path"])
+    if model.is_dir():
+        files = sorted(p for p in model.iterdir() if p.suffix in (".safetensors", ".json", ".bin", ".gguf"))
+        found = {"base": _hash(files)}
+    else:
+        found = {"base": str(model)}
+    found["train"] = _hash([Path(path) for path in recipe.train])
+    return found | {f"test {test.get('name')}": _hash([Path(test["file"])]) for test in recipe.tests}
+
+
+def _hash(paths: list[Path]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"The file {path} does not exist.")
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                total.update(block)
+    return total.hexdigest()[:16]

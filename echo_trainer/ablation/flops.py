@@ -1,0 +1,129 @@
+"""Counted floating-point operations of a training run.
+
+The matrix operations of a step are a linear function of a few sizes of its batch. Those sizes are kept for every step
+(`step_sizes`), the coefficients are found by counting small random batches with torch's counter
+(`count_coefficients`), and their product is the count of the run: exact, without a counter in the way of the training.
+
+Not counted are operations that are no matrix products, and what torch's counter does not know (attention kernels on a
+CPU). The head of plain LoRA is counted on the positions whose loss is taken, as TRL computes it on a GPU; on a CPU TRL
+projects every position, which would flatter the echo.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..layouts import FullLayout, SuffixLayout
+from ..losses import Distillation
+from ..passes import EchoSetup
+from ..plan import EchoPlan, make_plan
+from ..segments import find_segments
+from ..step import echo_step
+
+SIZES = (
+    "passes", "tokens", "attention", "scored",
+    "echo_passes", "echo_tokens", "echo_attention", "echo_scored", "segments",
+)  # fmt: skip
+_BATCHES, _ECHO_BATCHES = 8, 20
+
+
+def plain_sizes(rows: int, length: int, scored: int) -> np.ndarray:
+    """Sizes of a micro-batch without an echo pass: `scored` positions of (rows, length) tokens have a loss."""
+    sizes = np.zeros(len(SIZES))
+    sizes[:4] = 1, rows * length, rows * length**2, scored
+    return sizes
+
+
+def step_sizes(rows: int, length: int, plan: EchoPlan) -> np.ndarray:
+    """Sizes of a micro-batch that determine its FLOPs, in the order of `SIZES`."""
+    sizes = plain_sizes(rows, length, len(plan.labels_N))
+    layout = plan.layout
+    if layout is None:
+        return sizes
+    if isinstance(layout, SuffixLayout):
+        (echo_rows, own), keys = layout.token_RA.shape, layout.mask_RK.shape[1]
+    elif isinstance(layout, FullLayout):
+        echo_rows, own, keys = len(layout.row_R), length, length
+    sizes[4:9] = 1, echo_rows * own, echo_rows * own * keys, len(plan.reach_E), len(plan.boundary_G)
+    return sizes
+
+
+def count_coefficients(setup: EchoSetup, kd: Distillation, suffix: bool, positions: str, echo: bool) -> np.ndarray:
+    """
+    FLOPs per unit of each of `SIZES`, for forward and backward, by counting small random batches.
+
+    Args:
+        setup: the model and its echo parts (`plain_setup` where the echo is off).
+        kd, suffix, positions: as in training.
+        echo: whether to count echo passes.
+
+    Returns:
+        Coefficients in the order of `SIZES`; those of an echo pass are 0 without one.
+    """
+    generator = np.random.default_rng(0)
+    device = next(setup.model.parameters()).device
+    rows, counts = [], []
+    with torch.random.fork_rng():
+        for number in range(_ECHO_BATCHES if echo else _BATCHES):
+            examples = _random_examples(generator, setup.model.config.get_text_config().vocab_size)
+            inputs, plan = _batch(examples, generator, echo and number % 4 > 0, suffix, positions)
+            plan = plan.to(device)
+            sizes = step_sizes(*inputs["input_ids"].shape, plan)
+            with FlopCounterMode(display=False) as counter:
+                output = echo_step(setup, kd, {k: v.to(device) for k, v in inputs.items()}, plan)
+                output["objective"].backward()
+            rows.append(sizes)
+            counts.append(counter.get_total_flops())
+    for parameter in setup.model.parameters():
+        parameter.grad = None
+    for parameter in setup.networks.parameters():
+        parameter.grad = None
+    matrix = np.array(rows)
+    scale = matrix.max(axis=0).clip(min=1)
+    solution, *_ = np.linalg.lstsq(matrix / scale, np.array(counts, float), rcond=1e-12)
+    return np.round(solution / scale)  # whole numbers up to float noise
+
+
+def plain_setup(model: nn.Module) -> EchoSetup:
+    """What `echo_step` needs of a model without an echo."""
+    # A step without an echo pass still touches the networks' parameters, so there has to be one.
+    return EchoSetup(model, nn.Linear(1, 1).to(next(model.parameters()).device), [], [])
+
+
+def _random_examples(generator: np.random.Generator, vocabulary: int) -> list[dict[str, Any]]:
+    """A few prompts and answers of random lengths, some with two turns."""
+    examples = []
+    for _ in range(generator.integers(2, 5)):
+        ids: list[int] = []
+        labels: list[int] = []
+        for _ in range(generator.integers(1, 3)):
+            prompt, answer = generator.integers(3, 14), generator.integers(2, 9)
+            tokens = generator.integers(0, vocabulary, prompt + answer).tolist()
+            ids += tokens
+            labels += [-100] * prompt + tokens[prompt:]
+        examples.append({"input_ids": ids, "labels": labels})
+    return examples
+
+
+def _batch(
+    examples: list[dict[str, Any]], generator: np.random.Generator, routed: bool, suffix: bool, positions: str
+) -> tuple[dict[str, torch.Tensor], EchoPlan]:
+    length = max(len(example["input_ids"]) for example in examples)
+
+    def padded(name: str, fill: int) -> torch.Tensor:
+        return torch.tensor([example[name] + [fill] * (length - len(example[name])) for example in examples])
+
+    batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100)}
+    batch["attention_mask"] = torch.tensor(
+        [[1] * len(e["input_ids"]) + [0] * (length - len(e["input_ids"])) for e in examples]
+    )
+    segments = find_segments(batch, examples)
+    routes = [routed and bool(generator.integers(2)) for _ in range(segments.n_documents)]
+    if routed:
+        routes[0] = True
+    plan = make_plan(segments, routes, positions=positions, suffix=suffix)
+    batch.pop("labels")
+    return batch, plan

@@ -1,0 +1,227 @@
+"""One run: train an arm, evaluate it, write what was found. The result does not depend on what ran before."""
+
+import gc
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from trl import get_peft_config
+
+from .._version import __version__
+from ..evaluation import Record, Task, accuracy, evaluate_task
+from ..losses import Distillation
+from ..sft import make_parser
+from . import memory
+from .arms import ARMS
+from .data import held_out_task, load_examples, load_tests
+from .files import ITEMS, RESULT, write_json
+from .flops import SIZES, count_coefficients, plain_setup
+from .plan import Run, digest, run_folder
+from .recipe import AblationRecipe
+from .trainer import AblationTrainer
+
+Report = Callable[[str, int, int], None]
+
+
+class Workbench:
+    """
+    What runs of one process share: examples, test sets and tokenised training data. Sharing changes no result.
+
+    Args:
+        recipe: the recipe.
+    """
+
+    def __init__(self, recipe: AblationRecipe):
+        self.recipe = recipe
+        self.train, held_out = load_examples(recipe)
+        self.held_out = held_out_task(held_out)
+        self.tests = load_tests(recipe)
+        self.coefficients: dict[tuple, np.ndarray] = {}
+        self._tokenised: dict[bool, Dataset] = {}
+
+    def dataset(self, arm: str) -> Dataset:
+        """Training data of an arm: tokenised by an earlier run with the same loss mask, else text."""
+        return self._tokenised.get(_masked(arm)) or Dataset.from_list(self.train)
+
+    def keep(self, arm: str, dataset: Dataset) -> None:
+        """Keep what the trainer made of the text."""
+        self._tokenised.setdefault(_masked(arm), dataset)
+
+
+def run_one(bench: Workbench, run: Run, spec: dict[str, Any], output: Path, report: Report) -> dict[str, Any]:
+    """
+    Train and evaluate one run and write `items.json` and, last and atomically, `result.json` into its folder.
+
+    Args:
+        bench: shared data.
+        run: what to run.
+        spec: its specification (`plan.specification`), kept with the result.
+        output: folder of the ablation.
+        report: called with (what is done, number done, number to do).
+
+    Returns:
+        The content of `result.json`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(bench, run, Path(scratch), report)
+        bench.keep(run.arm, trainer.train_dataset)
+        result = {"run": asdict(run), "hash": digest(spec), "spec": spec, "echo_trainer": __version__}
+        result["initial_weights"] = _weights_hash(trainer)
+        memory.reset()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        trainer.train()
+        result["training_seconds"] = time.perf_counter() - begin
+        result["training_cpu_seconds"] = time.process_time() - begin_cpu
+        result["peak_memory"] = memory.peak()
+        result["steps"] = trainer.state.global_step
+        result["losses"] = _final_losses(trainer)
+        result["batches"] = trainer.batch_checksums()
+        result |= _flops(bench, run.adapter, trainer)
+        tasks, items = _evaluate(bench, trainer, report)
+        result["tasks"], result["held_out_nll"] = tasks, tasks.pop(bench.held_out.name)["nll"]
+        result["device"] = torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else "CPU"
+    folder = run_folder(output, run)
+    write_json(folder / ITEMS, items)
+    write_json(folder / RESULT, result)
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return result
+
+
+def build_trainer(bench: Workbench, run: Run, scratch: Path, report: Report) -> AblationTrainer:
+    """The trainer of a run. Train it before building another: constructors seed the global generators."""
+    arm = ARMS[run.arm]
+    options = {
+        "logging_steps": 10,
+        **bench.recipe.training,
+        **arm.settings,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        "use_dora": run.adapter == "dora",
+        "output_dir": str(scratch / "run"),
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if run.max_steps is not None:
+        options["max_steps"] = run.max_steps
+    recipe = scratch / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(options), encoding="utf-8")
+    _, config, adapter, _ = make_parser("echo-trainer ablate").parse_args_and_config(["--config", str(recipe)])
+    config.model_init_kwargs = {
+        "revision": adapter.model_revision,
+        "attn_implementation": adapter.attn_implementation,
+        "dtype": adapter.dtype,
+        **(config.model_init_kwargs or {}),
+    }
+    set_seed(run.seed)
+    trainer = AblationTrainer(
+        model=adapter.model_name_or_path,
+        args=config,
+        train_dataset=bench.dataset(run.arm),
+        peft_config=get_peft_config(adapter),
+        callbacks=[_Steps(report)],
+        echo=arm.echo,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _Steps(TrainerCallback):
+    """Reports optimizer steps."""
+
+    def __init__(self, report: Report):
+        self.report = report
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.report("training", state.global_step, state.max_steps)
+
+
+def _masked(arm: str) -> bool:
+    return ARMS[arm].settings.get("completion_only_loss", True)
+
+
+def _evaluate(bench: Workbench, trainer: AblationTrainer, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Accuracy and NLL of every task, and what was found for every item."""
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    size = bench.recipe.evaluation_batch_size
+    total = sum(2 * len(task.items) for task in bench.tests) + len(bench.held_out.items)
+    done = 0
+
+    def score(task: Task, mode: str) -> list[Record]:
+        nonlocal done
+        records = evaluate_task(model, tokenizer, task, mode=mode, batch_size=size)
+        done += len(records)
+        report("evaluating", done, total)
+        return records
+
+    summary: dict[str, Any] = {}
+    items: dict[str, Any] = {}
+    for task in [bench.held_out, *bench.tests]:
+        nll = [record.nll for record in score(task, "nll")]
+        summary[task.name] = {"n": len(nll), "nll": float(np.mean(nll))}
+        if task is bench.held_out:
+            continue
+        answers = score(task, "generate")
+        summary[task.name]["accuracy"] = accuracy(answers)
+        items[task.name] = {
+            "nll": [round(value, 6) for value in nll],
+            "correct": [int(record.correct) for record in answers],
+            "prediction": [record.prediction for record in answers],
+        }
+    return summary, items
+
+
+def _flops(bench: Workbench, adapter: str, trainer: AblationTrainer) -> dict[str, Any]:
+    """Counted FLOPs of the whole training, and the sizes they were computed from."""
+    args, echo = trainer.args, trainer.echo
+    key = (adapter, echo is not None, args.echo_positions)
+    if key not in bench.coefficients:  # whole numbers that depend on nothing else, so counted once
+        setup = echo or plain_setup(trainer.model.get_base_model())
+        kd = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
+        suffix = echo is not None and trainer.data_collator.suffix
+        trainer.model.train()
+        bench.coefficients[key] = count_coefficients(setup, kd, suffix, args.echo_positions, echo is not None)
+    coefficients, sizes = bench.coefficients[key], trainer.sizes().sum(axis=0)
+    return {
+        "flops": float(sizes @ coefficients),
+        "flops_sizes": dict(zip(SIZES, sizes.tolist(), strict=True)),
+        "flops_coefficients": dict(zip(SIZES, coefficients.tolist(), strict=True)),
+    }
+
+
+def _weights_hash(trainer: AblationTrainer) -> str:
+    """A hash of the adapter's weights before the first step."""
+    total = hashlib.sha256()
+    for name, parameter in sorted(trainer.model.named_parameters()):
+        if "lora_" in name:
+            total.update(name.encode())
+            total.update(parameter.detach().float().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def _final_losses(trainer: AblationTrainer) -> dict[str, float]:
+    """Means over the last fifth of the logged training losses, and over all of them."""
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if not logged:
+        return {}
+    last = logged[-max(1, len(logged) // 5) :]
+    echo = next((entry for entry in reversed(trainer.state.log_history) if "echo/ce_plain" in entry), {})
+    return {
+        "loss": float(np.mean(last)),
+        "loss_all": float(np.mean(logged)),
+        **{key.removeprefix("echo/"): value for key, value in echo.items() if key.startswith("echo/")},
+    }

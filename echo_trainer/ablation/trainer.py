@@ -1,0 +1,61 @@
+"""The trainer of an ablation run: `EchoSFTTrainer` with the echo of its arm, and a record of what it trained on."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..collator import PLAN_KEY
+from ..trainer import EchoSFTTrainer
+from .echoes import NETWORKS, ControlledNetworks
+from .flops import plain_sizes, step_sizes
+
+
+class AblationTrainer(EchoSFTTrainer):
+    """
+    Overrides: which class the echo networks have, and `compute_loss`, which tells them the place in the run and notes
+    the sizes of every batch (for FLOPs) and a checksum of its tokens (to show that arms saw the same batches).
+
+    Args:
+        echo: a key of `NETWORKS`.
+    """
+
+    def __init__(self, *args: Any, echo: str = "own", **kwargs: Any):
+        self.networks_class = NETWORKS[echo]
+        self._sizes: list[np.ndarray] = []
+        self._scored: list[torch.Tensor] = []
+        self._checksums: list[list[torch.Tensor]] = []
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The trainer's loss; notes the batch where it is one of training."""
+        if model.training:
+            self._note(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _note(self, inputs: dict[str, Any]) -> None:
+        step, ids, plan = self.state.global_step, inputs["input_ids"], inputs.get(PLAN_KEY)
+        if step == len(self._checksums):
+            self._checksums.append([])
+        networks = self.echo_networks
+        if isinstance(networks, ControlledNetworks):
+            networks.place = (step, len(self._checksums[step]))
+        # Sums stay on the device until the run is over: a step waits for nothing.
+        order = torch.arange(1, ids.numel() + 1, device=ids.device)
+        self._checksums[step].append((ids.reshape(-1) * order).sum())
+        if plan is not None:
+            self._sizes.append(step_sizes(*ids.shape, plan))
+        else:
+            self._sizes.append(plain_sizes(*ids.shape, 0))
+            self._scored.append(inputs["labels"][..., 1:].ne(-100).sum())
+
+    def sizes(self) -> np.ndarray:
+        """Sizes of every micro-batch trained on, (micro-batches, `flops.SIZES`)."""
+        sizes = np.array(self._sizes)
+        if self._scored:
+            sizes[:, 3] = [int(count) for count in self._scored]
+        return sizes
+
+    def batch_checksums(self) -> list[int]:
+        """One number for the tokens of every optimizer step, in their order."""
+        return [sum(int(value) * (i + 1) for i, value in enumerate(step)) for step in self._checksums]

@@ -1,0 +1,54 @@
+"""Write the report of an ablation: `report.md`, a plot for each adapter and `summary.json`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .choice import NotChosenError, choose_rates
+from .comparison import summarise
+from .files import write_json, write_text
+from .plot import forest_plot
+from .recipe import AblationRecipe
+from .report import render
+
+REPORT, SUMMARY = "report.md", "summary.json"
+
+
+def write_report(recipe: AblationRecipe, output: Path) -> Path | None:
+    """
+    Compute everything from the runs on disk and write it.
+
+    Returns:
+        The report's path; None where the learning rates are not chosen yet or `lora` has no finished run.
+    """
+    try:
+        rates = choose_rates(recipe, output)
+    except NotChosenError:
+        return None
+    summary = summarise(recipe, output, rates)
+    if not summary:
+        return None
+    plots = {}
+    for adapter, part in summary.items():
+        name = f"differences-{adapter}.png"
+        if forest_plot(part, output / name, f"{adapter}: paired differences, 95 % intervals over seeds and items"):
+            plots[adapter] = name
+    write_json(output / SUMMARY, summary)
+    write_text(output / REPORT, render(summary, public_recipe(recipe), plots))
+    return output / REPORT
+
+
+def public_recipe(recipe: AblationRecipe) -> str:
+    """The recipe as YAML without folders of this machine."""
+    content: dict[str, Any] = asdict(recipe)
+    training = content.pop("training")
+    training["model_name_or_path"] = _name(training["model_name_or_path"])
+    content["train"] = [_name(path) for path in content["train"]]
+    content["tests"] = [{**test, "file": _name(test["file"])} for test in content["tests"]]
+    return yaml.safe_dump({**training, "ablation": content}, sort_keys=False, width=110)
+
+
+def _name(path: str) -> str:
+    return Path(path).name if Path(path).exists() else path
