@@ -15,12 +15,13 @@ TEMPLATE = "adapter.md.j2"
 _METRICS = {"accuracy": "accuracy", "exact match": "exact_match", "exact_match": "exact_match", "f1": "f1"}
 
 
-def render_card(record: dict[str, Any]) -> str:
+def render_card(record: dict[str, Any], curves: list[str] | None = None) -> str:
     """
     Model card of an adapter.
 
     Args:
         record: the content of `echo_run.json` (`run_record`, with "saved", "evaluation" and "curves").
+        curves: pictures to show instead of the record's, as paths relative to the card.
 
     Raises:
         jinja2.UndefinedError: the record lacks something the template shows; a card is never left with a gap.
@@ -41,7 +42,7 @@ def render_card(record: dict[str, Any]) -> str:
         "fence": _fence,
     }
     text = environment.get_template(TEMPLATE).render(
-        run=record,
+        run=record if curves is None else {**record, "curves": curves},
         metadata=yaml.safe_dump(metadata(record), sort_keys=False, allow_unicode=True, width=1000),
         title=title(record),
         method=_method(record),

@@ -114,12 +114,13 @@ def push_copy(
     patience: Patience,
 ) -> Pushed:
     """Push a folder of which every file may be uploaded; its files are changed. See `push_folder`."""
-    from .run_folder import refresh_card
+    from .run_folder import update_record
 
     require_finite(copy)
     target = preflight(repo_id, private, token, patience, revision)
     notes = clean_copy(copy, base_model)
-    refresh_card(copy, base_model=base_model, repo_id=target.repo_id)
+    known = {"base_model": base_model} if base_model else {}
+    update_record(copy, repo_id=target.repo_id, **known)
     require_no_token(copy, known_tokens(target.token))
     return _upload(copy, target, commit_message, patience, notes)
 

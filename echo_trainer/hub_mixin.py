@@ -15,6 +15,7 @@ import logging
 import shutil
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -141,23 +142,33 @@ class EchoHubMixin:
             self._hub_missing = checkpoint_folder
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        name = f"the push of {Path(checkpoint_folder).name}"
-        self._in_background(name, self._checkpoint_push(checkpoint_folder), checkpoint_folder)
+        try:
+            push = self._checkpoint_push(checkpoint_folder)
+        except PushError as error:
+            logger.error("%s", error)
+        else:
+            self._in_background(f"the push of {Path(checkpoint_folder).name}", push, checkpoint_folder)
 
     def _checkpoint_push(self, checkpoint_folder: str) -> Any:
-        """A function that pushes a checkpoint as it is now: the files are copied before this returns."""
+        """A function that pushes a checkpoint as it is now: the files are copied before this returns.
+
+        Raises:
+            PushError: the files cannot be copied.
+        """
         args, source, model = self.args, Path(checkpoint_folder), self.model
         repo_id = self.hub_model_id or self._hub_name()
-        stage = Path(tempfile.mkdtemp(prefix="echo-push-"))
         again = Again(checkpoint_folder, repo_id, args.hub_private_repo, args.hub_revision)
         whole_model = not hasattr(model, "peft_config")
-        with last_words(again, args.hub_token):
+        with ExitStack() as on_failure, last_words(again, args.hub_token):
+            stage = Path(tempfile.mkdtemp(prefix="echo-push-"))
+            on_failure.callback(shutil.rmtree, stage, ignore_errors=True)
             copy_run(source, stage, whole_model)
             copy_listed(Path(args.output_dir), stage, ("README.md", "echo_run.json", "assets/*.png"))
             if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = args.hub_strategy == HubStrategy.CHECKPOINT
                 inner = stage / ("last-checkpoint" if last else source.name)
                 copy_listed(source, inner, (*ADAPTER, *TOKENIZER, *RESUME))
+            on_failure.pop_all()  # the push removes it
         message = f"Training in progress, step {self.state.global_step}"
 
         def push() -> Pushed:

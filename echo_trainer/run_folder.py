@@ -36,14 +36,13 @@ def write_run_folder(trainer: Any, folder: str, dataset_name: str | None = None)
     _write(path, _finite(record))
 
 
-def refresh_card(folder: Path, base_model: str | None = None, repo_id: str | None = None) -> bool:
+def update_record(folder: Path, **changes: Any) -> bool:
     """
-    Write record and card again after something has changed: the adapter, its evaluation, where it will be.
+    Change entries of a run's record, and make its card again; what the adapter's files say is read again as well.
 
     Args:
         folder: a finished run's folder, or a copy of it.
-        base_model: id of the base on the Hub.
-        repo_id: where the adapter is on the Hub, for the commands on the card.
+        changes: new values, such as `evaluation` (results), `base_model` or `repo_id` (ids on the Hub).
 
     Returns:
         Whether the card was written. False where there is no record, or the card was edited by hand; then only the
@@ -57,12 +56,10 @@ def refresh_card(folder: Path, base_model: str | None = None, repo_id: str | Non
         return False
     card = folder / CARD
     edited = card.is_file() and card.read_text(encoding="utf-8") != render_card(record)
-    record["base_model"] = base_model or record["base_model"]
-    record["repo_id"] = repo_id or record.get("repo_id")
     saved = saved_facts(folder)
     if saved is not None and record["saved"] is not None and saved["sha256"] == record["saved"]["sha256"]:
         saved["engines"] = record["saved"]["engines"]  # found with the base at hand
-    record["saved"] = saved
+    record |= {**changes, "saved": saved}
     _write(folder, record, card=not edited)
     return not edited
 

@@ -50,7 +50,7 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
         },
         "hyperparameters": hyperparameters(args),
         "data": {
-            "dataset": dataset_name,
+            "dataset": None if is_local(dataset_name) else dataset_name,
             "n_train": _length(trainer.train_dataset),
             "n_eval": _length(trainer.eval_dataset),
             "max_length": args.max_length,
