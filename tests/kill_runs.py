@@ -147,8 +147,13 @@ def main() -> int:
             where = strike(child, folder, way, rng.random() * duration, rng)
             if wait(child) == 0:
                 break
+            if where == "finished before":
+                print((folder / "log").read_text()[-3000:])
+                print(f"{folder} failed of itself")
+                return 1
             deaths += 1
-            places[f"{way} {where}"] += 1
+            last = f"{way} {where}"
+            places[last] += 1
             broken = [c.name for c in checkpoints(folder) if damage(c) is not None]
             if broken:
                 print(f"{', '.join(broken)} of {folder} is damaged after {way} {where}")
@@ -160,7 +165,7 @@ def main() -> int:
             return 1
         if deaths:
             kills, killed_runs, equal = kills + deaths, killed_runs + 1, equal + same
-            print(f"run {killed_runs}: {deaths} deaths, the last by {way} {where}: bit-identical", flush=True)
+            print(f"run {killed_runs}: {deaths} deaths, the last by {last}: bit-identical", flush=True)
         shutil.rmtree(folder)
     for place, count in sorted(places.items()):
         print(f"  {count:3} x {place}")

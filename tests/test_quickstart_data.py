@@ -29,7 +29,7 @@ def items():
 
 
 def test_sizes(items):
-    assert len(items["test"]) == 200
+    assert len(items["test"]) == 1000
     assert 2000 <= len(items["train"]) <= 4000
     assert sum((DATA / f"{name}.jsonl").stat().st_size for name in NAMES) < 1_500_000
     assert sum(path.stat().st_size for path in (DATA / "base").iterdir()) < 5_000_000

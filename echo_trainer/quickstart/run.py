@@ -20,13 +20,15 @@ from ..quiet import quiet_libraries
 HERE = Path(__file__).resolve().parent
 BASE, TRAIN, TEST = HERE / "base", HERE / "train.jsonl", HERE / "test.jsonl"
 DATASET_NAME = "echo_trainer quickstart"
+N_TEST = 200
+"""Items of test.jsonl that the quickstart asks; the ablation asks all."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Hyperparameters of both runs; how they were found is in `recipes/quickstart/README.md`."""
 
-    steps: int = 200
+    steps: int = 100
     batch_size: int = 16
     learning_rate: float = 2e-3
     r: int = 16
@@ -65,7 +67,7 @@ def quickstart(output_dir: Path, settings: Settings, seed: int, console: Console
     Returns:
         Exact-match accuracy on the held-out items of "base", "LoRA" and "Echo-LoRA".
     """
-    tests = [json.loads(line) for line in TEST.read_text(encoding="utf-8").splitlines()]
+    tests = [json.loads(line) for line in TEST.read_text(encoding="utf-8").splitlines()[:N_TEST]]
     console.print("[bold]Echo-LoRA quickstart[/bold]: one held-out item of the task\n")
     console.print(f"  {tests[0]['prompt']}[green]{tests[0]['completion']}[/green]\n", highlight=False)
     columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

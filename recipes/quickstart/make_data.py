@@ -169,7 +169,7 @@ def make_items(rng: random.Random, count: int, taken: set[str]) -> list[dict[str
     return items
 
 
-def write_data(out: Path, seed: int = 0, train: int = 3000, test: int = 200) -> None:
+def write_data(out: Path, seed: int = 0, train: int = 3000, test: int = 1000) -> None:
     """Write `train.jsonl` and `test.jsonl` into `out`; no story is in both."""
     rng = random.Random(seed)
     taken: set[str] = set()
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PACKAGE_DATA, help="folder to write into (default: the package's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=3000, help="training items")
-    parser.add_argument("--test", type=int, default=200, help="test items")
+    parser.add_argument("--test", type=int, default=1000, help="test items")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     write_data(args.out, args.seed, args.train, args.test)
