@@ -124,8 +124,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     if file is not None:
         write_atomically(file, (folder / f"results.{options.mode}.json").read_text(encoding="utf-8"))
         console.print(f"Results: {file}", soft_wrap=True)
-    if Path(options.model).is_dir() and add_to_run(Path(options.model), results):
-        console.print(f"Written into {options.model}/echo_run.json and its model card.", soft_wrap=True)
+    written = add_to_run(Path(options.model), results) if Path(options.model).is_dir() else None
+    if written:
+        console.print(f"In {options.model} written: {written}.", soft_wrap=True)
     command = harness_command(loaded, [task.name for task in tasks], loaded.identity["dtype"])
     if command:
         console.print("\nThe same model in lm-evaluation-harness (its prompts, so not the same figures):")

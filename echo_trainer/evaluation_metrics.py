@@ -114,6 +114,6 @@ def _check(predictions: Any, references: Any) -> None:
     if not n_references or n_predictions != n_references:
         raise ValueError(f"{n_predictions} predictions cannot be compared with {n_references} references.")
     for what, given in (("prediction", predictions), ("reference", references)):
-        other = next((value for value in given if not isinstance(value, str)), None)
-        if other is not None:
-            raise ValueError(f"The {what} {other!r} is not text; give {what}s as strings.")
+        other = [value for value in given if not isinstance(value, str)]
+        if other:
+            raise ValueError(f"The {what} {other[0]!r} is not text; give {what}s as strings.")

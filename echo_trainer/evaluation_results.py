@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluation import Record, Task, accuracy
-from .evaluation_records import write_atomically
-from .run_folder import RUN_RECORD
+from .run_folder import RUN_RECORD, update_record
 
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
@@ -76,27 +75,26 @@ def macro_average(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def add_to_run(folder: Path, results: Sequence[dict[str, Any]]) -> bool:
+def add_to_run(folder: Path, results: Sequence[dict[str, Any]]) -> str | None:
     """
     Write results into the record of a finished run and render its card again.
 
-    A figure of the same task, split and metric is replaced. Returns whether the folder is that of a run.
+    A figure of the same task, split and metric is replaced.
+
+    Returns:
+        What was written, in words; None where the folder is not that of a run.
     """
     path = folder / RUN_RECORD
     if not path.is_file():
-        return False
-    record = json.loads(path.read_text(encoding="utf-8"))
+        return None
 
     def key(result: dict[str, Any]) -> tuple[Any, ...]:
         return result["task"], result["split"], result["metric"]
 
     new = {key(result) for result in results}
-    kept = [result for result in record.get("evaluation") or [] if key(result) not in new]
-    record["evaluation"] = [*kept, *results]
-    write_atomically(path, json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n")
-    # Imported here: the template engine is needed only where there is a card.
-    from .card import render_card
-
-    curves = sorted(picture.relative_to(folder).as_posix() for picture in (folder / "assets").glob("*.png"))
-    write_atomically(folder / "README.md", render_card(record, curves))
-    return True
+    earlier = json.loads(path.read_text(encoding="utf-8")).get("evaluation") or []
+    evaluation = [*(result for result in earlier if key(result) not in new), *results]
+    if update_record(folder, evaluation=evaluation):
+        return f"{RUN_RECORD} and the model card"
+    written = json.loads(path.read_text(encoding="utf-8")).get("evaluation") == evaluation
+    return f"{RUN_RECORD}; the model card was edited by hand and is left as it is" if written else None
