@@ -100,7 +100,7 @@ def finish_adapter(folder: str | Path, model: Any, portable: bool, shown_as: str
     """
     if not hasattr(model, "peft_config"):
         return
-    base = model.get_base_model().config
+    base = model.get_base_model()
     active = dict(adapter_folders(folder, model.peft_config))[model.active_adapters[0]]
     try:
         if portable:
