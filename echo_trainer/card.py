@@ -12,6 +12,7 @@ from .resources import resource_folder
 from .serving_check import VLLM_RANKS
 
 TEMPLATE = "adapter.md.j2"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _METRICS = {"accuracy": "accuracy", "exact match": "exact_match", "exact_match": "exact_match", "f1": "f1"}
 
 
@@ -40,6 +41,9 @@ def render_card(record: dict[str, Any], curves: list[str] | None = None) -> str:
         "duration": _duration,
         "count": lambda value: f"{value:,}",
         "fence": _fence,
+        "layers": lambda indices: ("layer " if len(indices) == 1 else "layers ") + ", ".join(map(str, indices)),
+        "seeds": _seeds,
+        "dtype": lambda names: "/".join(_DTYPES.get(name, name) for name in names.split("/")),
     }
     text = environment.get_template(TEMPLATE).render(
         run=record if curves is None else {**record, "curves": curves},
@@ -48,6 +52,7 @@ def render_card(record: dict[str, Any], curves: list[str] | None = None) -> str:
         method=_method(record),
         use=usage(record),
         evaluation=record.get("evaluation") or [],
+        several_seeds=any(len(row["seeds"] or []) > 1 for row in record.get("evaluation") or []),
         last=last_metrics(record["metrics"]),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -148,6 +153,12 @@ def _number(value: Any) -> str:
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
     return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _seeds(seeds: list[int] | None) -> str:
+    if not seeds:
+        return "one run"
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}: {', '.join(map(str, seeds))}"
 
 
 def _fence(text: str) -> str:

@@ -135,7 +135,7 @@ def _write_curves(history: list[dict[str, Any]], folder: Path) -> list[str]:
     from matplotlib.figure import Figure
 
     echo = any("echo/ce_echo" in entry for entry in steps)
-    figure = Figure(figsize=(9, 3.2) if echo else (6, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.6) if echo else (6, 3.6), layout="constrained")
     axes = figure.subplots(1, 2 if echo else 1, squeeze=False)[0]
     curves = (("echo/ce_plain", "plain path"), ("echo/ce_echo", "echo pass")) if echo else (("loss", "training loss"),)
     _plot(axes[0], steps, curves, "cross-entropy per answer token, nats")
@@ -161,4 +161,4 @@ def _plot(axis: Any, entries: list[dict[str, Any]], curves: Any, label: str, mar
     axis.set_xlabel("optimizer step")
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=9)

@@ -120,7 +120,8 @@ def _base(model: Any) -> dict[str, Any]:
     hub_id = id_from_cache(name) or (None if is_local(name) else name)
     if hub_id:
         found |= {"base_model": hub_id, "base_revision": getattr(model.config, "_commit_hash", None)}
-    found["license"] = _license(hub_id, None if hub_id else name)
+    # The quickstart's base is part of this package.
+    found["license"] = "apache-2.0" if found["base_is_quickstart"] else _license(hub_id, None if hub_id else name)
     return found
 
 

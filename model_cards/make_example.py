@@ -1,16 +1,18 @@
 """Make `model_cards/example/` again: the card of the quickstart's Echo-LoRA adapter, with its record and picture.
 
-    python model_cards/make_example.py          # as long as `echo-trainer quickstart`
-
-Needed after a change of the templates, of what the record holds, or of the quickstart.
+python model_cards/make_example.py          # after a change of the quickstart or of the record; about two minutes
+python model_cards/make_example.py --card   # after a change of the templates: the same record, rendered again
 """
 
+import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
+from echo_trainer.card import render_card
 from echo_trainer.evaluation_results import wilson
 from echo_trainer.quickstart import run as quickstart
 from echo_trainer.run_folder import update_record
@@ -34,8 +36,14 @@ def main() -> None:
         for name in ("README.md", "echo_run.json", "assets/training.png"):
             (EXAMPLE / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(out / name, EXAMPLE / name)
-    print(f"Written: {EXAMPLE}")
+
+
+def render() -> None:
+    """Render the card of the record that is there."""
+    record = json.loads((EXAMPLE / "echo_run.json").read_text(encoding="utf-8"))
+    (EXAMPLE / "README.md").write_text(render_card(record), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    render() if sys.argv[1:] == ["--card"] else main()
+    print(f"Written: {EXAMPLE}")
