@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .checkpoint_files import STAGING, is_checkpoint, last_whole_checkpoint, publish, publish_files, write_manifest
 from .final_save import compare_written, finish_adapter, refuse_non_finite, trained_tensors
+from .gathering import keeps_shards, load_whole_state, whole_state, whole_trainable_state
 from .network import site_key
 from .resume import check_same_run, find_checkpoint, run_facts
 from .run_folder import write_run_folder
@@ -86,7 +86,7 @@ class EchoCheckpointMixin:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.echo is None:
             return
-        state = {name: _whole(value).cpu().contiguous() for name, value in self.echo.networks.state_dict().items()}
+        state = whole_state(self.echo.networks)
         if self.args.should_save:
             metadata = {"echo": json.dumps(self._echo_options())}
             save_file(state, os.path.join(output_dir, ECHO_WEIGHTS), metadata=metadata)
@@ -149,7 +149,8 @@ class EchoCheckpointMixin:
                 f"The checkpoint {checkpoint} belongs to other echo options: {'; '.join(changed)}. Continue with the "
                 f"options it was saved with, or start a new run."
             )
-        self.echo.networks.load_state_dict(state)
+        if not self.is_deepspeed_enabled:  # DeepSpeed's own checkpoint holds all that is trained and is loaded by now
+            load_whole_state(self.echo.networks, state)
 
     def _echo_options(self) -> dict[str, Any]:
         """What must not change between stop and resume, since the echo networks were trained for it."""
@@ -161,6 +162,16 @@ class EchoCheckpointMixin:
         }
 
     # The final adapter
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as transformers does. With FSDP2 the adapter alone is gathered, for sharded state dicts as well."""
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        if not self.is_fsdp_enabled or self.echo is None or (keeps_shards(self) and is_checkpoint(folder)):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(folder, state_dict=whole_trainable_state(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """
@@ -234,8 +245,3 @@ def _disk_is_full(error: BaseException, folder: str) -> bool:
 def _drop_pickle(folder: str) -> None:
     """Remove the pickle of the arguments: nothing needs it, and it would be uploaded with the adapter."""
     Path(folder, TRAINING_ARGUMENTS).unlink(missing_ok=True)
-
-
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    """A parameter that FSDP2 has sharded, gathered from all processes."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value

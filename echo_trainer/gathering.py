@@ -1,0 +1,57 @@
+"""Whole tensors from parameters that an engine has sharded, and back. Every process must call these functions."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters of a module by name, whole and on the CPU, whatever engine holds them."""
+    named = dict(module.named_parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in named.values()):  # ZeRO-3
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(named.values())):
+            return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in named.items()}
+    return {name: _whole(parameter.detach()).cpu().contiguous() for name, parameter in named.items()}
+
+
+def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """
+    Load what `whole_state` returned into a module that FSDP2 may have sharded.
+
+    Raises:
+        RuntimeError: names or shapes differ.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    own = dict(module.named_parameters())
+    state = {
+        name: distribute_tensor(value.to(own[name].device), own[name].device_mesh, own[name].placements)
+        if name in own and hasattr(own[name], "device_mesh")
+        else value
+        for name, value in state.items()
+    }
+    module.load_state_dict(state)
+
+
+def whole_trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """
+    Trainable parameters of a model that FSDP2 has sharded, whole on the CPU of the main process, empty on the others.
+
+    The frozen base, which may not fit into the memory of one machine, stays where it is.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)
+
+
+def keeps_shards(trainer: Any) -> bool:
+    """Whether the trainer's engine writes checkpoints in shards and leaves the adapter out of them."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and "SHARDED_STATE_DICT" in str(plugin.state_dict_type)
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
