@@ -180,7 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
             return _json([_entry(repo, path) for path in repo.files])
         if rest.startswith("/resolve/"):
             return self._file(repo, rest.split("/", 3)[3])
-        return _json({"id": match["id"], "private": repo.private, "sha": repo.sha, "siblings": []})
+        siblings = [{"rfilename": path} for path in repo.files]
+        return _json({"id": match["id"], "private": repo.private, "sha": repo.sha, "siblings": siblings})
 
     def _validate(self, card: str) -> tuple[int, bytes, dict[str, str]]:
         """The Hub refuses cards whose base model is no id."""

@@ -37,7 +37,11 @@ TRAINED = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A random model with heads of 32, the smallest that vLLM's CPU attention takes, and a tokenizer."""
-    folder = make.save_base("llama-served", tmp_path_factory.mktemp("base"))
+    return save_words(make.save_base("llama-served", tmp_path_factory.mktemp("base")))
+
+
+def save_words(folder):
+    """Save a tokenizer of 64 words beside the model."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(folder)

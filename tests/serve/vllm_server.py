@@ -55,7 +55,7 @@ class Server:
 
 
 @contextmanager
-def serve(model: Path, log: Path, *options: str):
+def serve(model: Path, log: Path, *options: str, environment: dict[str, str] | None = None):
     """Start ``vllm`` on ``model``, wait until it answers, and stop it in the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -63,9 +63,14 @@ def serve(model: Path, log: Path, *options: str):
     command = [os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "base", "--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
+    environment = os.environ | SETTINGS | (environment or {})
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, env=os.environ | SETTINGS, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=os.environ | SETTINGS | (environment or {}),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             _wait(process, port, log)
