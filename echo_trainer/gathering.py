@@ -9,9 +9,9 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
     """Parameters of a module by name, whole and on the CPU, whatever engine holds them."""
     named = dict(module.named_parameters())
     if any(hasattr(parameter, "ds_id") for parameter in named.values()):  # ZeRO-3
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(named.values())):
+        with deepspeed.zero.GatheredParameters(list(named.values())):
             return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in named.items()}
     return {name: _whole(parameter.detach()).cpu().contiguous() for name, parameter in named.items()}
 
