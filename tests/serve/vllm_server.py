@@ -66,11 +66,7 @@ def serve(model: Path, log: Path, *options: str, environment: dict[str, str] | N
     environment = os.environ | SETTINGS | (environment or {})
     with log.open("w") as output:
         process = subprocess.Popen(
-            command,
-            env=os.environ | SETTINGS | (environment or {}),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             _wait(process, port, log)
