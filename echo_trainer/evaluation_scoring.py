@@ -2,9 +2,10 @@
 
 B rows (one prompt each) · O completions of a row · P tokens all completions of a row begin with · V vocabulary
 
-Stage 1 reads the P shared tokens of every row, left-padded. It yields the log-probabilities of the shared completion
-tokens and of the first token in which the completions differ; for "the correct answer is answer1 / answer2" that is
-all. Stage 2, only where a completion goes on after that, reads the rest with the keys and values of stage 1.
+Stage 0 reads the tokens with which all rows of a batch begin (the template's first words), once for the batch.
+Stage 1 reads the rest of the P shared tokens of every row, left-padded. It yields the log-probabilities of the shared
+completion tokens and of the first token in which the completions differ; for "the correct answer is answer1 / answer2"
+that is all. Stage 2, only where a completion goes on after that, reads the rest with the keys and values so far.
 """
 
 import inspect
@@ -18,6 +19,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .generation import pad_token_id
 from .suffix_support import suffix_obstacle
+
+_WORTH_SHARING = 8  # tokens; below this another forward costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,21 @@ def score_rows(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     pad = pad_token_id(tokenizer)
     long = [(b, o) for b, row in enumerate(rows) for o, ids in enumerate(row.sequences) if len(ids) > row.shared + 1]
-    if long and suffix_obstacle(base) is not None:
+    sharing = suffix_obstacle(base) is None  # keys and values of a text do not depend on what follows it
+    if long and not sharing:
         return _score_whole(model, base, pad, rows)
 
-    cache = DynamicCache() if long else None
-    prefixes = [row.sequences[0][: row.shared] for row in rows]
-    ids_BP, mask_BP = _left_padded(prefixes, pad, model.device)
+    begin = _batch_prefix(rows) if sharing and not _slides(base) else 0
+    cache = DynamicCache() if long or begin else None
+    if begin:
+        ids_1P = torch.tensor([rows[0].sequences[0][:begin]], device=model.device)
+        mask_1P = torch.ones_like(ids_1P)
+        _logits(model, base, ids_1P, mask_1P, positions(mask_1P), 1, cache)
+        cache.batch_repeat_interleave(len(rows))
+    ids_BP, mask_BP = _left_padded([row.sequences[0][begin : row.shared] for row in rows], pad, model.device)
+    mask_BP = torch.cat([mask_BP.new_ones(len(rows), begin), mask_BP], dim=1)
     keep = max(row.shared - row.start + 1 for row in rows)
-    logits_BKV = _logits(model, base, ids_BP, mask_BP, positions(mask_BP), keep, cache)
+    logits_BKV = _logits(model, base, ids_BP, mask_BP, positions(mask_BP)[:, begin:], keep, cache)
     sums = [[_Sum() for _ in row.sequences] for row in rows]
     for b, row in enumerate(rows):
         scored = row.shared - row.start
@@ -107,6 +117,20 @@ def score_rows(
         for (b, o), tail, row_logits in zip(long, tails, logits, strict=True):
             sums[b][o].add(row_logits[: len(tail) - 1].float().log_softmax(-1), tail[1:])
     return [[total.score() for total in row] for row in sums]
+
+
+def _batch_prefix(rows: Sequence[TokenizedRow]) -> int:
+    """Tokens with which all rows of a batch begin, where reading them once saves something; else 0."""
+    # The token before the first scored one must be read in stage 1, which gives its logits.
+    count = min(_common_prefix([row.sequences[0] for row in rows]), min(row.start for row in rows) - 1)
+    return count if len(rows) > 1 and count >= _WORTH_SHARING else 0
+
+
+def _slides(base: PreTrainedModel) -> bool:
+    """Whether some attention has a window. It is measured over padding too, which here stands inside the text."""
+    config = base.config.get_text_config()
+    windows = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+    return windows or getattr(config, "sliding_window", None) is not None
 
 
 def _score_whole(model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow]) -> list[list[Score]]:

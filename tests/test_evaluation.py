@@ -88,7 +88,9 @@ TAILS = ["w1 w2 w3", "w1 w2 w4 w5 w6", "w1", "w1 w2", "w7 w8 w9 w9 w9 w9"]
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_scores_of_every_family(family):
     """Options that part early, late and by ending, beside prompts of other lengths."""
-    check_scores(tiny_model(family, "eager" if family == "gemma2" else "sdpa").eval())
+    model = tiny_model(family, "eager" if family == "gemma2" else "sdpa").eval()
+    check_scores(model)
+    check_scores(model, shared=True)
 
 
 def test_scores_where_keys_and_values_cannot_be_shared():
@@ -96,9 +98,10 @@ def test_scores_where_keys_and_values_cannot_be_shared():
     check_scores(tiny_model("llama", rope_parameters=rope).eval())
 
 
-def check_scores(model):
+def check_scores(model, shared=False):
     tokenizer = tiny_tokenizer()
-    prompts = [row["prompt"] for row in prompt_completion_rows(5)]
+    common = "w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 " if shared else ""
+    prompts = [common + row["prompt"] for row in prompt_completion_rows(5)]
     options = [[f" {tail}" for tail in TAILS[: 2 + n % 4]] for n in range(5)]
     rows = [tokenize_row(tokenizer, p, o) for p, o in zip(prompts, options, strict=True)]
     scores = score_rows(model, tokenizer, rows)

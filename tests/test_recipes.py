@@ -51,7 +51,7 @@ def test_recipe(name, workplace, tmp_path, monkeypatch):
         ["--config", name, "--model_name_or_path", str(workplace / "base"), "--dataset_name", str(place),
          "--dataset_config", "default", "--dtype", "float32", "--bf16", "false", *CPU,
          "--max_steps", "2", "--num_train_epochs", "1", "--per_device_train_batch_size", "4",
-         "--logging_steps", "1", "--output_dir", "out"]
+         "--logging_steps", "1", "--save_strategy", "no", "--output_dir", "out"]
     )  # fmt: skip
     trainer = run(data, config, adapter, mixture)
 
