@@ -1,10 +1,12 @@
-"""The public datasets of the tasks, their columns put into the words of the LLM-Adapters files.
+"""Rows of the tasks: local files, or the public datasets with their columns put into the words of LLM-Adapters.
 
 The words were compared with those files for all tasks but HellaSwag, whose form is the one printed in papers that use
 the same data.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .templates import multiple_choice
@@ -45,6 +47,50 @@ def hub_rows(name: str) -> tuple[Sequence[dict[str, Any]], dict[str, str]]:
                 f"FOLDER` with {name}-test.json in the LLM-Adapters format."
             ) from error
     return rows.to_list(), {"dataset": dataset, "split": split}
+
+
+def task_file(name: str, folder: Path) -> Path | None:
+    """The file of a task in a folder: NAME-test.json, NAME-test.jsonl or NAME/test.json; None where there is none."""
+    paths = [folder / f"{name}-test.json", folder / f"{name}-test.jsonl", folder / name / "test.json"]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def folder_rows(name: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """
+    Rows of a task in a local folder, and the file and split they come from.
+
+    Raises:
+        FileNotFoundError: it has no file for the task.
+    """
+    path = task_file(name, folder)
+    if path is None:
+        present = [task for task in HUB if task_file(task, folder) is not None]
+        raise FileNotFoundError(
+            f"{folder} has no {name}-test.json, {name}-test.jsonl or {name}/test.json. It has the tasks: "
+            f"{', '.join(present) or 'none'}."
+        )
+    return read_rows(path), {"dataset": path.relative_to(folder).as_posix(), "split": "test"}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """
+    Rows of a JSON file (a list) or of a JSON Lines file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or holds no rows.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
+        rows = json.loads(text) if rows is None else rows
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not {path.suffix[1:].upper()}: {error}.") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} must hold a list of rows (objects), at least one.")
+    return rows
 
 
 def instruction_row(name: str, row: dict[str, Any]) -> dict[str, Any]:

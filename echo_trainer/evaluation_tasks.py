@@ -3,7 +3,6 @@
 The prompts are made by the templates of training (`templates.py`), so that the two never differ by a space.
 """
 
-import json
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from .evaluation import Item, Task
 from .evaluation_answers import CHOICES, first_match, last_number
-from .evaluation_data import hub_rows, instruction_row
+from .evaluation_data import folder_rows, hub_rows, instruction_row, read_rows, task_file
 from .templates import TEMPLATES, rendered
 
 COMMONSENSE = tuple(CHOICES)
@@ -164,7 +163,7 @@ def load_tasks(
             task = prompt_completion_task(Path(name).stem, read_rows(Path(name)), template=template, **drawn, **given)
             source = {"dataset": Path(name).name}
         elif name in (*COMMONSENSE, GSM8K):
-            rows, source = hub_rows(name) if data_dir is None else _folder_rows(name, Path(data_dir))
+            rows, source = hub_rows(name) if data_dir is None else folder_rows(name, Path(data_dir))
             make: Callable[..., Task] = gsm8k_task if name == GSM8K else commonsense_task
             arguments = (rows,) if name == GSM8K else (name, rows)
             task = make(*arguments, template=template or "alpaca", **drawn)
@@ -223,47 +222,10 @@ def _expanded(spec: Sequence[str], data_dir: str | Path | None) -> list[str]:
         if name != "commonsense":
             names.append(name)
             continue
-        present = [task for task in COMMONSENSE if data_dir is None or _file(task, Path(data_dir)) is not None]
+        present = [task for task in COMMONSENSE if data_dir is None or task_file(task, Path(data_dir)) is not None]
         if not present:
             raise FileNotFoundError(f"{data_dir} has no NAME-test.json of a commonsense task.")
         names += present
     if not names:
         raise ValueError("No task is named. Use for example `commonsense`.")
     return list(dict.fromkeys(names))
-
-
-def _file(name: str, folder: Path) -> Path | None:
-    paths = [folder / f"{name}-test.json", folder / f"{name}-test.jsonl", folder / name / "test.json"]
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _folder_rows(name: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    path = _file(name, folder)
-    if path is None:
-        present = [task for task in (*COMMONSENSE, GSM8K) if _file(task, folder) is not None]
-        raise FileNotFoundError(
-            f"{folder} has no {name}-test.json, {name}-test.jsonl or {name}/test.json. It has the tasks: "
-            f"{', '.join(present) or 'none'}."
-        )
-    return read_rows(path), {"dataset": path.relative_to(folder).as_posix(), "split": "test"}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """
-    Rows of a JSON file (a list) or of a JSON Lines file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or holds no rows.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    text = path.read_text(encoding="utf-8")
-    try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
-        rows = json.loads(text) if rows is None else rows
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not {path.suffix[1:].upper()}: {error}.") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} must hold a list of rows (objects), at least one.")
-    return rows
