@@ -11,8 +11,8 @@ from echo_trainer.ablation.run_one import Workbench, run_one
 from echo_trainer.quiet import quiet_libraries
 
 TRAINING = {
-    "max_steps": 3, "per_device_train_batch_size": 4, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "warmup_steps": 1,
-    "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "logging_steps": 1,
+    "max_steps": 3, "per_device_train_batch_size": 4, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
+    "warmup_steps": 1, "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "logging_steps": 1,
 }  # fmt: skip
 
 

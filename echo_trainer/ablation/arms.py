@@ -48,8 +48,8 @@ _ARMS = (
     Arm(
         "echo-zero",
         "z = 0: masking, routing and distillation without any injection. LN(0) = 0 makes delta zero, so both passes "
-        "agree, KD is 0 and CE_echo is CE_plain: LoRA whose routed samples count twice (with dropout the passes differ "
-        "by their dropout masks, and KD by that)",
+        "agree, KD is 0 and CE_echo is CE_plain: LoRA whose routed samples count twice (with dropout the passes "
+        "differ by their dropout masks, and KD by that)",
         "echo",
         echo="zero",
     ),

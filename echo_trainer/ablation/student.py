@@ -39,11 +39,21 @@ def t_quantile(p: float, df: float) -> float:
         return -t_quantile(1 - p, df)
     low, high = 0.0, 1.0
     while t_cdf(high, df) < p:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, df) < p else (low, middle)
-    return (low + high) / 2
+        low, high = high, high * 2
+    t = (low + high) / 2
+    while high - low > 1e-12 * high:
+        missing = p - t_cdf(t, df)
+        low, high = (t, high) if missing > 0 else (low, t)
+        step = missing / _density(t, df)
+        if abs(step) < 1e-12 * high:
+            break
+        t = t + step if low < t + step < high else (low + high) / 2  # Newton, or a bisection where it would leave
+    return t
+
+
+def _density(t: float, df: float) -> float:
+    log_constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(math.pi * df)
+    return math.exp(log_constant - (df + 1) / 2 * math.log1p(t * t / df))
 
 
 def _check(df: float) -> None:
