@@ -215,6 +215,7 @@ def read_base(base: Any, download: bool = False) -> Base:
     """
     import torch
     import transformers
+    from transformers.modeling_utils import set_zero3_state
 
     if isinstance(base, torch.nn.Module):
         model = base.get_base_model() if hasattr(base, "get_base_model") else base
@@ -232,7 +233,8 @@ def read_base(base: Any, download: bool = False) -> Base:
     architecture = (getattr(base, "architectures", None) or [""])[0]
     build = getattr(getattr(transformers, architecture, None), "_from_config", None)
     try:
-        with torch.device("meta"):
+        # In a run with ZeRO-3 transformers would build it on every process, and only the main process is here.
+        with torch.device("meta"), set_zero3_state():
             model = build(base) if build else transformers.AutoModelForCausalLM.from_config(base)
     except ValueError as error:
         raise AdapterError(f"'{name}' is no causal language model that this transformers knows: {error}") from error
