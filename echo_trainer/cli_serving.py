@@ -110,6 +110,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 def run_export(arguments: argparse.Namespace) -> int:
     """Handle ``echo-trainer export``."""
     from . import export
+    from .export_gguf import export_gguf
     from .serving_adapter import AdapterError
 
     adapter, out, base, rank = arguments.adapter, arguments.out, arguments.base, arguments.rank
@@ -130,7 +131,7 @@ def run_export(arguments: argparse.Namespace) -> int:
             print(export.export_lora(adapter, out, base, rank))
             print(f"Wrote {out}: a LoRA fitted to the adapter. Evaluate it before you use it.")
         else:
-            export.export_gguf(adapter, out, base, arguments.outtype, arguments.converter)
+            export_gguf(adapter, out, base, arguments.outtype, arguments.converter)
             print(f"Wrote {out}: serve it with `llama-server -m BASE.gguf --lora {out}`.")
     except AdapterError as error:
         return _fail(error)

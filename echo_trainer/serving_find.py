@@ -12,11 +12,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .portable import changes_base
-from .serving_adapter import PREFIX, WEIGHTS_NAME, Adapter, Base, LoraModule
+from .portable_refuse import changes_base
+from .serving_adapter import Adapter, Base, LoraModule
 
 Found = list[str]
-FLOATS = {"F64", "F32", "F16", "BF16"}
 TGI_KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 EMBEDDINGS = {"lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "wpe"}
 NO_LORA_IN_VLLM = {"gpt2", "gptj", "bloom", "falcon", "stablelm"}
@@ -24,7 +23,7 @@ REFUSED_VARIANTS = ("layer_replication", "alora_invocation_tokens", "use_bdlora"
 OTHER_VARIANTS = ("target_parameters", "kasa_config", "arrow_config", "monteclora_config", "megatron_config")
 
 
-def _by_kind(adapter: Adapter) -> dict[tuple[str | None, str], list[LoraModule]]:
+def by_kind(adapter: Adapter) -> dict[tuple[str | None, str], list[LoraModule]]:
     kinds = defaultdict(list)
     for module in adapter.complete:
         kinds[module.stack, module.kind].append(module)
@@ -96,7 +95,7 @@ def bias_flag(adapter: Adapter, base: Base | None) -> Found:
 
 
 def bias_tensors(adapter: Adapter, base: Base | None) -> Found:
-    return [key for key in adapter.other_keys if key.endswith(".bias") and not _in_saved_module(adapter, key)]
+    return [key for key in adapter.other_keys if key.endswith(".bias") and not in_saved_module(adapter, key)]
 
 
 def rslora(adapter: Adapter, base: Base | None) -> Found:
@@ -104,13 +103,13 @@ def rslora(adapter: Adapter, base: Base | None) -> Found:
 
 
 def mixed_ranks_in_a_kind(adapter: Adapter, base: Base | None) -> Found:
-    kinds = {kind: {adapter.rank(m) for m in modules} for (_, kind), modules in _by_kind(adapter).items()}
+    kinds = {kind: {adapter.rank(m) for m in modules} for (_, kind), modules in by_kind(adapter).items()}
     return [f"{kind} has ranks {sorted(ranks)}" for kind, ranks in kinds.items() if len(ranks) > 1]
 
 
 def ranks_by_kind(adapter: Adapter, base: Base | None) -> Found:
     default, found = adapter.config.get("r", 8), {}
-    for (_, kind), modules in _by_kind(adapter).items():
+    for (_, kind), modules in by_kind(adapter).items():
         ranks = {adapter.rank(m) for m in modules}
         if len(ranks) == 1 and ranks != {default}:
             found[kind] = ranks.pop()
@@ -137,7 +136,7 @@ def untrained_layers(adapter: Adapter, base: Base | None) -> Found:
     deepest = {
         m.stack: max(o.layer for o in adapter.complete if o.stack == m.stack) for m in adapter.complete if m.stack
     }
-    for (stack, kind), modules in _by_kind(adapter).items():
+    for (stack, kind), modules in by_kind(adapter).items():
         if stack is None:
             continue
         if base is None:
@@ -193,73 +192,6 @@ def family_without_lora(adapter: Adapter, base: Base | None) -> Found:
     return [f"model_type={base.model_type}"] if base is not None and base.model_type in NO_LORA_IN_VLLM else []
 
 
-def rank_disagrees(adapter: Adapter, base: Base | None) -> Found:
-    found = []
-    for module in adapter.complete:
-        (rank_a, _), (_, rank_b) = adapter.shapes(module)
-        if {rank_a, rank_b} != {adapter.rank(module)}:
-            found.append(f"{module.path}: config {adapter.rank(module)}, lora_A {rank_a}, lora_B {rank_b}")
-    return found
-
-
-def shape_disagrees(adapter: Adapter, base: Base | None) -> Found:
-    found = []
-    for modules in _by_kind(adapter).values():
-        sizes = {m.path: (adapter.shapes(m)[1][0], adapter.shapes(m)[0][1]) for m in modules}
-        usual = max(sizes.values(), key=list(sizes.values()).count)
-        for path, size in sizes.items():
-            expected = usual if base is None else base.shapes.get(path, size)
-            if size != expected:
-                found.append(f"{path}: (out, in) is {size}, should be {expected}")
-    return found
-
-
-def unknown_kind(adapter: Adapter, base: Base | None) -> Found:
-    kinds = set() if base is None else {path.rpartition(".")[2] for path in base.shapes}
-    return [m.path for m in adapter.modules.values() if base is not None and m.kind not in kinds]
-
-
-def unknown_module(adapter: Adapter, base: Base | None) -> Found:
-    named_otherwise = {path for path in adapter.modules if not _has_prefix(adapter, path)}
-    odd = set(unknown_kind(adapter, base)) | named_otherwise
-    return [path for path in adapter.modules if base is not None and path not in base.shapes and path not in odd]
-
-
-def key_prefix(adapter: Adapter, base: Base | None) -> Found:
-    return [key for m in adapter.modules.values() for key in m.keys.values() if not key.startswith(PREFIX)]
-
-
-def key_suffix(adapter: Adapter, base: Base | None) -> Found:
-    return [key for key in adapter.other_keys if "lora_A" in key or ("lora_B" in key and not key.endswith(".bias"))]
-
-
-def foreign_tensors(adapter: Adapter, base: Base | None) -> Found:
-    known = {*key_suffix(adapter, base), *bias_tensors(adapter, base)}
-    known |= {k for k in adapter.other_keys if "lora_magnitude" in k or _in_saved_module(adapter, k)}
-    return [k for k in adapter.other_keys if k not in known and not k.endswith(".base_layer.weight")]
-
-
-def b_missing(adapter: Adapter, base: Base | None) -> Found:
-    return [m.keys["A"] for m in adapter.modules.values() if "B" not in m.keys]
-
-
-def a_missing(adapter: Adapter, base: Base | None) -> Found:
-    return [m.keys["B"] for m in adapter.modules.values() if "A" not in m.keys]
-
-
-def not_a_matrix(adapter: Adapter, base: Base | None) -> Found:
-    keys = [key for m in adapter.modules.values() for key in m.keys.values()]
-    return [f"{k} has shape {s}" for k in keys if len(s := adapter.tensors[k].shape) != 2 or 0 in s]
-
-
-def not_floating(adapter: Adapter, base: Base | None) -> Found:
-    return [f"{key} is {t.dtype}" for key, t in adapter.tensors.items() if t.dtype not in FLOATS]
-
-
-def outside_targets(adapter: Adapter, base: Base | None) -> Found:
-    return [path for path in adapter.modules if adapter.config.get("target_modules") and not adapter.targets(path)]
-
-
 def refused_variant(adapter: Adapter, base: Base | None) -> Found:
     return _settings(adapter, REFUSED_VARIANTS)
 
@@ -268,23 +200,10 @@ def other_variant(adapter: Adapter, base: Base | None) -> Found:
     return _settings(adapter, OTHER_VARIANTS)
 
 
-def non_finite(adapter: Adapter, base: Base | None) -> Found:
-    """Reads the values, one tensor at a time; every other rule reads headers only."""
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(adapter.folder / WEIGHTS_NAME, framework="pt") as file:
-        return [key for key in adapter.tensors if not torch.isfinite(file.get_tensor(key).float()).all()]
-
-
 def _only_lora_tensors(adapter: Adapter) -> bool:
     return bool(adapter.modules) and not adapter.other_keys
 
 
-def _in_saved_module(adapter: Adapter, key: str) -> bool:
+def in_saved_module(adapter: Adapter, key: str) -> bool:
     names = adapter.config.get("modules_to_save") or []
     return any(f".{name}." in f".{key}" for name in names)
-
-
-def _has_prefix(adapter: Adapter, path: str) -> bool:
-    return all(key.startswith(PREFIX) for key in adapter.modules[path].keys.values())

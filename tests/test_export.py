@@ -13,7 +13,9 @@ import torch
 from adapter_cases import ALL
 
 from echo_trainer import cli_serving, export
-from echo_trainer.export import ExportError, export_gguf, export_lora, export_merged, export_portable, probe_ids
+from echo_trainer.export import export_lora, export_merged, export_portable
+from echo_trainer.export_gguf import export_gguf
+from echo_trainer.logit_error import ExportError, probe_ids
 from echo_trainer.serving_adapter import AdapterError
 from echo_trainer.serving_check import check_adapter
 

@@ -10,7 +10,7 @@ import torch
 from adapter_cases import ALL
 from safetensors.torch import load_file
 
-from echo_trainer import portable
+from echo_trainer import portable_write
 from echo_trainer.portable import NotPortableError, make_portable
 from echo_trainer.serving_adapter import AdapterError
 from echo_trainer.serving_check import check_adapter
@@ -182,7 +182,7 @@ def test_failure_leaves_the_old_adapter(step, bases, tmp_path, monkeypatch):
     """Whatever breaks while writing, the trained form is still there, byte for byte, and nothing else is."""
     make.save_adapter(bases["llama"], tmp_path, r=12)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    replace, calls = portable.os.replace, []
+    replace, calls = portable_write.os.replace, []
 
     def failing_replace(source, target):
         calls.append(target)
@@ -191,7 +191,7 @@ def test_failure_leaves_the_old_adapter(step, bases, tmp_path, monkeypatch):
         replace(source, target)
 
     if "replace" in step:
-        monkeypatch.setattr(portable.os, "replace", failing_replace)
+        monkeypatch.setattr(portable_write.os, "replace", failing_replace)
     else:
         target = "safetensors.torch.save_file" if step == "save" else "pathlib.Path.write_text"
 
