@@ -51,11 +51,25 @@ def main(arguments: list[str] | None = None) -> int:
         if name in ("check", "export"):
             return serving_command(name, rest)
         return importlib.import_module(f".{_COMMANDS[name][0]}", __package__).main(rest)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        if os.environ.get("ECHO_TRAINER_TRACEBACK"):
-            traceback.print_exc()
-        print(f"\necho-trainer {name}: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\necho-trainer {name}: interrupted. What was finished is kept: the same command goes on from there "
+            f"(sft: with --resume_from_checkpoint true).",
+            file=sys.stderr,
+        )
+        return 130
+    except (ValueError, TypeError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        return _say(name, error)
+
+
+def _say(name: str, error: Exception) -> int:
+    """Print an error in plain words; errors that only a programmer can read come with their traceback."""
+    plain = isinstance(error, ValueError | FileNotFoundError | TypeError)
+    ours = plain or type(error).__module__.startswith(__package__) or getattr(error, "__notes__", None)
+    if os.environ.get("ECHO_TRAINER_TRACEBACK") or not (ours or isinstance(error, OSError)):
+        traceback.print_exc()
+    print("\n".join([f"\necho-trainer {name}: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+    return 2 if plain else 1
 
 
 def usage() -> str:

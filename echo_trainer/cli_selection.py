@@ -26,14 +26,16 @@ class SelectionArguments:
 
 def main(arguments: list[str]) -> int:
     """Entry point of `echo-trainer select-layers`."""
+    classes = (SelectionArguments, DataArguments, EchoSFTConfig, AdapterArguments, DatasetMixtureConfig)
     parser = TrlParser(
-        (SelectionArguments, DataArguments, EchoSFTConfig, AdapterArguments, DatasetMixtureConfig),
+        classes,
         prog="echo-trainer select-layers",
+        usage="echo-trainer select-layers [--config RECIPE] [--OPTION VALUE ...]",
         description="Choose the layers of a model that change the representation of your data most (CKA), with "
         "intervals and stability. Takes a recipe and the options of `echo-trainer sft`; writes layer_selection.json "
         "and layer_selection.png into output_dir.",
     )
-    options, data, config, adapter, mixture = parser.parse_args_and_config(with_recipe_path(arguments))
+    options, data, config, adapter, mixture = parser.parse_args_and_config(with_recipe_path(arguments, classes))
     if adapter.model_name_or_path is None:
         raise ValueError("No model: give `model_name_or_path` (an id on the Hub or a local folder).")
     dataset = load_data(data, mixture)[data.dataset_train_split]

@@ -18,6 +18,7 @@ from trl import (
 
 from .config import CKA, EchoSFTConfig
 from .recipe import recipe_path
+from .recipe_check import check_recipe
 from .selection import number_of_layers, select_layers
 from .selection_use import baseline_layers, lora_config_kwargs
 from .templates import TEMPLATES
@@ -63,11 +64,16 @@ class AdapterArguments(ModelConfig):
     )
 
 
+CLASSES = (DataArguments, EchoSFTConfig, AdapterArguments, DatasetMixtureConfig)
+"""Where the options of a run are declared."""
+
+
 def make_parser(prog: str = "echo-trainer sft") -> TrlParser:
     """The parser: every field of `EchoSFTConfig` and of TRL's script, model and dataset-mixture arguments."""
     return TrlParser(
-        (DataArguments, EchoSFTConfig, AdapterArguments, DatasetMixtureConfig),
+        CLASSES,
         prog=prog,
+        usage=f"{prog} [--config RECIPE] [--OPTION VALUE ...]",
         description="Fine-tune with Echo-LoRA. `--config RECIPE` takes a YAML file or the name of a recipe that ships "
         "with echo_trainer; any field below can be given as well and overrides the recipe.",
     )
@@ -84,13 +90,17 @@ def parse(arguments: list[str]) -> tuple[DataArguments, EchoSFTConfig, AdapterAr
     return make_parser().parse_args_and_config(with_recipe_path(arguments))
 
 
-def with_recipe_path(arguments: list[str]) -> list[str]:
+def with_recipe_path(arguments: list[str], classes: tuple[type, ...] = CLASSES) -> list[str]:
     """
     The arguments with the recipe that `--config` names replaced by its path.
 
+    Args:
+        arguments: of a command.
+        classes: the dataclasses whose fields the recipe may set.
+
     Raises:
         FileNotFoundError: there is no such recipe.
-        ValueError: nothing follows `--config`.
+        ValueError: nothing follows `--config`, or the recipe cannot work.
     """
     arguments = list(arguments)
     for place, argument in enumerate(arguments):
@@ -101,6 +111,7 @@ def with_recipe_path(arguments: list[str]) -> list[str]:
         if place == len(arguments):
             raise ValueError("`--config` needs the name or the path of a recipe after it.")
         arguments[place] = str(recipe_path(arguments[place]))
+        check_recipe(arguments[place], classes)
     return arguments
 
 
