@@ -222,7 +222,11 @@ def test_echo_networks_of_all_arms_start_alike(bench, folder):
 
 @pytest.mark.parametrize(
     ("arm", "echo_pass", "adapter"),
-    [("echo", "suffix", "lora"), ("echo-predicting", "suffix", "dora"), ("echo", "full", "dora")],
+    [
+        ("echo", "suffix", "dora"),
+        pytest.param("echo-predicting", "suffix", "lora", marks=pytest.mark.long),
+        pytest.param("echo", "full", "lora", marks=pytest.mark.long),
+    ],
 )
 def test_flops_of_a_run_are_what_the_counter_counts(folder, adapter, arm, echo_pass):
     recipe = tiny_recipe(folder, {"echo_pass": echo_pass, "gradient_accumulation_steps": 2})

@@ -1,5 +1,6 @@
 """Write the report of an ablation: `report.md`, a plot for each adapter and `summary.json`."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def write_report(recipe: AblationRecipe, output: Path) -> Path | None:
         name = f"differences-{adapter}.png"
         if forest_plot(part, output / name, f"{adapter}: paired differences, 95 % intervals over seeds and items"):
             plots[adapter] = name
-    write_json(output / SUMMARY, summary)
+    write_json(output / SUMMARY, _without_nan(summary))
     write_text(output / REPORT, render(summary, public_recipe(recipe), plots))
     return output / REPORT
 
@@ -48,6 +49,15 @@ def public_recipe(recipe: AblationRecipe) -> str:
     content["train"] = [_name(path) for path in content["train"]]
     content["tests"] = [{**test, "file": _name(test["file"])} for test in content["tests"]]
     return yaml.safe_dump({**training, "ablation": content}, sort_keys=False, width=110)
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with None for NaN, which is not JSON."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _name(path: str) -> str:

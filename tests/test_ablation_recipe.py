@@ -1,0 +1,159 @@
+"""Recipes of an ablation: what is read, what is refused and in which words; the shipped ones load."""
+
+import json
+import re
+import subprocess
+
+import pytest
+import yaml
+from ablation_cases import tiny_recipe, write_workplace
+
+from echo_trainer import cli
+from echo_trainer.ablation.arms import ARMS
+from echo_trainer.ablation.data import load_examples, load_tests
+from echo_trainer.ablation.recipe import expand, load_recipe, parse_seeds
+from echo_trainer.recipe import available_recipes, recipe_path
+
+ANSWERS = {
+    "boolq": "true", "piqa": "solution1", "social_i_qa": "answer1", "winogrande": "option1", "ARC-Easy": "answer2",
+    "ARC-Challenge": "answer1", "openbookqa": "answer4",
+}  # fmt: skip
+
+
+def test_the_embedded_recipe():
+    recipe = load_recipe(recipe_path("ablation/embedded"))
+    assert recipe.arms == [*ARMS]
+    assert recipe.adapters == ["lora", "dora"]
+    assert len(recipe.seeds) >= 5
+    train, held_out = load_examples(recipe)
+    (task,) = load_tests(recipe)
+    assert len(train) > 1000 and len(held_out) == recipe.validation_items
+    assert not {item.prompt for item in task.items} & {row["prompt"] for row in train + held_out}
+
+
+def test_the_smollm2_recipe(tmp_path, monkeypatch):
+    monkeypatch.delenv("MODEL", raising=False)
+    with pytest.raises(ValueError, match="Set MODEL"):
+        load_recipe(recipe_path("ablation/smollm2"))
+    for name, answer in ANSWERS.items():
+        rows = [{"instruction": "q", "input": "", "output": f"the correct answer is {answer}", "answer": answer}]
+        for split, n in (("train", 200), ("test", 3)):
+            (tmp_path / f"{name}-{split}.json").write_text(json.dumps(rows * n))
+    monkeypatch.setenv("MODEL", "some/model")
+    monkeypatch.setenv("DATA", str(tmp_path))
+    monkeypatch.setenv("LIMIT", "2")
+    recipe = load_recipe(recipe_path("ablation/smollm2"))
+    assert [task.name for task in load_tests(recipe)] == [*ANSWERS]
+    assert all(len(task.items) == 2 for task in load_tests(recipe))
+    assert {"lora", "lora-compute-matched", "echo-teacher-plain", "echo-mutual", "echo-zero"} <= set(recipe.arms)
+    train, _ = load_examples(recipe)
+    assert train[0]["prompt"].endswith("### Response:\n")
+    assert load_tests(recipe)[0].items[0].prompt == train[0]["prompt"]  # one template
+
+
+def test_shipped_recipes_say_what_they_need():
+    names = [name for name in available_recipes() if name.startswith("ablation/")]
+    assert set(names) == {"ablation/embedded", "ablation/smollm2"}
+    for name in names:
+        text = recipe_path(name).read_text()
+        assert re.match(r"# .*\n(#.*\n)*# Needs: .*\n(#.*\n)*# Expect: ", text)
+
+
+def test_the_gpu_command_is_a_script():
+    script = recipe_path("ablation/smollm2").parent / "gpu.sh"
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "usage" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "training", "message"),
+    [
+        ({"arms": ["lora", "ecko"]}, {}, "ecko"),
+        ({"arms": ["echo", "echo"]}, {}, "each once"),
+        ({"adapters": ["qlora"]}, {}, "qlora"),
+        ({"seeds": [0, 0]}, {}, "different whole numbers"),
+        ({"seeds": [-1]}, {}, "at least 0"),
+        ({"seeds": "zero"}, {}, "0-4"),
+        ({"learning_rates": []}, {}, "learning_rates"),
+        ({"learning_rates": [0]}, {}, "positive"),
+        ({"learning_rates": ["fast"]}, {}, "fast"),
+        ({"learning_rate_choice": "best"}, {}, "family"),
+        ({"validation_items": 0}, {}, "held-out"),
+        ({"validation_items": 40}, {}, "none is left"),
+        ({"train_limit": 0}, {}, "at least 1"),
+        ({"train": []}, {}, "at least one file"),
+        ({"epochs": 3}, {}, "unknown keys"),
+        ({"train": ["nowhere.jsonl"]}, {}, "nowhere.jsonl"),
+        ({"tests": [{"name": "x", "file": "nowhere.jsonl"}]}, {}, "nowhere.jsonl"),
+        ({}, {"learning_rate": 1e-3}, "learning_rates"),
+        ({}, {"seed": 3}, "seeds"),
+        ({}, {"use_dora": True}, "adapters"),
+        ({}, {"packing": True}, "paired"),
+        ({}, {"completion_only_loss": False}, "lora-unmasked"),
+        ({}, {"echo_p_start": 0, "echo_p_end": 0}, "no echo"),
+        ({}, {"dataset_template": "alpaca"}, "instruction"),
+    ],
+)
+def test_refused_in_plain_words(tmp_path, monkeypatch, capsys, section, training, message):
+    monkeypatch.chdir(tmp_path)
+    write_workplace(tmp_path, training, **section)
+    assert cli.main(["ablate", "recipe.yaml", "--output", "out"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_files_and_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_workplace(tmp_path)
+    (tmp_path / "sft.yaml").write_text("max_steps: 3\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    for arguments, message in (
+        (["sft.yaml"], "no section `ablation`"),
+        (["broken.yaml"], "not valid YAML"),
+        (["nothing"], "neither a file"),
+        (["recipe.yaml", "--jobs", "0"], "--jobs is 0"),
+        (["recipe.yaml", "--arms", "ecko"], "ecko"),
+        (["recipe.yaml", "--seeds", "a-b"], "0-4"),
+    ):
+        assert cli.main(["ablate", *arguments, "--output", "out"]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["ablate", "recipe.yaml", "--output", "out", "--report-only"]) == 0
+    assert "nothing to report" in capsys.readouterr().out
+
+
+def test_command_line_over_recipe(tmp_path):
+    path = write_workplace(tmp_path, seeds="0-4", arms=["lora"])
+    recipe = load_recipe(path, arms=["echo"], seeds="7", learning_rates=[1e-4])
+    assert (recipe.arms, recipe.seeds, recipe.learning_rates) == (["echo"], [7], [1e-4])
+    assert recipe.adapters == ["lora"]
+
+
+def test_yaml_reads_1e_3_as_text_and_we_as_a_number(tmp_path):
+    path = write_workplace(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["ablation"]["learning_rates"] = "RATES"
+    path.write_text(yaml.safe_dump(content).replace("RATES", "[1e-3, 2e-3]"))
+    assert load_recipe(path).learning_rates == [1e-3, 2e-3]
+
+
+def test_variables(monkeypatch):
+    monkeypatch.setenv("ECHO_TEST_A", "7")
+    monkeypatch.delenv("ECHO_TEST_B", raising=False)
+    assert expand("a: ${ECHO_TEST_A}\nb: ${ECHO_TEST_B:-x}\n# ${ECHO_TEST_B}") == "a: 7\nb: x\n# ${ECHO_TEST_B}"
+    assert expand("${QUICKSTART}").endswith("quickstart")
+    with pytest.raises(ValueError, match="Set ECHO_TEST_B"):
+        expand("a: ${ECHO_TEST_B}")
+
+
+def test_seeds():
+    assert parse_seeds("0-4") == [0, 1, 2, 3, 4]
+    assert parse_seeds("0,3,5-6") == [0, 3, 5, 6]
+    assert parse_seeds(2) == [2]
+
+
+def test_examples_are_drawn_once_and_limited(tmp_path):
+    limited, whole = tiny_recipe(tmp_path, train_limit=5), tiny_recipe(tmp_path)
+    assert load_examples(limited)[0] == load_examples(whole)[0][:5]
+    assert load_examples(limited)[1] == load_examples(whole)[1]
