@@ -58,10 +58,12 @@ def run_evaluation(
         What results.MODE.json holds: the figure of every task, their average, the model, options, time and speed.
 
     Raises:
-        ValueError: the folder holds records of another model, data or options.
+        ValueError: the folder holds records of another model, data or options, or two tasks have one name.
     """
-    files = {}
+    files: dict[str, RecordFile] = {}
     for task in tasks:
+        if task.name in files:
+            raise ValueError(f"Two tasks are named {task.name!r}, and would share a file of records. Rename one file.")
         path = folder / f"{task.name}.{mode}.jsonl"
         if restart:
             path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ that is all. Stage 2, only where a completion goes on after that, reads the rest
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -171,6 +172,11 @@ class _Sum:
         return self
 
     def score(self) -> Score:
+        if math.isnan(self.log_likelihood):
+            raise ValueError(
+                "The model's logits are not a number (NaN), so nothing can be scored. Its weights, or an adapter's, "
+                "are damaged, or they overflow in this dtype: try float32."
+            )
         return Score(self.log_likelihood, self.n_tokens, self.greedy)
 
 

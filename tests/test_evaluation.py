@@ -240,3 +240,7 @@ def test_bad_input():
         tokenize_row(tokenizer, "w1", [""])
     with pytest.raises(ValueError, match="is not among its options"):
         evaluate_task(model, tokenizer, Task("t", [Item("w1", "w9", (" w2", " w3"))], str.strip, 3), mode="rank")
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = float("nan")
+    with pytest.raises(ValueError, match="not a number"):
+        evaluate_task(model, tokenizer, task, mode="nll")

@@ -168,6 +168,10 @@ def test_bad_input(workplace, capsys):
         else:
             assert cli.main(command) == 2
             assert message in capsys.readouterr().err
+    (workplace / "other").mkdir()
+    (workplace / "other" / "mine.jsonl").write_text((workplace / "mine.jsonl").read_text())
+    assert cli.main(["evaluate", "base", "--tasks", "mine.jsonl", "other/mine.jsonl"]) == 2
+    assert "Two tasks are named 'mine'" in capsys.readouterr().err
     assert cli.main(["evaluate", "base", "--tasks", "none.jsonl"]) == 2
     assert "no file none.jsonl" in capsys.readouterr().err
 
