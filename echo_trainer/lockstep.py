@@ -27,6 +27,17 @@ def needs_lockstep(accelerator: Any, model: nn.Module) -> bool:
     return accelerator.distributed_type in SHARDED or any(hasattr(p, "device_mesh") for p in model.parameters())
 
 
+def checkpoint_without_reentry(args: Any) -> None:
+    """
+    Put gradient checkpointing back to non-reentrant where TRL has made it reentrant (for adapters under ZeRO-3).
+
+    A reentrant checkpoint runs its layer without a graph, so the keys and values that the suffix pass builds on, and
+    what the echo networks add inside, would get no gradient.
+    """
+    if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        args.gradient_checkpointing_kwargs = {**args.gradient_checkpointing_kwargs, "use_reentrant": False}
+
+
 def touch(*tensors: Tensor) -> Tensor:
     """Zero, a scalar that depends on `tensors`: their gradients are exactly zero, even where they are not finite."""
     return _Touch.apply(*tensors)

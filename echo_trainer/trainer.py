@@ -29,7 +29,7 @@ from .config import CKA, EchoSFTConfig
 from .guard import GuardMixin
 from .hub_mixin import EchoHubMixin
 from .layers import decoder_layers, find_sites, resolve_layers
-from .lockstep import needs_lockstep
+from .lockstep import checkpoint_without_reentry, needs_lockstep
 from .losses import Distillation
 from .memory import now_running
 from .metrics import EchoMetrics
@@ -91,6 +91,7 @@ class EchoSFTTrainer(GuardMixin, EchoCheckpointMixin, EchoHubMixin, SFTTrainer):
         if config.echo_enabled:
             check_model(self.model, self.accelerator)
             check_dataset(self.train_dataset, self.data_collator)
+            checkpoint_without_reentry(config)
             self._build_echo()
 
     @property

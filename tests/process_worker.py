@@ -16,6 +16,7 @@ from models import lora_config, prompt_completion_rows, tiny_model
 from peft import PeftModel
 from safetensors.torch import save_file
 from training import echo_trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from echo_trainer import passes, step
 from echo_trainer.gathering import whole_state
@@ -73,6 +74,7 @@ def settings_of(case: str, world: int, compared: int) -> dict:
 
 def build(case: str, folder: Path, world: int, compared: int, **more):
     """A trainer whose echo networks change the outputs from the first step on."""
+    unset_hf_deepspeed_config()  # of the case before; under ZeRO-3 the model would be initialised in another way
     torch.manual_seed(0)
     trainer = echo_trainer(folder, model=tiny_model(), **{**settings_of(case, world, compared), **more})
     generator = torch.Generator().manual_seed(0)
