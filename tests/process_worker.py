@@ -80,7 +80,7 @@ def build(case: str, folder: Path, world: int, compared: int, **more):
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trainer.echo_networks.named_parameters():
         if name.endswith("project_out"):
-            parameter.data = torch.randn(parameter.shape, generator=generator)
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.device)
     return trainer
 
 

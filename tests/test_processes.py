@@ -1,7 +1,7 @@
 """Many processes through `accelerate launch`: the same training as one process, and no process ever waits for ever.
 
 Each launch runs several cases of process_worker.py with gloo on the CPU, under the configurations that ship in
-recipes/accelerate; a launch that hangs is killed, which fails its tests.
+recipes/accelerate (on GPUs where ECHO_PROCESSES_ON=gpu; see check.sh there); a launch that hangs is killed, which fails its tests.
 """
 
 import importlib.util
@@ -85,7 +85,9 @@ def launch(request, tmp_path_factory) -> Launch:
         "--num_processes", str(world), "--mixed_precision", "no", "--main_process_port", "0",
         "tests/process_worker.py", str(output), *cases,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if os.environ.get("ECHO_PROCESSES_ON") != "gpu":
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, timeout=DEADLINE, capture_output=True, text=True, errors="replace"
