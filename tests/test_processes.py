@@ -1,7 +1,8 @@
 """Many processes through `accelerate launch`: the same training as one process, and no process ever waits for ever.
 
 Each launch runs several cases of process_worker.py with gloo on the CPU, under the configurations that ship in
-recipes/accelerate (on GPUs where ECHO_PROCESSES_ON=gpu; see check.sh there); a launch that hangs is killed, which fails its tests.
+recipes/accelerate (on GPUs where ECHO_PROCESSES_ON=gpu, see check.sh there). A launch that hangs is killed, which
+fails its tests.
 """
 
 import importlib.util
