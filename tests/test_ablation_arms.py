@@ -167,6 +167,7 @@ def test_seeds_differ_and_repeat(recipe, bench, folder, results):
     assert other["batches"] != again["batches"]
 
 
+@pytest.mark.long
 def test_dora_is_trained_and_paired(recipe, bench, folder, results):
     one, other = (do(recipe, folder / "dora", arm, bench=bench, adapter="dora") for arm in ("lora", "echo"))
     assert one["initial_weights"] == other["initial_weights"] != results["lora"]["initial_weights"]
@@ -223,9 +224,9 @@ def test_echo_networks_of_all_arms_start_alike(bench, folder):
 @pytest.mark.parametrize(
     ("arm", "echo_pass", "adapter"),
     [
-        ("echo", "suffix", "dora"),
-        pytest.param("echo-predicting", "suffix", "lora", marks=pytest.mark.long),
-        pytest.param("echo", "full", "lora", marks=pytest.mark.long),
+        ("echo", "suffix", "lora"),
+        pytest.param("echo-predicting", "suffix", "dora", marks=pytest.mark.long),
+        pytest.param("echo", "full", "dora", marks=pytest.mark.long),
     ],
 )
 def test_flops_of_a_run_are_what_the_counter_counts(folder, adapter, arm, echo_pass):
