@@ -68,7 +68,7 @@ def add_export_parser(subparsers: argparse._SubParsersAction) -> argparse.Argume
     """Add the command ``export``; its handler returns the exit status."""
     parser = _parser(subparsers, "export", "write an adapter in a form that a server wants", EXPORT, EXPORT_END)
     parser.usage = "%(prog)s (--portable | --merged | --lora | --gguf) [options] ADAPTER OUT"
-    form = parser.add_mutually_exclusive_group(required=True)
+    form = parser.add_mutually_exclusive_group()
     for name in ("portable", "merged", "lora", "gguf"):
         form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=argparse.SUPPRESS)
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a PEFT adapter")
@@ -109,6 +109,8 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Handle ``echo-trainer export``."""
+    if arguments.form is None:
+        raise ValueError("No form was named. Give one of --portable, --merged, --lora and --gguf.")
     from . import export
     from .export_gguf import export_gguf
     from .serving_adapter import AdapterError
