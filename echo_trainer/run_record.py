@@ -94,7 +94,7 @@ def example(dataset: Any, tokenizer: Any) -> dict[str, Any] | None:
         "prompt" and "answer" (text, special tokens included), and "exact": whether encoding the prompt again without
         special tokens gives the same ids. None where the data cannot be read twice (streams) or has no answer.
     """
-    if not hasattr(dataset, "__getitem__") or not len(dataset) or not hasattr(tokenizer, "decode"):
+    if not hasattr(dataset, "__len__") or not len(dataset) or not hasattr(tokenizer, "decode"):
         return None
     row = dataset[0]
     ids, labels = row.get("input_ids"), row.get("labels")

@@ -172,12 +172,14 @@ class EchoSFTTrainer(GuardMixin, EchoCheckpointMixin, EchoHubMixin, SFTTrainer):
 
     @contextmanager
     def _uncollated(self) -> Iterator[None]:
-        collator = self.data_collator
-        self.data_collator = DeferredBatch
+        collator, options = self.data_collator, self.accelerator.dataloader_config
+        self.data_collator, dispatch = DeferredBatch, options.dispatch_batches
+        if not dispatch:  # left out, accelerate would cut the batches of a stream up, and they are not tensors yet
+            options.dispatch_batches = False
         try:
             yield
         finally:
-            self.data_collator = collator
+            self.data_collator, options.dispatch_batches = collator, dispatch
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, collated now, when the step is known."""

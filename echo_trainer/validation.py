@@ -72,7 +72,7 @@ def check_model(model: nn.Module, accelerator: Any) -> None:
     What can be refused once model and accelerator exist.
 
     Raises:
-        ValueError: no trainable adapter, activation checkpointing by FSDP, or a sharding of sequences or matrices.
+        ValueError: no trainable adapter, FSDP1, activation checkpointing by FSDP, sharded sequences or matrices.
     """
     if not any("lora_" in name and parameter.requires_grad for name, parameter in model.named_parameters()):
         raise ValueError(
@@ -85,6 +85,12 @@ def check_model(model: nn.Module, accelerator: Any) -> None:
             "`fsdp_activation_checkpointing` replays layers without the echo that was added to them, which gives "
             "wrong gradients. Set it to false in the accelerate config and use `gradient_checkpointing=True` of the "
             "training arguments."
+        )
+    if fsdp is not None and fsdp.fsdp_version == 1:
+        raise ValueError(
+            "`fsdp_version: 1` flattens the frozen base, the adapter and the echo networks into common parameters, "
+            "with which Echo-LoRA was never run. Write `fsdp_version: 2` in the accelerate config "
+            "(recipes/accelerate/fsdp2.yaml is one)."
         )
     parallelism = getattr(accelerator, "parallelism_config", None)
     if parallelism is not None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from models import lora_config, prompt_completion_rows, tiny_model
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -60,6 +61,11 @@ def settings_of(case: str, world: int, compared: int) -> dict:
             **SHARED, "max_steps": 4, "optim": "sgd", "per_device_train_batch_size": 2 * compared // world,
             "rows": silent_rows(8 * compared, compared), "train_sampling_strategy": "sequential", "echo_p_start": 1.0,
             "echo_p_end": 0.0 if case == "fading" else 1.0, "dataset_kwargs": {"skip_prepare_dataset": True},
+        }  # fmt: skip
+    if case == "stream":
+        stream = Dataset.from_list(prompt_completion_rows(40)).to_iterable_dataset()
+        return {
+            **SHARED, "max_steps": 3, "optim": "sgd", "per_device_train_batch_size": 8 // world, "rows": stream,
         }  # fmt: skip
     if case == "uneven":
         return {

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 DEADLINE = process_worker.DEADLINE + 60
 
-DDP_CASES = ["equal", "silent", "uneven", "whole", "resumed"]
+DDP_CASES = ["equal", "stream", "silent", "uneven", "whole", "resumed"]
 SHARDED_CASES = ["equal", "fading", "whole-sharded", "resumed-sharded"]
-ALL_CASES = ["equal", "silent", "fading", "uneven", "whole", "resumed"]
+ALL_CASES = ["equal", "stream", "silent", "fading", "uneven", "whole", "resumed"]
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 ENGINES = [
@@ -135,6 +135,11 @@ def assert_same_training(launch: Launch, alone, case: str) -> None:
 def test_equals_one_process(launch, alone):
     """Invariant 3: batch 8 = 2 processes x batch 2 x accumulation 2 (4 processes x batch 1 x accumulation 2)."""
     assert_same_training(launch, alone, launch.case("equal"))
+
+
+def test_stream_equals_one_process(launch, alone):
+    """A streamed dataset: each process reads it and keeps its share."""
+    assert_same_training(launch, alone, launch.case("stream"))
 
 
 def test_process_without_any_answer(launch, alone):
