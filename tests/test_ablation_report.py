@@ -91,6 +91,7 @@ def test_seeds_that_are_missing_are_left_out(recipe, tmp_path):
     for seed in range(3):
         store(tmp_path, "lora", seed, 0.5, 1.0)
     store(tmp_path, "echo", 2, 0.5, 0.9)
+    store(tmp_path, "echo", 4, 0.9, 0.1)  # not compared: lora has no seed 4
     text, summary = report(recipe, tmp_path)
     pair = summary["lora"]["arms"]["echo"]["nll"]["to_lora"]
     assert pair["n_seeds"] == 1 and pair["low"] is None
