@@ -37,7 +37,8 @@ class EchoHubMixin:
     hub_patience = Patience()
     _hub_worker: ThreadPoolExecutor | None = None
     _hub_jobs: tuple[tuple[str, Future], ...] = ()
-    _hub_missing: str | None = None  # the newest checkpoint that should be on the Hub and is not
+    _hub_due: str | None = None  # the newest checkpoint that should be on the Hub
+    _hub_done: str | None = None  # the newest one that is
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Look whether pushing will work, and make the repository; what is wrong is a warning here."""
@@ -109,9 +110,9 @@ class EchoHubMixin:
             )
 
         if not blocking:
-            return self._in_background("the final push", push)
+            return self._in_background("the final push", push, self._hub_due)
         pushed = push()
-        self._after(pushed)
+        self._after(pushed, self._hub_due)
         return pushed
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,9 +124,9 @@ class EchoHubMixin:
         try:
             if self.args.hub_strategy == HubStrategy.END:
                 self.push_to_hub()
-            elif self._hub_missing is not None and Path(self._hub_missing).is_dir():
-                logger.warning("Pushing %s, which is not on the Hub yet.", self._hub_missing)
-                self._after(self._checkpoint_push(self._hub_missing)())
+            elif self._hub_due != self._hub_done:
+                logger.warning("Pushing %s, which is not on the Hub yet.", self._hub_due)
+                self._after(self._checkpoint_push(self._hub_due)(), self._hub_due)
         except PushError as error:
             logger.error("%s", error)  # the result of a finished training is worth more than its push
         return result
@@ -134,13 +135,12 @@ class EchoHubMixin:
         return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint in the background; the next one waits for no one, unless `hub_always_push` is set."""
+        """Push a checkpoint in the background; left out while another is on its way, unless `hub_always_push`."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        busy = any(not job.done() for _, job in self._hub_jobs)
-        if busy and not self.args.hub_always_push:
-            self._hub_missing = checkpoint_folder
-            return
+        self._hub_due = checkpoint_folder
+        if not self.args.hub_always_push and any(not job.done() for _, job in self._hub_jobs):
+            return  # `train` makes up for it in the end, if no later one does
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         try:
             push = self._checkpoint_push(checkpoint_folder)
@@ -150,7 +150,8 @@ class EchoHubMixin:
             self._in_background(f"the push of {Path(checkpoint_folder).name}", push, checkpoint_folder)
 
     def _checkpoint_push(self, checkpoint_folder: str) -> Any:
-        """A function that pushes a checkpoint as it is now: the files are copied before this returns.
+        """
+        A function that pushes a checkpoint as it is now: the files are copied before this returns.
 
         Raises:
             PushError: the files cannot be copied.
@@ -191,18 +192,17 @@ class EchoHubMixin:
             try:
                 pushed = push()
             except BaseException as error:
-                self._hub_missing = checkpoint or self._hub_missing
                 logger.error("In the background, %s failed. %s", name, error)
                 raise
-            self._after(pushed)
+            self._after(pushed, checkpoint)
             return pushed
 
         job = self._hub_worker.submit(run)
         self._hub_jobs = (*self._hub_jobs, (name, job))
         return job
 
-    def _after(self, pushed: Pushed) -> None:
-        self._hub_missing = None
+    def _after(self, pushed: Pushed, checkpoint: str | None) -> None:
+        self._hub_done = checkpoint
         self.hub_model_id = pushed.repo_id
         for note in pushed.notes:
             logger.warning("%s", note)

@@ -141,6 +141,13 @@ def test_failing_background_pushes_are_said_and_made_up_for(client, hub, base, t
     assert WRITE_TOKEN not in answer["log"]
 
 
+def test_checkpoint_left_out_for_a_slow_push_comes_later(client, hub, base, tmp_path):
+    hub.faults = [Fault("/commit/", "hang", seconds=4.0)]
+    answer = train(client, tmp_path, base, hub_strategy="every_save", **PUSHING)
+    assert "error" not in answer, answer
+    assert hub.repos["ada/one"].commits[-1][0] == "Training in progress, step 4"
+
+
 @pytest.mark.parametrize("strategy", ["end", pytest.param("every_save", marks=pytest.mark.long)])
 def test_hub_that_fails_throughout(client, hub, base, tmp_path, strategy):
     """Unreachable from the start: a warning before training, the adapter on the disk, last words."""
