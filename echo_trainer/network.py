@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import EchoSite
-from .lockstep import touch
+from .lockstep import silenced
 
 GATE_BIAS = -2.0
 SCALE = 0.1
@@ -46,11 +46,8 @@ class EchoNetwork(nn.Module):
         self.gate_bias = nn.Parameter(torch.full((out_features,), GATE_BIAS))
         self.scale = nn.Parameter(torch.full((1,), SCALE))
 
-    def forward(self, z_Gd: Tensor, weightless: bool = False) -> tuple[Tensor, Tensor]:
-        """delta (G, o) and the gate g (G, o) for normalised echoes z (G, d), float32; zeros where `weightless`."""
-        if weightless:
-            zeros_Go = touch(*self.parameters()).expand(len(z_Gd), len(self.gate_bias))
-            return zeros_Go, zeros_Go
+    def forward(self, z_Gd: Tensor) -> tuple[Tensor, Tensor]:
+        """delta (G, o) and the gate g (G, o) for normalised echoes z (G, d), float32."""
         e_Go = F.linear(torch.tanh(F.linear(z_Gd, self.project_in)), self.project_out)
         g_Go = torch.sigmoid(F.linear(torch.tanh(F.linear(z_Gd, self.gate_in)), self.gate_out, self.gate_bias))
         return self.scale * (g_Go * e_Go), g_Go
@@ -88,25 +85,20 @@ class EchoNetworks(nn.Module):
         """
         Args:
             states_SGd: hidden states of the source layers at the boundaries, without gradient, (S, G, d).
-            weightless: return zeros, which give every parameter a gradient of exactly zero.
+            weightless: return zeros; gradients are zero and arrive in the usual order.
 
         Returns:
             delta (G, o_m) of every target module by `site_key`, and the mean gate opening, a scalar without gradient.
         """
         with torch.autocast(states_SGd.device.type, enabled=False):
-            if weightless:
-                return self._zeros(states_SGd[0])
             z_Gd = self.aggregate(states_SGd.detach().to(self.dtype))
             z_Gd = F.layer_norm(z_Gd, (self.hidden_size,))
-            outputs = {key: network(z_Gd) for key, network in self.networks.items()}
+            outputs = {}
+            for key, network in self.networks.items():
+                delta_Go, g_Go = network(z_Gd)
+                outputs[key] = (silenced(delta_Go) if weightless else delta_Go, g_Go)
             gate = torch.stack([g.detach().mean() for _, g in outputs.values()]).mean()
         return {key: delta for key, (delta, _) in outputs.items()}, gate
-
-    def _zeros(self, z_Gd: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """What `forward` returns where `weightless`; every network runs, for engines that gather what runs."""
-        zero = 0.0 if self.source_logits is None else touch(self.source_logits)
-        deltas = {key: network(z_Gd, weightless=True)[0] + zero for key, network in self.networks.items()}
-        return deltas, z_Gd.new_zeros(())
 
     @property
     def dtype(self) -> torch.dtype:
