@@ -44,13 +44,13 @@ class GuardMixin:
         plan: EchoPlan | None = inputs.get(PLAN_KEY)
         if self.echo is None or plan is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        # DeepSpeed steps inside its backward, so what it is given must be finite; `compute_loss` sees to that.
-        before = None if self.is_deepspeed_enabled else self._copy_gradients()
+        before = None if self._checks_loss_only() else self._copy_gradients()
         metrics = self._echo_metrics.snapshot()
         with explain_out_of_memory(inputs, plan):
             loss = super().training_step(model, inputs, num_items_in_batch)
             if before is None or self._all_finite(loss):
-                self._nonfinite_in_a_row = 0 if plan.layout is not None else self._nonfinite_in_a_row
+                if before is not None and plan.layout is not None and not plan.weightless:
+                    self._nonfinite_in_a_row = 0
                 return loss
             self._put_gradients(before)
             self._echo_metrics.restore(metrics)
@@ -65,6 +65,26 @@ class GuardMixin:
                 f"max_grad_norm=1.0 or bf16 instead of fp16."
             )
         return loss
+
+    def _finite_before_backward(
+        self, model: Any, inputs: dict[str, Any], plan: EchoPlan, output: dict[str, Tensor]
+    ) -> tuple[EchoPlan, dict[str, Tensor]]:
+        """Plan and output of the micro-batch; those of the plain loss where the echo made it not finite."""
+        if self._agreed_finite([output["objective"]]):
+            self._nonfinite_in_a_row = self._nonfinite_in_a_row if plan.weightless else 0
+            return plan, output
+        self._count_non_finite()
+        plan = plan.without_echo()
+        return plan, model(**inputs, echo_plan=plan)
+
+    def _checks_loss_only(self) -> bool:
+        """
+        Whether only the loss is looked at, in `compute_loss` and before its backward pass, and not the gradients.
+
+        DeepSpeed steps inside its backward, and FSDP2 keeps the gradients of earlier micro-batches where nobody can
+        put them back.
+        """
+        return self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.args.gradient_accumulation_steps > 1)
 
     def _count_non_finite(self) -> None:
         """Count a micro-batch whose echo was thrown away; say so now and then, and stop when it goes on."""

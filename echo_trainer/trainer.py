@@ -15,7 +15,6 @@ import functools
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from .checkpoint import EchoCheckpointMixin
-from .collator import PLAN_KEY, DeferredBatch, EchoCollator
+from .collator import PLAN_KEY, EchoCollator
 from .config import CKA, EchoSFTConfig
+from .deferred import DeferredCollationMixin
 from .guard import GuardMixin
 from .hub_mixin import EchoHubMixin
 from .layers import decoder_layers, find_sites, resolve_layers
@@ -36,7 +36,6 @@ from .metrics import EchoMetrics
 from .network import EchoNetworks
 from .passes import EchoSetup
 from .resume import base_fingerprint
-from .routing import RoutingSchedule
 from .selection_use import layers_by_cka
 from .step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
 from .suffix_support import choose_suffix
@@ -48,7 +47,7 @@ logger = logging.getLogger(__name__)
 _NOT_FOR_THE_BACKBONE = ("labels", "shift_labels")
 
 
-class EchoSFTTrainer(GuardMixin, EchoCheckpointMixin, EchoHubMixin, SFTTrainer):
+class EchoSFTTrainer(DeferredCollationMixin, GuardMixin, EchoCheckpointMixin, EchoHubMixin, SFTTrainer):
     """
     Supervised fine-tuning with Echo-LoRA; a drop-in replacement for `trl.SFTTrainer`.
 
@@ -161,47 +160,6 @@ class EchoSFTTrainer(GuardMixin, EchoCheckpointMixin, EchoHubMixin, SFTTrainer):
         finally:
             detach_networks(self.accelerator.unwrap_model(self.model))
 
-    # Deferred collation
-
-    def get_train_dataloader(self):
-        """The training data loader; with the echo on it yields uncollated examples (see `collator.py`)."""
-        if self.echo is None:
-            return super().get_train_dataloader()
-        with self._uncollated():
-            return super().get_train_dataloader()
-
-    @contextmanager
-    def _uncollated(self) -> Iterator[None]:
-        collator, options = self.data_collator, self.accelerator.dataloader_config
-        self.data_collator, dispatch = DeferredBatch, options.dispatch_batches
-        if not dispatch:  # left out, accelerate would cut the batches of a stream up, and they are not tensors yet
-            options.dispatch_batches = False
-        try:
-            yield
-        finally:
-            self.data_collator, options.dispatch_batches = collator, dispatch
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step, collated now, when the step is known."""
-        if self.echo is not None:
-            epoch_iterator = self._collate(epoch_iterator)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def _collate(self, batches: Iterator[DeferredBatch]) -> Iterator[dict[str, Any]]:
-        args = self.args
-        self.data_collator.schedule = RoutingSchedule(
-            seed=args.resolved_echo_seed,
-            p_start=args.echo_p_start,
-            p_end=args.echo_p_end,
-            total_steps=self.state.max_steps,
-            accumulation=args.gradient_accumulation_steps,
-            world_size=args.world_size,
-            rank=args.process_index,
-            batch_size=self._train_batch_size,
-        )
-        for micro_batch, batch in enumerate(batches):
-            yield self.data_collator(batch.examples, step=self.state.global_step, micro_batch=micro_batch)
-
     # The step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -218,10 +176,8 @@ class EchoSFTTrainer(GuardMixin, EchoCheckpointMixin, EchoHubMixin, SFTTrainer):
         if self.aux_loss_enabled:
             backbone_inputs["output_router_logits"] = True
         output = model(**backbone_inputs, echo_plan=plan)
-        if self.is_deepspeed_enabled and not self._agreed_finite([output["objective"]]):
-            self._count_non_finite()
-            plan = plan.without_echo()
-            output = model(**backbone_inputs, echo_plan=plan)
+        if self._checks_loss_only() and plan.layout is not None:
+            plan, output = self._finite_before_backward(model, backbone_inputs, plan, output)
         now_running("backward pass")
         n_items = len(plan.labels_N) if num_items_in_batch is None else num_items_in_batch
         loss = output["objective"] / torch.as_tensor(n_items).clamp(min=1)
