@@ -1,8 +1,8 @@
 """An adapter in the form that a server wants: portable, merged into the base, or a LoRA fitted to a DoRA.
 
-GGUF is in `export_gguf.py`. Each function writes a new folder, in one step at the end, and says how far the result's logits are from what
-PEFT computes with the original adapter in float32. Errors are measured on `probe_ids`: fixed token sequences, all
-positions; logits have no unit, so `LogitError` puts them beside what the adapter itself changes.
+GGUF is in `export_gguf.py`. Each function writes a new folder, in one step at the end, and says how far the result's
+logits are from what PEFT computes with the original adapter in float32. Errors are measured on `probe_ids`: fixed
+token sequences, all positions; logits have no unit, so `LogitError` puts them beside what the adapter itself changes.
 """
 
 from __future__ import annotations
