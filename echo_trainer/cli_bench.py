@@ -15,7 +15,7 @@ TABLE_WIDTH = 118
 
 def make_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    from .bench import SHAPES, VARIANTS, BenchOptions
+    from .bench_step import SHAPES, VARIANTS, BenchOptions
 
     parser = argparse.ArgumentParser(
         prog="echo-trainer bench",
@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"--{name} is {options[name]}; it must be at least 1.")
     if options["answer"] < 2:
         raise ValueError("--answer is 1: the echo starts at the first answer token and would reach nothing. Use 2.")
-    from .bench import VARIANTS, BenchOptions, run_bench, save_json
+    from .bench import run_bench, save_json
+    from .bench_step import VARIANTS, BenchOptions
 
     options["variants"] = tuple(options["variants"])
     bench = BenchOptions(**options)

@@ -62,6 +62,13 @@ _ARMS = (
     Arm("echo-noise", "random z of the same norm", "echo", echo="noise"),
     Arm("echo-no-kd", "no distillation", "echo", {"echo_kd_weight": 0.0}),
     Arm("echo-no-routing", "every sample routed in every step", "echo", {"echo_p_start": 1.0, "echo_p_end": 1.0}),
+    Arm(
+        "echo-zero-no-routing",
+        "z = 0 and every sample routed in every step: LoRA whose loss counts twice",
+        "echo",
+        {"echo_p_start": 1.0, "echo_p_end": 1.0},
+        echo="zero",
+    ),
     Arm("echo-teacher-plain", "the echo pass learns from the plain pass", "echo", {"echo_teacher": "plain"}),
     Arm("echo-mutual", "each pass learns from the other", "echo", {"echo_teacher": "mutual"}),
     Arm(

@@ -21,6 +21,8 @@ CONTRASTS = (
     ("echo", "echo-noise", "an echo instead of noise"),
     ("echo", "lora-compute-matched", "the same compute spent on more steps"),
     ("echo", "echo-no-kd", "the distillation"),
+    ("echo", "echo-no-routing", "routing some of the samples instead of all"),
+    ("echo-no-routing", "echo-zero-no-routing", "the injection where every sample is routed"),
 )
 
 
