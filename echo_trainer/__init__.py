@@ -12,7 +12,9 @@ One training step, top to bottom; the file of each stage in brackets:
     echo pass, routed samples: module m + delta_m     [passes, injection, suffix_cache]
     L = 1/N sum_i [CE_plain + r_i (CE_echo + lambda_kd KD)]   [losses, head]
     all of it one forward of the wrapped model        [step, trainer]
-    what is written                                   [checkpoint, run_folder, card]
+    backward, guarded against NaN                     [guard]
+    checkpoints, whole or not at all                  [checkpoint, checkpoint_files, resume]
+    the final adapter, its card, its way to the Hub   [final_save, portable, run_folder, card, hub]
 
 Symbols: S source layers, M target layers, m a LoRA module of a target layer with output size o_m, d hidden size,
 b_i last prompt token of segment i, z echo vector, e projection, g gate, lambda_m scale, tau distillation temperature,

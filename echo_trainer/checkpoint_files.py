@@ -145,7 +145,10 @@ def publish_files(staged: str | os.PathLike, final: str | os.PathLike) -> None:
     """
     staged, final = Path(staged), Path(final)
     files = [path for path in staged.rglob("*") if path.is_file()]
+    mask = os.umask(0)
+    os.umask(mask)
     for path in sorted(files, key=lambda path: (path.suffix != ".safetensors", path.suffix == ".md", path.name)):
+        path.chmod(0o666 & ~mask)  # safetensors lets its owner alone read a file; a server may be another user
         _flush(path)
         target = final / path.relative_to(staged)
         target.parent.mkdir(parents=True, exist_ok=True)

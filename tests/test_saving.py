@@ -58,6 +58,7 @@ def test_saved_adapter_is_an_ordinary_one(tmp_path, dora, portable):
     trainer.save_model()
 
     assert set(os.listdir(out)) == FINAL_FILES
+    assert (out / "adapter_model.safetensors").stat().st_mode == (out / "README.md").stat().st_mode
     tensors = load_file(out / "adapter_model.safetensors")
     assert tensors and all("lora_" in name for name in tensors)
     config = json.loads((out / "adapter_config.json").read_text())
