@@ -1,32 +1,34 @@
-"""What is written where: checkpoints hold the echo networks beside the adapter, the final folder never does."""
+"""Checkpoints of a run, with the echo networks beside the adapter, and the way back from them."""
 
-import errno
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
-from .checkpoint_files import STAGING, is_checkpoint, last_whole_checkpoint, publish, publish_files, write_manifest
-from .final_save import compare_written, finish_adapter, refuse_non_finite, trained_tensors
-from .gathering import keeps_shards, load_whole_state, whole_state, whole_trainable_state
+from .checkpoint_files import (
+    STAGING,
+    bring_back,
+    damage,
+    publish,
+    write_manifest,
+)
+from .full_disk import clean_failure
+from .gathering import load_whole_state, whole_state
 from .network import site_key
 from .resume import check_same_run, find_checkpoint, run_facts
-from .run_folder import write_run_folder
+
+logger = logging.getLogger(__name__)
 
 ECHO_WEIGHTS = "echo_networks.safetensors"
-TRAINING_ARGUMENTS = "training_args.bin"
 RESUME_OPTIONS = (
     "bottleneck", "aggregation", "positions", "p_start", "p_end", "kd_weight", "kd_temperature", "teacher",
 )  # fmt: skip
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class EchoCheckpointMixin:
@@ -46,14 +48,13 @@ class EchoCheckpointMixin:
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        with _clean_failure(staging, run_dir, final):
+        with clean_failure(staging, run_dir, final):
             self._staging, self._push_after_publishing = staging, False
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-            if (self.state.best_model_checkpoint or "").startswith(staging):
-                self.state.best_model_checkpoint = final
+            self.state.best_model_checkpoint = self._best_checkpoint(run_dir, final)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(os.path.join(staging, name, "trainer_state.json"))
@@ -69,6 +70,14 @@ class EchoCheckpointMixin:
         self.accelerator.wait_for_everyone()
         if self._push_after_publishing:
             self._push_from_checkpoint(final)
+
+    def _best_checkpoint(self, run_dir: str, final: str) -> str | None:
+        """The best checkpoint under its final name, also where the run's folder has another name than it had then."""
+        best = self.state.best_model_checkpoint
+        if not self.state.best_global_step or self.args.save_strategy == SaveStrategy.NO:
+            return best
+        named = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        return named if named == final or os.path.isdir(named) else best
 
     def _get_output_dir(self, trial: Any) -> str:
         """The folder of the run; while a checkpoint is being saved, its staging folder."""
@@ -98,10 +107,13 @@ class EchoCheckpointMixin:
         found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
+                bring_back(self.args.output_dir)
                 found[0] = find_checkpoint(self.args.output_dir, wanted)
                 if found[0] is not None:
                     facts = run_facts(self)
                     del facts["planned_steps"]  # known once training begins
+                    if self.args.auto_find_batch_size:  # the trainer takes up the batch size it had found
+                        del facts["global_batch"]
                     check_same_run(found[0], facts)
             except ValueError as error:
                 found[1] = str(error)
@@ -123,10 +135,26 @@ class EchoCheckpointMixin:
             )
         super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch; none where the run that is continued had already done its last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _load_best_model(self) -> None:
-        """Load the best adapter, and its echo networks where the checkpoint holds them."""
-        super()._load_best_model()
+        """Load the best adapter, and its echo networks where the checkpoint holds them; not a damaged one."""
         best = self.state.best_model_checkpoint
+        why = [damage(best) if best and self.accelerator.is_main_process and os.path.isdir(best) else None]
+        broadcast_object_list(why)
+        if why[0] is not None:
+            logger.error(
+                "The best checkpoint %s is damaged (%s), so it is not loaded: the model is that of the last step.",
+                best,
+                why[0],
+            )
+            return
+        super()._load_best_model()
         if self.echo is not None and best and os.path.isfile(os.path.join(best, ECHO_WEIGHTS)):
             self._load_echo_networks(best)
 
@@ -160,88 +188,3 @@ class EchoCheckpointMixin:
             **{name: getattr(self.args, f"echo_{name}") for name in RESUME_OPTIONS},
             "seed": self.args.resolved_echo_seed,
         }
-
-    # The final adapter
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as transformers does. With FSDP2 the adapter alone is gathered, for sharded state dicts as well."""
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        if not self.is_fsdp_enabled or self.echo is None or (keeps_shards(self) and is_checkpoint(folder)):
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(folder, state_dict=whole_trainable_state(self.model))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """
-        Save an ordinary PEFT adapter; outside checkpoints also the card and the record of the run.
-
-        Raises:
-            NonFiniteAdapterError: the adapter holds NaN or infinity; nothing was written.
-            OSError: what was written is not what was trained.
-        """
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        adapters = trained_tensors(self.model, state_dict) if self.args.should_save else {}
-        refuse_non_finite(adapters, last_whole_checkpoint(self.args.output_dir)[0])
-        if is_checkpoint(output_dir):
-            super()._save(output_dir, state_dict=state_dict)
-            if self.args.should_save:
-                _drop_pickle(output_dir)
-            return
-        staging = os.path.join(output_dir, STAGING)
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        with _clean_failure(staging, self.args.output_dir, output_dir):
-            super()._save(staging, state_dict=state_dict)
-            if not self.args.should_save:
-                return
-            _drop_pickle(staging)
-            compare_written(staging, adapters)
-            finish_adapter(staging, self.model, portable=self.args.portable_adapter, shown_as=output_dir)
-            write_run_folder(self, staging)
-            publish_files(staging, output_dir)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
-    ) -> None:
-        """Write our model card and run record to `output_dir` (TRL calls this at every checkpoint and push)."""
-        if self.is_world_process_zero():
-            staging = os.path.join(self.args.output_dir, f"{STAGING}-card")
-            with _clean_failure(staging, self.args.output_dir, self.args.output_dir):
-                write_run_folder(self, staging, dataset_name=dataset_name)
-                publish_files(staging, self.args.output_dir)
-
-
-@contextmanager
-def _clean_failure(staging: str, run_dir: str, final: str) -> Iterator[None]:
-    """Remove what a failed save has left, and say what is lost (nothing) where the disk is full."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        full = _disk_is_full(error, run_dir)
-        shutil.rmtree(staging, ignore_errors=True)
-        if not full:
-            raise
-        whole, _ = last_whole_checkpoint(run_dir)
-        back = f"The last whole checkpoint is {whole}" if whole else f"There is no checkpoint in {run_dir} yet"
-        raise OSError(
-            errno.ENOSPC,
-            f"The disk is full: {final} could not be written ({error}). {back}. Free some space (save_total_limit=2 "
-            f"keeps two checkpoints only) and start again with resume_from_checkpoint=True",
-        ) from error
-
-
-def _disk_is_full(error: BaseException, folder: str) -> bool:
-    """Whether a failed write ran out of space; torch and safetensors do not say so by an error number."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _NO_SPACE
-    text = str(error)
-    if any(sign in text for sign in ("No space left", "File too large", "quota exceeded")):
-        return True
-    return "file write failed" in text or ("unexpected pos" in text and shutil.disk_usage(folder).free < 2**24)
-
-
-def _drop_pickle(folder: str) -> None:
-    """Remove the pickle of the arguments: nothing needs it, and it would be uploaded with the adapter."""
-    Path(folder, TRAINING_ARGUMENTS).unlink(missing_ok=True)

@@ -16,7 +16,10 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 STAGING = ".unfinished"
+REPLACED = ".replaced-"
 MANIFEST = "echo_checkpoint.json"
+FACTS = {"adapter", "base_shapes", "echo_learning_rate", "global_batch"}
+"""What `resume.check_same_run` needs of a manifest."""
 STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
@@ -45,7 +48,7 @@ def write_manifest(folder: str | os.PathLike, facts: dict[str, Any]) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name != MANIFEST and path.suffix != ".md"  # people may edit a card
     }
     text = json.dumps({"format": 1, **facts, "files": files}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -65,7 +68,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest["files"], dict):
+        if not isinstance(manifest["files"], dict) or not manifest.keys() >= FACTS:
             raise TypeError
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{MANIFEST} cannot be read") from None
@@ -127,14 +130,29 @@ def last_whole_checkpoint(run_dir: str | os.PathLike) -> tuple[Path | None, dict
 def publish(staged: str | os.PathLike, final: str | os.PathLike) -> None:
     """Rename a complete folder into its place. What stood there before is removed afterwards."""
     staged, final = Path(staged), Path(final)
-    old = staged.with_name(f"{staged.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
+    old = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():
+        if old.exists():
+            shutil.rmtree(old)
         final.rename(old)
-    staged.rename(final)
+    try:
+        staged.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
     _flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def bring_back(run_dir: str | os.PathLike) -> None:
+    """Undo a replacement that was killed between its two renames: the old checkpoint gets its name back."""
+    for old in Path(run_dir).glob(f"{REPLACED}{PREFIX_CHECKPOINT_DIR}-*"):
+        final = old.with_name(old.name.removeprefix(REPLACED))
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
 
 
 def publish_files(staged: str | os.PathLike, final: str | os.PathLike) -> None:

@@ -10,6 +10,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .checkpoint_files import last_whole_checkpoint
 from .portable import NotPortableError, make_portable
 from .serving_adapter import WEIGHTS_NAME, AdapterError, read_adapter
 from .serving_check import check_adapter
@@ -35,13 +36,13 @@ def trained_tensors(model: Any, state_dict: dict[str, Tensor] | None) -> dict[st
     }
 
 
-def refuse_non_finite(adapters: dict[str, dict[str, Tensor]], last_whole: Path | None) -> None:
+def refuse_non_finite(adapters: dict[str, dict[str, Tensor]], output_dir: str) -> None:
     """
     Stop before anything is written.
 
     Args:
         adapters: from `trained_tensors`.
-        last_whole: the checkpoint to go back to, if there is one.
+        output_dir: where to look for a checkpoint to go back to.
 
     Raises:
         NonFiniteAdapterError: a tensor holds NaN or infinity.
@@ -53,11 +54,13 @@ def refuse_non_finite(adapters: dict[str, dict[str, Tensor]], last_whole: Path |
         if value.is_floating_point() and not bool(torch.isfinite(value).all())
     ]
     if bad:
+        last_whole, _ = last_whole_checkpoint(output_dir)
         back = f"The last whole checkpoint is {last_whole}." if last_whole else "There is no checkpoint to go back to."
         raise NonFiniteAdapterError(
             f"{len(bad)} tensors of the adapter hold NaN or infinity, such as {bad[0]!r}: training diverged. Nothing "
-            f"was written, and an adapter saved before is as it was. {back} Continue from there with a lower "
-            f"learning_rate or max_grad_norm."
+            f"was written, and an adapter saved before is as it was. {back} Start a new run from "
+            f"its adapter, PeftModel.from_pretrained(model, CHECKPOINT, is_trainable=True), with a lower "
+            f"learning_rate or max_grad_norm; a resumed run would keep the old rate."
         )
 
 

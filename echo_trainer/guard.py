@@ -61,8 +61,9 @@ class GuardMixin:
             raise NonFiniteLossError(
                 f"The plain loss or its gradients are not finite at step {self.state.global_step} (loss "
                 f"{float(loss):g}), without any echo: training has diverged or a sample overflows the model's dtype. "
-                f"No weight was changed by this step. Continue from the last checkpoint with a lower learning_rate, "
-                f"max_grad_norm=1.0 or bf16 instead of fp16."
+                f"No weight was changed by this step. Start a new run from the last checkpoint's adapter, "
+                f"PeftModel.from_pretrained(model, CHECKPOINT, is_trainable=True), with a lower learning_rate, "
+                f"max_grad_norm=1.0 or bf16 instead of fp16; a resumed run would keep the old rate."
             )
         return loss
 
@@ -100,9 +101,10 @@ class GuardMixin:
         if self._nonfinite_in_a_row >= MAX_IN_A_ROW:
             raise NonFiniteLossError(
                 f"The echo pass was not finite in {MAX_IN_A_ROW} micro-batches in a row, up to step "
-                f"{self.state.global_step}. The adapter's weights are intact: those steps used the plain loss. Set a "
-                f"lower echo_learning_rate (or learning_rate), bf16 instead of fp16, or switch the echo off with "
-                f"echo_p_start=0 and echo_p_end=0, and continue from the last checkpoint."
+                f"{self.state.global_step}. The adapter's weights are intact: those steps used the plain loss. "
+                f"Start a new run from the last checkpoint's adapter, PeftModel.from_pretrained(model, CHECKPOINT, "
+                f"is_trainable=True), with a lower echo_learning_rate, bf16 instead of fp16, or without the echo "
+                f"(echo_p_start=0 and echo_p_end=0); a resumed run would keep the old rates."
             )
 
     def _all_finite(self, loss: Tensor) -> bool:

@@ -22,6 +22,8 @@ def run_facts(trainer: Any) -> dict[str, Any]:
 
     | fact | if another on resume |
     |---|---|
+    | `adapter`, `echo_learning_rate` | refused: another function, or another optimizer state |
+    | `learning_rate` | announced: it is restored with the optimizer |
     | `base_shapes` | refused: the adapter does not fit |
     | `global_batch` | refused: the data would be skipped to another place, and routes are drawn by place |
     | `base_values` | announced: an adapter goes on from a base it was not trained on |
@@ -36,8 +38,19 @@ def run_facts(trainer: Any) -> dict[str, Any]:
         "processes": args.world_size,
         "global_batch": args.world_size * trainer._train_batch_size * args.gradient_accumulation_steps,
         "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        "adapter": _adapter(trainer.model),
+        "learning_rate": args.learning_rate,
+        "echo_learning_rate": args.echo_learning_rate,
         **trainer.base_fingerprint,
     }
+
+
+def _adapter(model: nn.Module) -> dict[str, Any]:
+    """What makes an adapter another function, or another set of tensors."""
+    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
+    names = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora")
+    values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return {name: sorted(value) if isinstance(value, set | list) else value for name, value in values.items()}
 
 
 @torch.no_grad()
@@ -125,6 +138,18 @@ def check_same_run(checkpoint: str, now: dict[str, Any]) -> None:
             checkpoint,
         )
         return
+    for name, value in now.get("adapter", {}).items():
+        if then["adapter"].get(name) != value:
+            raise ValueError(
+                f"The checkpoint {checkpoint} belongs to another adapter: {name} was {then['adapter'].get(name)!r} "
+                f"and is {value!r}. Continue with the LoraConfig it was saved with, or start a new run."
+            )
+    if then["echo_learning_rate"] != now.get("echo_learning_rate", then["echo_learning_rate"]):
+        raise ValueError(
+            f"The checkpoint {checkpoint} was saved with echo_learning_rate={then['echo_learning_rate']!r}, and this "
+            f"run has {now['echo_learning_rate']!r}. The optimizer's state holds the old one. Continue with it, or "
+            f"start a new run."
+        )
     if then["base_shapes"] != now.get("base_shapes", then["base_shapes"]):
         raise ValueError(
             f"The checkpoint {checkpoint} belongs to another base model: its parameters have other names or shapes. "
@@ -144,6 +169,7 @@ def check_same_run(checkpoint: str, now: dict[str, Any]) -> None:
 
 
 _ANNOUNCED = {
+    "learning_rate": "the learning rate changed, and the old one stays: it is part of the optimizer's state.",
     "base_values": "the base model has other weights or another dtype than the adapter was trained on so far.",
     "processes": "the number of processes changed; routes stay the same, but losses agree up to rounding and dropout.",
     "planned_steps": "the planned number of steps changed, and with it the schedules of learning rate and routing.",

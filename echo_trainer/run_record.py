@@ -97,8 +97,10 @@ def example(dataset: Any, tokenizer: Any) -> dict[str, Any] | None:
     if not hasattr(dataset, "__len__") or not len(dataset) or not hasattr(tokenizer, "decode"):
         return None
     row = dataset[0]
-    ids, labels = row.get("input_ids"), row.get("labels")
-    if not ids or not labels or len(ids) != len(labels):
+    if row.get("input_ids") is None or row.get("labels") is None:
+        return None
+    ids, labels = ([int(value) for value in row[name]] for name in ("input_ids", "labels"))  # of any format
+    if len(ids) != len(labels):
         return None
     start = next((i for i, label in enumerate(labels) if label != -100), None)
     if not start:

@@ -40,12 +40,13 @@ def install_echo_forward(model: PeftModel, setup: EchoSetup, kd: Distillation) -
 
     # accelerate unwraps a model by following `__wrapped__`; it must stop here.
     del forward.__wrapped__
+    forward.echo_setup = setup
     model.forward = types.MethodType(forward, model)
 
 
 def attach_networks(model: PeftModel, setup: EchoSetup) -> None:
     """Make the echo networks a part of the model, at its root, where optimizers and distributed engines find them."""
-    if not hasattr(model, ECHO_MODULE):
+    if getattr(model, ECHO_MODULE, None) is not setup.networks:
         setattr(model, ECHO_MODULE, setup.networks)
 
 

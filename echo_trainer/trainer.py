@@ -8,7 +8,7 @@ Overrides, each for one reason:
 - `create_optimizer`: a learning rate of their own for the echo networks.
 - `log`: add the echo's metrics.
 - `training_step`: guarded against what is not finite, in `guard.py`.
-- saving and loading: in `checkpoint.py`.
+- checkpoints and resuming: in `checkpoint.py`; the final adapter: in `saving.py`; pushing: in `hub_mixin.py`.
 """
 
 import functools
@@ -36,6 +36,7 @@ from .metrics import EchoMetrics
 from .network import EchoNetworks
 from .passes import EchoSetup
 from .resume import base_fingerprint
+from .saving import EchoSavingMixin
 from .selection_use import layers_by_cka
 from .step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
 from .suffix_support import choose_suffix
@@ -47,7 +48,9 @@ logger = logging.getLogger(__name__)
 _NOT_FOR_THE_BACKBONE = ("labels", "shift_labels")
 
 
-class EchoSFTTrainer(DeferredCollationMixin, GuardMixin, EchoCheckpointMixin, EchoHubMixin, SFTTrainer):
+class EchoSFTTrainer(
+    DeferredCollationMixin, GuardMixin, EchoCheckpointMixin, EchoSavingMixin, EchoHubMixin, SFTTrainer
+):
     """
     Supervised fine-tuning with Echo-LoRA; a drop-in replacement for `trl.SFTTrainer`.
 
@@ -116,8 +119,8 @@ class EchoSFTTrainer(DeferredCollationMixin, GuardMixin, EchoCheckpointMixin, Ec
             seed=args.resolved_echo_seed,
         ).to(args.device)
         self.echo = EchoSetup(base, networks, sites, sources)
-        kd = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
-        install_echo_forward(self.model, self.echo, kd)
+        self._distillation = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
+        install_echo_forward(self.model, self.echo, self._distillation)
         suffix = choose_suffix(base, args.echo_pass)
         self.data_collator = EchoCollator(
             self.data_collator,
@@ -154,7 +157,10 @@ class EchoSFTTrainer(DeferredCollationMixin, GuardMixin, EchoCheckpointMixin, Ec
         resume = self._resume_point(resume_from_checkpoint)
         if self.echo is None:
             return super().train(resume, *args, **kwargs)
+        if getattr(self.model.forward, "echo_setup", None) is not self.echo:  # another trainer has the model since
+            install_echo_forward(self.model, self.echo, self._distillation)
         attach_networks(self.model, self.echo)
+        self._echo_metrics, self._nonfinite_in_a_row = EchoMetrics(), 0  # of a run that was interrupted
         try:
             return super().train(resume, *args, **kwargs)
         finally:
