@@ -12,7 +12,7 @@ from peft import get_peft_model
 from training import SETTINGS, adapter, assert_equal, echo_trainer
 
 from echo_trainer import EchoSFTConfig, EchoSFTTrainer
-from echo_trainer.checkpoint_files import REPLACED, bring_back, checkpoints, damage, publish
+from echo_trainer.checkpoint_files import MANIFEST, REPLACED, bring_back, checkpoints, damage, publish
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -160,6 +160,14 @@ def test_another_learning_rate_is_announced(two_steps, tmp_path, caplog):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     echo_trainer(tmp_path, max_steps=2, lora=changed(), learning_rate=1e-5).train(resume_from_checkpoint=True)
     assert "the old one stays" in caplog.text and "It was 0.005 and is 1e-05." in caplog.text
+
+
+def test_another_number_of_processes_is_announced(two_steps, tmp_path, caplog):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    manifest = tmp_path / "checkpoint-2" / MANIFEST
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "processes": 2}))
+    echo_trainer(tmp_path, max_steps=2, lora=changed()).train(resume_from_checkpoint=True)
+    assert "number of processes changed" in caplog.text and "It was 2 and is 1." in caplog.text
 
 
 def test_an_edited_card_is_no_damage(two_steps, tmp_path):
