@@ -67,6 +67,7 @@ def start(folder: Path) -> int:
         return child
     status = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
         with (folder / "log").open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
