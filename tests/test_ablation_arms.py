@@ -286,6 +286,6 @@ def test_held_out_examples_are_in_no_training_set(recipe):
 
 def test_what_an_arm_is_measured_against_is_added():
     assert [arm.name for arm in find_arms(["lora-compute-matched"])] == ["lora", "lora-compute-matched", "echo"]
-    assert len(ARMS) == 12
+    assert len(ARMS) == 13
     with pytest.raises(ValueError, match="echo-typo"):
         find_arms(["echo-typo"])

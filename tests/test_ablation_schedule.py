@@ -72,6 +72,8 @@ def test_interrupted_and_continued(tmp_path, how):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # jobs in the background ignore Ctrl-C, and hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300
     while len(finished(output)) < 2 and time.monotonic() < deadline:
@@ -192,7 +194,7 @@ def test_every_run_is_planned_once_and_named_by_what_it_is(tmp_path):
     recipe = tiny_recipe(tmp_path, arms=[*ARMS], adapters=["lora", "dora"], seeds="0-4", learning_rates=[1e-3, 1e-2])
     rates = {adapter: dict.fromkeys(ARMS, 1e-3) for adapter in ("lora", "dora")}
     runs = final_runs(recipe, rates)
-    assert len(runs) == len({run.id for run in runs}) == 12 * 2 * 5
+    assert len(runs) == len({run.id for run in runs}) == len(ARMS) * 2 * 5
     assert {run.seed for run in runs[:24]} == {0}  # whole pairs first
     assert len(selection_runs(recipe)) == 3 * 2 * 2
     assert {run.arm for run in selection_runs(recipe)} == {"lora", "lora-unmasked", "echo"}
