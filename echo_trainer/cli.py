@@ -21,7 +21,7 @@ _COMMANDS = {
 
 _USAGE = """usage: echo-trainer COMMAND [options]
 
-Echo-LoRA: fine-tune a language model with a better LoRA adapter for nearly the price of plain LoRA.
+Echo-LoRA: fine-tune a language model for nearly the price of plain LoRA, and measure whether it helps.
 
 commands:
 {commands}

@@ -9,10 +9,12 @@ The look costs no extra wait: transformers reads the loss at the same place (`lo
 """
 
 import logging
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from .collator import PLAN_KEY
 from .memory import explain_out_of_memory
@@ -111,7 +113,9 @@ class GuardMixin:
         """Whether loss and gradients are finite on every process; the same answer on all of them."""
         # fp16 scales the loss so high that infinite gradients are normal: the scaler looks at those itself.
         gradients = [] if self.accelerator.scaler is not None else map(_local, self._gradients().values())
-        return self._agreed_finite([loss, *gradients])
+        # One maximum over all gradients: looking at each would launch hundreds of kernels a step.
+        largest = get_total_norm(list(gradients), norm_type=math.inf)
+        return self._agreed_finite([loss, largest])
 
     def _agreed_finite(self, tensors: list[Tensor]) -> bool:
         """Whether all are finite on every process. Every process must call it."""

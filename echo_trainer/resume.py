@@ -129,7 +129,7 @@ def check_same_run(checkpoint: str, now: dict[str, Any]) -> None:
         now: `run_facts` of the run that continues, or those of them that are known.
 
     Raises:
-        ValueError: the base has other parameters, or the global batch another size.
+        ValueError: the adapter, the rate of the echo, the base's parameters or the global batch are others.
     """
     then = read_manifest(checkpoint)
     if then is None:
@@ -138,24 +138,28 @@ def check_same_run(checkpoint: str, now: dict[str, Any]) -> None:
             checkpoint,
         )
         return
+
+    def changed(fact: str) -> bool:
+        return fact in now and then[fact] != now[fact]
+
     for name, value in now.get("adapter", {}).items():
         if then["adapter"].get(name) != value:
             raise ValueError(
                 f"The checkpoint {checkpoint} belongs to another adapter: {name} was {then['adapter'].get(name)!r} "
                 f"and is {value!r}. Continue with the LoraConfig it was saved with, or start a new run."
             )
-    if then["echo_learning_rate"] != now.get("echo_learning_rate", then["echo_learning_rate"]):
+    if changed("echo_learning_rate"):
         raise ValueError(
             f"The checkpoint {checkpoint} was saved with echo_learning_rate={then['echo_learning_rate']!r}, and this "
             f"run has {now['echo_learning_rate']!r}. The optimizer's state holds the old one. Continue with it, or "
             f"start a new run."
         )
-    if then["base_shapes"] != now.get("base_shapes", then["base_shapes"]):
+    if changed("base_shapes"):
         raise ValueError(
             f"The checkpoint {checkpoint} belongs to another base model: its parameters have other names or shapes. "
             f"Load the model it was trained on, or start a new run in another output_dir."
         )
-    if then["global_batch"] != now.get("global_batch", then["global_batch"]):
+    if changed("global_batch"):
         raise ValueError(
             f"The checkpoint {checkpoint} was written with a global batch of {then['global_batch']} samples "
             f"({then['processes']} processes), and this run has {now['global_batch']} ({now['processes']} processes). "
@@ -163,7 +167,7 @@ def check_same_run(checkpoint: str, now: dict[str, Any]) -> None:
             f"gradient_accumulation_steps so that processes x batch x accumulation is {then['global_batch']} again."
         )
     for fact, consequence in _ANNOUNCED.items():
-        if fact in now and then[fact] != now[fact]:
+        if changed(fact):
             shown = "" if fact == "base_values" else f" It was {then[fact]} and is {now[fact]}."
             logger.warning("Resuming from %s: %s%s", checkpoint, consequence, shown)
 

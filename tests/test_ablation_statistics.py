@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from echo_trainer.ablation.statistics import compare, holm, variance_of_mean
-from echo_trainer.ablation.student import t_cdf, t_quantile
 
 SEEDS = 5
 N = 1000
@@ -150,22 +149,6 @@ def test_edges():
     for wrong in ([], [np.zeros((0, 4))], [np.zeros(4)], [np.zeros((2, 4)), np.zeros((3, 4))]):
         with pytest.raises(ValueError, match="seeds, items"):
             compare(wrong)
-
-
-@pytest.mark.parametrize(
-    ("df", "quantile"),
-    [(1, 12.7062047), (2, 4.3026527), (4, 2.7764451), (10, 2.2281389), (30, 2.0422725), (1e6, 1.9599661)],
-)
-def test_student_against_tables(df, quantile):
-    assert t_quantile(0.975, df) == pytest.approx(quantile, rel=1e-6)
-    assert t_cdf(-quantile, df) == pytest.approx(0.025, rel=1e-5)
-    assert t_quantile(0.025, df) == pytest.approx(-quantile, rel=1e-6)
-
-
-def test_student_refuses():
-    for call in (lambda: t_cdf(1, 0), lambda: t_quantile(1.0, 3), lambda: t_quantile(0.5, math.nan)):
-        with pytest.raises(ValueError):
-            call()
 
 
 def test_holm():

@@ -15,19 +15,6 @@ from echo_trainer.hub_files import id_from_cache, is_local
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with Hub() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    running = Client(hub.url, tmp_path_factory.mktemp("hf"))
-    yield running
-    running.close()
-
-
 @pytest.fixture(autouse=True)
 def fresh(hub):
     hub.reset()

@@ -4,28 +4,14 @@ import json
 
 import pytest
 import torch
-from hub_server import STRANGER_TOKEN, WRITE_TOKEN, Fault, Hub, Repo
+from hub_server import STRANGER_TOKEN, WRITE_TOKEN, Fault, Repo
 from models import tiny_model
-from push_client import Client
 
 FINAL = {"README.md", "adapter_config.json", "adapter_model.safetensors", "assets/training.png", "chat_template.jinja",
          "echo_run.json", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
 RESUME = {"adapter_model.safetensors", "echo_networks.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
           "trainer_state.json"}  # fmt: skip
 PUSHING = {"push_to_hub": True, "hub_model_id": "ada/one", "save_strategy": "steps", "save_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with Hub() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    running = Client(hub.url, tmp_path_factory.mktemp("hf"))
-    yield running
-    running.close()
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from .student import t_cdf, t_quantile
+from scipy.stats import t as student_t
 
 LEVEL, POWER = 0.95, 0.80
 _FLOOR = 0.25
@@ -78,10 +77,10 @@ def compare(differences_SI: Sequence[np.ndarray]) -> Comparison:
     if math.isnan(error):
         low = high = p = detectable = math.nan
     else:
-        half = t_quantile(0.5 + LEVEL / 2, df) * error
+        half = float(student_t.ppf(0.5 + LEVEL / 2, df)) * error
         low, high = mean - half, mean + half
-        p = 2 * t_cdf(-abs(mean) / error, df) if error else float(mean == 0)
-        detectable = half + t_quantile(POWER, df) * error
+        p = 2 * float(student_t.cdf(-abs(mean) / error, df)) if error else float(mean == 0)
+        detectable = half + float(student_t.ppf(POWER, df)) * error
     return Comparison(mean, low, high, p, error, df, detectable, tuple(by_seed_S.tolist()), seeds, items)
 
 

@@ -1,0 +1,22 @@
+"""Fixtures that several test files share."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A small Hub that answers over HTTP."""
+    from hub_server import Hub
+
+    with Hub() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    """A process with the real Hub client, pointed at `hub`."""
+    from push_client import Client
+
+    running = Client(hub.url, tmp_path_factory.mktemp("hf"))
+    yield running
+    running.close()
