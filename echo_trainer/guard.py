@@ -113,8 +113,9 @@ class GuardMixin:
         """Whether loss and gradients are finite on every process; the same answer on all of them."""
         # fp16 scales the loss so high that infinite gradients are normal: the scaler looks at those itself.
         gradients = [] if self.accelerator.scaler is not None else map(_local, self._gradients().values())
-        # One maximum over all gradients: looking at each would launch hundreds of kernels a step.
-        largest = get_total_norm(list(gradients), norm_type=math.inf)
+        # One maximum over all gradients: looking at each would launch hundreds of kernels a step. With FSDP2 a process
+        # may hold no row of a small matrix, and nothing has no maximum.
+        largest = get_total_norm([gradient for gradient in gradients if gradient.numel()], norm_type=math.inf)
         return self._agreed_finite([loss, largest])
 
     def _agreed_finite(self, tensors: list[Tensor]) -> bool:
