@@ -1,6 +1,7 @@
 """The schedule: several runs at a time, finished ones kept, failures reported, other recipes refused."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,15 @@ from echo_trainer.ablation.arms import ARMS
 from echo_trainer.ablation.choice import NotChosenError, choose_rates
 from echo_trainer.ablation.data import fingerprints
 from echo_trainer.ablation.files import ERROR, ITEMS, RESULT, write_json
-from echo_trainer.ablation.plan import Run, changed_parts, digest, final_runs, selection_runs, specification
+from echo_trainer.ablation.plan import (
+    Run,
+    changed_parts,
+    digest,
+    final_runs,
+    run_folder,
+    selection_runs,
+    specification,
+)
 from echo_trainer.ablation.results import load_items, load_result
 from echo_trainer.ablation.schedule import CHOICE, Progress, run_all
 
@@ -107,7 +116,7 @@ def test_rounds_choice_and_match(tmp_path, monkeypatch):
         choose_rates(recipe, output)
     outcome = run_all(recipe, output, {}, jobs=2, threads=1, progress=watch)
     assert not outcome.failed
-    assert watch.total == len(outcome.done) == len(watch.over) == 4 + 6 - 2
+    assert watch.total == len(outcome.done) == len(watch.over) == 8 + 6 - 4
     rates = json.loads((output / CHOICE).read_text())["lora"]
     for family in ("lora", "echo"):
         scores = rates[family]["held_out_nll"]
@@ -119,7 +128,7 @@ def test_rounds_choice_and_match(tmp_path, monkeypatch):
     assert {run for run, what in watch.seen if what == "training"} == set(outcome.done)
 
     again = run_all(recipe, output, {}, jobs=2)  # nothing to do, so no process is started
-    assert (len(again.kept), again.done) == (8, [])
+    assert (len(again.kept), again.done) == (10, [])
 
     # The same run, here, in a process that has done other things.
     here = do(recipe, tmp_path / "here", "lora", seed=1, rate=chosen)
@@ -141,6 +150,22 @@ def test_failed_runs_are_reported_and_tried_again(tmp_path, capsys):
     output = tmp_path / "out" / "runs" / "lora"
     assert (output / "lora" / "lr0.01" / "seed0" / RESULT).is_file()
     assert "99" in (output / "echo" / "lr0.01" / "seed0" / ERROR).read_text()
+
+
+@pytest.mark.parametrize(("first", "second", "chosen"), [
+    ((0.4, 0.4), (0.3, 2.0), 0.001), ((0.4, 0.4), (0.3, 0.45), 0.02), ((0.4, 0.4), (0.3, math.nan), 0.001),
+])  # fmt: skip
+def test_the_rate_is_chosen_on_several_seeds(tmp_path, first, second, chosen):
+    """A rate that suits the first seed only, or ends a seed in NaN, is not taken."""
+    recipe = tiny_recipe(tmp_path, seeds=[0, 1, 2], learning_rates=[0.001, 0.02], arms=["lora"], learning_rate_seeds=2)
+    for rate, losses in zip((0.001, 0.02), (first, second), strict=True):
+        for seed, loss in enumerate(losses):
+            folder = run_folder(tmp_path, Run("lora", "lora", seed, rate))
+            folder.mkdir(parents=True)
+            (folder / RESULT).write_text(json.dumps({"held_out_nll": loss}))
+    choice = choose_rates(recipe, tmp_path)["lora"]["lora"]
+    assert choice["chosen"] == chosen
+    assert choice["seeds"] == [0, 1]
 
 
 @pytest.mark.long
@@ -196,10 +221,11 @@ def test_every_run_is_planned_once_and_named_by_what_it_is(tmp_path):
     runs = final_runs(recipe, rates)
     assert len(runs) == len({run.id for run in runs}) == len(ARMS) * 2 * 5
     assert {run.seed for run in runs[:24]} == {0}  # whole pairs first
-    assert len(selection_runs(recipe)) == 3 * 2 * 2
+    assert len(selection_runs(recipe)) == 3 * 2 * 2 * 3  # families, adapters, rates, the first three seeds
     assert {run.arm for run in selection_runs(recipe)} == {"lora", "lora-unmasked", "echo"}
     every = tiny_recipe(tmp_path, arms=[*ARMS], learning_rates=[1e-3, 1e-2], learning_rate_choice="arm")
-    assert len(selection_runs(every)) == (len(ARMS) - 1) * 2  # all but the one that is matched to another
+    n_seeds = len(every.seeds[: every.learning_rate_seeds])
+    assert len(selection_runs(every)) == (len(ARMS) - 1) * 2 * n_seeds  # all but the one that is matched to another
     shared = tiny_recipe(tmp_path, arms=[*ARMS], learning_rates=[1e-3, 1e-2], learning_rate_choice="shared")
     assert {run.arm for run in selection_runs(shared)} == {"lora"}
 

@@ -1,6 +1,7 @@
 """The learning rate of each family of arms, chosen on held-out training examples and never on test data."""
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ class NotChosenError(RuntimeError):
 
 def choose_rates(recipe: AblationRecipe, output: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """
-    For every adapter and family: `chosen`, and `held_out_nll` by rate (nats per answer, first seed).
+    For every adapter and family: `chosen`, and `held_out_nll` by rate (nats per answer, mean over `seeds`).
 
     With one rate nothing is compared. A rate at an end of the grid may not be the best there is; `at_the_end` says so.
 
@@ -33,15 +34,17 @@ def choose_rates(recipe: AblationRecipe, output: Path) -> dict[str, dict[str, di
 def _choose(recipe: AblationRecipe, output: Path, adapter: str, family: str) -> dict[str, Any]:
     rates = sorted(recipe.learning_rates)
     if len(rates) == 1:
-        return {"chosen": rates[0], "held_out_nll": {}, "at_the_end": False}
-    runs = {rate: load_result(output, Run(family, adapter, recipe.seeds[0], rate)) for rate in rates}
-    missing = [f"{rate:g}" for rate, result in runs.items() if result is None]
+        return {"chosen": rates[0], "held_out_nll": {}, "seeds": [], "at_the_end": False}
+    seeds = recipe.seeds[: recipe.learning_rate_seeds]
+    runs = {rate: [load_result(output, Run(family, adapter, seed, rate)) for seed in seeds] for rate in rates}
+    missing = [f"{rate:g}" for rate, results in runs.items() if None in results]
     if missing:
         raise NotChosenError(f"{adapter}/{family} has no result yet for the learning rates {', '.join(missing)}.")
-    scores = {rate: result["held_out_nll"] for rate, result in runs.items()}
+    scores = {rate: statistics.fmean(each["held_out_nll"] for each in results) for rate, results in runs.items()}
     best = min(rates, key=lambda rate: math.inf if math.isnan(scores[rate]) else scores[rate])
     return {
         "chosen": best,
         "held_out_nll": {f"{rate:g}": score for rate, score in scores.items()},
+        "seeds": seeds,
         "at_the_end": best in (rates[0], rates[-1]),
     }

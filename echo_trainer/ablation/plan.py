@@ -11,7 +11,8 @@ from .recipe import AblationRecipe
 
 # Options that cannot change a result.
 _NO_MATTER = ("model_name_or_path", "output_dir", "logging_steps", "dataloader_num_workers", "use_cpu", "report_to")
-_NOT_SPEC = ("arms", "adapters", "seeds", "learning_rates", "learning_rate_choice", "evaluation_batch_size", "train")
+_NOT_SPEC = ("arms", "adapters", "seeds", "learning_rates", "learning_rate_choice", "learning_rate_seeds",
+             "evaluation_batch_size", "train")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,13 @@ def family_of(arm: Arm, choice: str) -> str:
 
 
 def selection_runs(recipe: AblationRecipe) -> list[Run]:
-    """Runs on the first seed that the choice of learning rates needs; none with a single rate."""
+    """Runs that the choice of learning rates needs, on the first `learning_rate_seeds`; none with a single rate."""
     if len(recipe.learning_rates) == 1:
         return []
     families = dict.fromkeys(family_of(arm, recipe.learning_rate_choice) for arm in find_arms(recipe.arms))
     return [
-        Run(family, adapter, recipe.seeds[0], rate)
+        Run(family, adapter, seed, rate)
+        for seed in recipe.seeds[: recipe.learning_rate_seeds]
         for adapter in recipe.adapters
         for family in families
         for rate in recipe.learning_rates

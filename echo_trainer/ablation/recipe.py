@@ -41,6 +41,8 @@ class AblationRecipe:
         arms, adapters, seeds: what to cross.
         learning_rate_choice: "family" (one choice per family of arms), "arm" (one per arm) or "shared" (that of
             `lora` for all).
+        learning_rate_seeds: every rate is tried on so many of the seeds, the first ones; what luck of one seed makes
+            of a rate that is nearly too high says little about the others.
         validation_items: training examples held out of every run, for the choice of the learning rate.
         train_limit: use so many training examples, drawn once for all runs; None: all.
         evaluation_batch_size: test items at a time.
@@ -54,6 +56,7 @@ class AblationRecipe:
     adapters: list[str]
     seeds: list[int]
     learning_rate_choice: str = "family"
+    learning_rate_seeds: int = 3
     validation_items: int = 200
     train_limit: int | None = None
     evaluation_batch_size: int = 64
@@ -80,7 +83,7 @@ class AblationRecipe:
                 f"`validation_items` is {self.validation_items!r}; the learning rate is chosen on held-out training "
                 f"examples, so write a whole number of at least 1."
             )
-        for name in ("train_limit", "evaluation_batch_size"):
+        for name in ("train_limit", "evaluation_batch_size", "learning_rate_seeds"):
             value = getattr(self, name)
             if not _whole(value, 1) and not (name == "train_limit" and value is None):
                 raise ValueError(f"`{name}` is {value!r}; write a whole number of at least 1.")

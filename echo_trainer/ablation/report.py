@@ -159,7 +159,9 @@ def _rates(rates: dict[str, Any]) -> list[str]:
         text = f"Learning rate of `{family}` and its family: {entry['chosen']:g}"
         if entry["held_out_nll"]:
             tried = ", ".join(f"{rate}: {nll:.4f}" for rate, nll in entry["held_out_nll"].items())
-            text += f" (held-out NLL of the first seed {tried})"
+            seeds = entry["seeds"]
+            whose = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}, mean"
+            text += f" (held-out NLL, {whose}: {tried})"
         lines.append(f"- {text}{'; at the end of the grid' if entry['at_the_end'] else ''}.")
     return lines
 
