@@ -85,7 +85,12 @@ def usage(record: dict[str, Any]) -> dict[str, Any]:
     """What the commands on the card need: names of base and adapter in shell and Python, ranks, a prompt."""
     base, saved, example = record["base_model"], record["saved"], record["example"]
     adapter = record.get("repo_id") or "."  # the folder that the card is in
-    prompt = example["prompt"] if example and example["exact"] else None
+    shape = record["prompt_format"]
+    prompt, added = None, ""
+    if example and example["exact"]:
+        prompt, added = example["prompt"], example["added"]
+    elif shape and shape["exact"] and any(shape["prompt"]):
+        prompt, added = "Hello".join(shape["prompt"]), shape["added"]
     rank = saved["rank"] if saved else None
     return {
         "base_shell": shlex.quote(base) if base else '"$BASE"',
@@ -97,7 +102,12 @@ def usage(record: dict[str, Any]) -> dict[str, Any]:
         "vllm_rank": min((allowed for allowed in VLLM_RANKS if rank and allowed >= rank), default=None),
         "prompt": prompt,
         "request": json.dumps(
-            {"model": _name(record), "prompt": prompt or "Hello", "max_tokens": 64, "temperature": 0}
+            {
+                "model": _name(record),
+                "prompt": (prompt or "Hello").removeprefix(added),  # both engines add it, and twice is another prompt
+                "max_tokens": 64,
+                "temperature": 0,
+            }
         ),
     }
 

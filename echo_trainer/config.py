@@ -1,6 +1,6 @@
 """Options of Echo-LoRA: `EchoSFTConfig` is `trl.SFTConfig` plus flat `echo_*` fields.
 
-Override: only fields and their validation. Everything `SFTConfig` knows keeps its meaning.
+Override: only fields; their validation is in `config_checks.py`. Everything `SFTConfig` knows keeps its meaning.
 """
 
 import copy
@@ -9,11 +9,16 @@ from typing import Any
 
 from trl import SFTConfig
 
-AGGREGATIONS = ("mean", "weighted")
-POSITIONS = ("answer", "predicting")
-TEACHERS = ("echo", "plain", "mutual")
-PASSES = ("auto", "suffix", "full")
-CKA = "cka"
+from .config_checks import (
+    AGGREGATIONS,
+    PASSES,
+    POSITIONS,
+    TEACHERS,
+    check_echo_fields,
+    layer_list,
+    refuse_options_without_an_echo,
+)
+
 TOKEN_FIELDS = ("hub_token", "push_to_hub_token")
 
 
@@ -41,6 +46,7 @@ class EchoSFTConfig(SFTConfig):
     | `echo_learning_rate` | rate of the echo networks | > 0, None = `learning_rate` |
     | `echo_seed` | seed of routing and echo initialisation | integer >= 0, None = `seed` |
     | `portable_adapter` | form of the final adapter | True, False |
+    | `card_example` | whether the model card shows a training example | True, False |
 
     With `echo_p_start = echo_p_end = 0` the trainer is `SFTTrainer`, step for step and bit for bit.
 
@@ -126,50 +132,21 @@ class EchoSFTConfig(SFTConfig):
             "keep it."
         },
     )
+    card_example: bool = field(
+        default=False,
+        metadata={
+            "help": "Show the first training example on the model card and in `echo_run.json`. By default they show "
+            "what all prompts share (templates, system prompt), so that no training data is published by accident."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        _require_choice("echo_aggregation", self.echo_aggregation, AGGREGATIONS)
-        _require_choice("echo_positions", self.echo_positions, POSITIONS)
-        _require_choice("echo_teacher", self.echo_teacher, TEACHERS)
-        _require_choice("echo_pass", self.echo_pass, PASSES)
-        for name in ("echo_p_start", "echo_p_end"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0.0 <= value <= 1.0:
-                raise ValueError(
-                    f"`{name}` is a probability, and {value!r} is not in [0, 1]. Write a number such as 1.0 (every "
-                    f"sample gets an echo pass) or 0.2 (one in five)."
-                )
-        if not _is_number(self.echo_kd_temperature) or self.echo_kd_temperature <= 0:
-            raise ValueError(
-                f"`echo_kd_temperature` divides the logits, so {self.echo_kd_temperature!r} cannot work: write a "
-                f"number above 0, such as 2.0."
-            )
-        if not _is_number(self.echo_kd_weight) or self.echo_kd_weight < 0:
-            raise ValueError(
-                f"`echo_kd_weight` is {self.echo_kd_weight!r}; a negative weight would push the two passes apart. "
-                f"Write 0 (no distillation) or a positive number such as 1.0."
-            )
-        if not _is_integer(self.echo_bottleneck) or self.echo_bottleneck < 1:
-            raise ValueError(
-                f"`echo_bottleneck` is the width of a layer, and {self.echo_bottleneck!r} is not a whole number of "
-                f"at least 1. Write for example 64."
-            )
-        if self.echo_learning_rate is not None and not (
-            _is_number(self.echo_learning_rate) and self.echo_learning_rate > 0
-        ):
-            raise ValueError(
-                f"`echo_learning_rate` is {self.echo_learning_rate!r}. Write a positive number, or leave it out to "
-                f"use `learning_rate`. To train without an echo set echo_p_start=0 and echo_p_end=0."
-            )
-        if self.echo_seed is not None and (not _is_integer(self.echo_seed) or self.echo_seed < 0):
-            raise ValueError(
-                f"`echo_seed` is {self.echo_seed!r}; write a whole number of at least 0, or leave it out."
-            )
+        check_echo_fields(self)
         for name in ("echo_source_layers", "echo_target_layers"):
-            setattr(self, name, _layer_list(name, getattr(self, name)))
+            setattr(self, name, layer_list(name, getattr(self, name)))
         if self.echo_enabled:
-            self._refuse_options_without_an_echo()
+            refuse_options_without_an_echo(self)
 
     @property
     def echo_enabled(self) -> bool:
@@ -180,30 +157,6 @@ class EchoSFTConfig(SFTConfig):
     def resolved_echo_seed(self) -> int:
         """`echo_seed`, or `seed` where it is not set."""
         return self.seed if self.echo_seed is None else self.echo_seed
-
-    def _refuse_options_without_an_echo(self) -> None:
-        off = "or switch the echo off with echo_p_start=0 and echo_p_end=0"
-        if self.loss_type != "nll":
-            raise ValueError(
-                f"`loss_type={self.loss_type!r}` re-weights the cross-entropy, and Echo-LoRA defines its loss on "
-                f"plain cross-entropy. Set loss_type='nll', {off}."
-            )
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"`label_smoothing_factor={self.label_smoothing_factor}` changes the targets of both passes, which "
-                f"Echo-LoRA does not define. Set it to 0, {off}."
-            )
-        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "`gradient_checkpointing_kwargs={'use_reentrant': True}` drops the gradients that reach the echo "
-                "networks from inside a checkpointed layer. Leave `use_reentrant` out (non-reentrant is the default), "
-                f"{off}."
-            )
-        if self.torch_compile:
-            raise ValueError(
-                "`torch_compile=True` cannot work: the echo pass adds and removes hooks in every step, so the model "
-                f"would be compiled again each time. Set torch_compile=False, {off}."
-            )
 
     def __copy__(self) -> "EchoSFTConfig":
         return self._duplicate(self.__dict__.copy())
@@ -219,41 +172,3 @@ class EchoSFTConfig(SFTConfig):
     def __getstate__(self) -> dict[str, Any]:
         """What `torch.save` and `pickle` see: everything except access tokens."""
         return {name: None if name in TOKEN_FIELDS else value for name, value in self.__dict__.items()}
-
-
-def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` is {value!r}. It can be one of {', '.join(map(repr, choices))}.")
-
-
-def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and value == value
-        and abs(value) != float("inf")
-    )
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _layer_list(name: str, value: Any) -> list[int] | str | None:
-    """Accept None, "cka", one index or a list of them (as text, from the command line); refuse everything else."""
-    if value is None or value in (CKA, [CKA]):
-        return None if value is None else CKA
-    items = list(value) if isinstance(value, list | tuple | range) else [value]
-    try:
-        indices = [int(item) if isinstance(item, str) else item for item in items]
-    except ValueError:
-        indices = []
-    if not indices or not all(_is_integer(index) for index in indices):
-        raise ValueError(
-            f"`{name}` is {value!r}. Write a list of layer indices, such as [4, 5, 6, 7] or [-8, -7, -6, -5] "
-            f"(negative counts from the end), 'cka' to choose them by layer selection, or leave it out to choose them "
-            f"by the model's depth."
-        )
-    if len(set(indices)) != len(indices):
-        raise ValueError(f"`{name}` names a layer twice: {indices}. Name each layer once.")
-    return indices

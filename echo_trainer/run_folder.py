@@ -54,6 +54,7 @@ def update_record(folder: Path, **changes: Any) -> bool:
     record = json.loads(path.read_text(encoding="utf-8"))
     if "saved" not in record:  # of an older version
         return False
+    record.setdefault("prompt_format", None)
     card = folder / CARD
     edited = card.is_file() and card.read_text(encoding="utf-8") != render_card(record)
     saved = saved_facts(folder)

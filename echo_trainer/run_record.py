@@ -13,8 +13,8 @@ from typing import Any
 from ._version import __version__
 from .config import TOKEN_FIELDS
 from .hub_files import id_from_cache, is_local
+from .prompt_format import example, prompt_format
 
-EXAMPLE_CHARACTERS = 4000
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors")
 _ALWAYS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "weight_decay", "optim",
@@ -23,7 +23,7 @@ _ALWAYS = (
 )  # fmt: skip
 # They name a place, a person or the looks of the run, not how it was trained.
 _NEVER = re.compile(r"hub_|_dir$|_path$|^run_name|^report_to|^project|trackio|_file$|^disable_tqdm|^log|^push_to|"
-                    r"^resume_|^save_|^echo_|^_|kwargs$|^do_|^use_cpu|^chat_template|^dataset_text")  # fmt: skip
+                    r"^resume_|^save_|^echo_|^_|kwargs$|^do_|^use_cpu|^chat_template|^dataset_text|^card_")  # fmt: skip
 
 
 def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
@@ -57,9 +57,8 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
             "fingerprint": getattr(trainer.train_dataset, "_fingerprint", None),
             "revision": _data_revision(trainer.train_dataset),
         },
-        "example": example(trainer.train_dataset, trainer.processing_class)
-        if getattr(trainer, "card_example", True)
-        else None,
+        "prompt_format": prompt_format(trainer.train_dataset, trainer.processing_class),
+        "example": example(trainer.train_dataset, trainer.processing_class) if args.card_example else None,
         "steps": {"done": trainer.state.global_step, "planned": trainer.state.max_steps, "epoch": trainer.state.epoch},
         "metrics": trainer.state.log_history,
         "compute": _compute(trainer),
@@ -84,33 +83,6 @@ def hyperparameters(args: Any) -> dict[str, Any]:
         k: v if isinstance(v, int | float | bool | type(None)) else str(getattr(v, "value", v))
         for k, v in values.items()
     }
-
-
-def example(dataset: Any, tokenizer: Any) -> dict[str, Any] | None:
-    """
-    The first training example as the model saw it.
-
-    Returns:
-        "prompt" and "answer" (text, special tokens included), and "exact": whether encoding the prompt again without
-        special tokens gives the same ids. None where the data cannot be read twice (streams) or has no answer.
-    """
-    if not hasattr(dataset, "__len__") or not len(dataset) or not hasattr(tokenizer, "decode"):
-        return None
-    row = dataset[0]
-    if row.get("input_ids") is None or row.get("labels") is None:
-        return None
-    ids, labels = ([int(value) for value in row[name]] for name in ("input_ids", "labels"))  # of any format
-    if len(ids) != len(labels):
-        return None
-    start = next((i for i, label in enumerate(labels) if label != -100), None)
-    if not start:
-        return None
-    end = next((i for i in range(start, len(labels)) if labels[i] == -100), len(labels))
-    prompt, answer = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:end])
-    if len(prompt) + len(answer) > EXAMPLE_CHARACTERS:
-        return None
-    again = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return {"prompt": prompt, "answer": answer, "exact": list(again) == list(ids[:start])}
 
 
 def _base(model: Any) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from trl import SFTTrainer
 
 from .checkpoint import EchoCheckpointMixin
 from .collator import PLAN_KEY, EchoCollator
-from .config import CKA, EchoSFTConfig
+from .config import EchoSFTConfig
+from .config_checks import CKA
 from .deferred import DeferredCollationMixin
 from .guard import GuardMixin
 from .hub_mixin import EchoHubMixin

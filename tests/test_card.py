@@ -18,7 +18,7 @@ from training import echo_trainer
 from echo_trainer.card import render_card
 from echo_trainer.generation import greedy_answers
 from echo_trainer.run_folder import update_record
-from echo_trainer.run_record import _data_revision, _license, example, hyperparameters
+from echo_trainer.run_record import _data_revision, _license, hyperparameters
 
 EXAMPLE = Path(__file__).parents[1] / "model_cards" / "example"
 GAPS = re.compile(
@@ -82,7 +82,8 @@ def test_metadata_reads_back(record):
 
 @pytest.mark.parametrize("changes", [
     {}, {"base_model": None}, {"base_model": None, "base_is_quickstart": True}, {"repo_id": "ada/mine"},
-    {"evaluation": EVALUATION}, {"evaluation": None}, {"example": None}, {"example__exact": False}, {"saved": None},
+    {"evaluation": EVALUATION}, {"evaluation": None}, {"example": None}, {"example__exact": False},
+    {"prompt_format": None}, {"example": None, "prompt_format": None}, {"example": None, "prompt_format__exact": False}, {"saved": None},
     {"saved__method": "DoRA", "adapter__use_dora": True}, {"saved__rank": 600}, {"git": None},
     {"git": {"commit": "abc", "changed": True}}, {"echo__enabled": False, "echo__source_layers": None},
     {"adapter": None, "saved": None}, {"curves": []}, {"metrics": []}, {"steps__epoch": None},
@@ -133,8 +134,11 @@ def test_dora_says_that_no_engine_serves_it(record):
 
 @pytest.mark.parametrize("prompt", ["say \"hi\"\n'there' $HOME `x` \\n", "```python\nx\n```", "été 猫 <|user|>\t|"])
 def test_any_prompt_keeps_its_letters(record, prompt):
-    text = render_card(change(record, example={"prompt": prompt, "answer": " yes", "exact": True}))
-    fence = re.search(r"Prompt:\n\n(`+)text\n(.*?)\n\1\n", text, re.DOTALL)
+    text = render_card(change(record, example={"prompt": prompt, "answer": " yes", "exact": True, "added": ""}))
+    shown = text.partition("The first training example")[2]
+    fence = re.search(r"Prompt:\n\n(`+)text\n(.*?)\n\1\n", shown, re.DOTALL)
+        r"as the model saw it. Prompt:\n\n(`+)text\n(.*?)\n\1\n", text.partition("first training")[2], re.DOTALL
+    )
     assert fence[2] == prompt
     (code,) = re.findall(r"^prompt = (.*)$", text, re.MULTILINE)
     assert eval(code) == prompt
@@ -149,7 +153,7 @@ def test_commands_of_the_card_work(tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     tiny_model().save_pretrained(base)
     # A random adapter, hardly trained: it writes something, while a trained one of this size ends at once.
-    trainer = echo_trainer(out, lora=lora_config(r=4), learning_rate=1e-6)
+    trainer = echo_trainer(out, lora=lora_config(r=4), learning_rate=1e-6, card_example=True)
     trainer.train()
     trainer.save_model()
     text = (out / "README.md").read_text()
@@ -177,22 +181,6 @@ def test_commands_of_the_card_work(tmp_path):
     assert (out / "README.md").read_text() == "mine"
     assert json.loads((out / "echo_run.json").read_text())["evaluation"] == EVALUATION
     assert not update_record(base)
-
-
-def test_example_of_the_data():
-    class Words:
-        def decode(self, ids):
-            return " ".join(f"w{i}" for i in ids)
-
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": [int(word[1:]) for word in text.split()]}
-
-    rows = [{"input_ids": [1, 2, 3, 4, 5, 6], "labels": [-100, -100, 3, 4, -100, 6]}]
-    assert example(rows, Words()) == {"prompt": "w1 w2", "answer": "w3 w4", "exact": True}
-    assert example([{"input_ids": [1, 2], "labels": [-100, -100]}], Words()) is None
-    assert example([{"input_ids": [1, 2], "labels": [1, 2]}], Words()) is None  # no prompt
-    assert example(iter(rows), Words()) is None  # a stream
-    assert example([{"input_ids": [1] * 3000, "labels": [-100] + [1] * 2999}], Words()) is None  # too long for a card
 
 
 def test_license_and_data_revision(tmp_path):

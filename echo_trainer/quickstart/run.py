@@ -133,6 +133,7 @@ def _trainer(
             logging_steps=10,
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            card_example=True,
         ),
         train_dataset=Dataset.from_list(rows),
         peft_config=LoraConfig(
