@@ -23,7 +23,8 @@ _ALWAYS = (
 )  # fmt: skip
 # They name a place, a person or the looks of the run, not how it was trained.
 _NEVER = re.compile(r"hub_|_dir$|_path$|^run_name|^report_to|^project|trackio|_file$|^disable_tqdm|^log|^push_to|"
-                    r"^resume_|^save_|^echo_|^_|kwargs$|^do_|^use_cpu|^chat_template|^dataset_text|^card_")  # fmt: skip
+                    r"^resume_|^save_|^echo_|^_|kwargs$|^do_|^use_cpu|^chat_template|"
+                    r"^dataset_text|^card_")  # fmt: skip
 
 
 def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:

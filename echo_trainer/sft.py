@@ -16,7 +16,8 @@ from trl import (
     get_quantization_config,
 )
 
-from .config import CKA, EchoSFTConfig
+from .config import EchoSFTConfig
+from .config_checks import CKA
 from .recipe import recipe_path
 from .recipe_check import check_recipe
 from .selection import number_of_layers, select_layers

@@ -83,7 +83,8 @@ def test_metadata_reads_back(record):
 @pytest.mark.parametrize("changes", [
     {}, {"base_model": None}, {"base_model": None, "base_is_quickstart": True}, {"repo_id": "ada/mine"},
     {"evaluation": EVALUATION}, {"evaluation": None}, {"example": None}, {"example__exact": False},
-    {"prompt_format": None}, {"example": None, "prompt_format": None}, {"example": None, "prompt_format__exact": False}, {"saved": None},
+    {"prompt_format": None}, {"example": None, "prompt_format": None},
+    {"example": None, "prompt_format__exact": False}, {"saved": None},
     {"saved__method": "DoRA", "adapter__use_dora": True}, {"saved__rank": 600}, {"git": None},
     {"git": {"commit": "abc", "changed": True}}, {"echo__enabled": False, "echo__source_layers": None},
     {"adapter": None, "saved": None}, {"curves": []}, {"metrics": []}, {"steps__epoch": None},
@@ -137,8 +138,6 @@ def test_any_prompt_keeps_its_letters(record, prompt):
     text = render_card(change(record, example={"prompt": prompt, "answer": " yes", "exact": True, "added": ""}))
     shown = text.partition("The first training example")[2]
     fence = re.search(r"Prompt:\n\n(`+)text\n(.*?)\n\1\n", shown, re.DOTALL)
-        r"as the model saw it. Prompt:\n\n(`+)text\n(.*?)\n\1\n", text.partition("first training")[2], re.DOTALL
-    )
     assert fence[2] == prompt
     (code,) = re.findall(r"^prompt = (.*)$", text, re.MULTILINE)
     assert eval(code) == prompt
