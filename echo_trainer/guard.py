@@ -6,6 +6,9 @@ gradients of that micro-batch are thrown away and it is run again without the ec
 run at once: no step can follow from it.
 
 The look costs no extra wait: transformers reads the loss at the same place (`logging_nan_inf_filter`).
+
+fp16 with a scaler: infinite gradients are how the scaler finds its scale, so it looks at those and skips the step. The
+run ends only when it goes on skipping, long after any scale would do.
 """
 
 import logging
@@ -25,6 +28,9 @@ logger = logging.getLogger(__name__)
 MAX_IN_A_ROW = 10
 """Micro-batches in a row whose echo pass may be non-finite before the run ends."""
 
+MAX_SKIPPED_IN_A_ROW = 30
+"""The run ends when the fp16 scaler skips so many optimizer steps in a row; each halves its scale, 2**16 at first."""
+
 
 class NonFiniteLossError(ArithmeticError):
     """The loss or its gradients are NaN or infinite, with a cause that another step cannot mend."""
@@ -35,6 +41,7 @@ class GuardMixin:
 
     echo: Any = None
     _nonfinite_in_a_row = 0
+    _scale_seen: tuple[int, float] | None = None  # optimizer step, scale
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """
@@ -46,6 +53,7 @@ class GuardMixin:
         plan: EchoPlan | None = inputs.get(PLAN_KEY)
         if self.echo is None or plan is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        self._watch_the_scaler()
         before = None if self._checks_loss_only() else self._copy_gradients()
         metrics = self._echo_metrics.snapshot()
         with explain_out_of_memory(inputs, plan):
@@ -68,6 +76,10 @@ class GuardMixin:
                 f"max_grad_norm=1.0 or bf16 instead of fp16; a resumed run would keep the old rate."
             )
         return loss
+
+    def _reset_guard(self) -> None:
+        """Forget what an earlier run of this trainer counted."""
+        self._nonfinite_in_a_row, self._scale_seen = 0, None
 
     def _finite_before_backward(
         self, model: Any, inputs: dict[str, Any], plan: EchoPlan, output: dict[str, Tensor]
@@ -108,6 +120,27 @@ class GuardMixin:
                 f"is_trainable=True), with a lower echo_learning_rate, bf16 instead of fp16, or without the echo "
                 f"(echo_p_start=0 and echo_p_end=0); a resumed run would keep the old rates."
             )
+
+    def _watch_the_scaler(self) -> None:
+        """
+        Stop when the fp16 scaler has skipped every optimizer step since its scale was last looked at.
+
+        Not by `accelerator.optimizer_step_was_skipped`: it is never true for a fused optimizer, the default.
+        """
+        step, scaler = self.state.global_step, self.accelerator.scaler
+        if scaler is None or (self._scale_seen is not None and step < self._scale_seen[0] + MAX_SKIPPED_IN_A_ROW):
+            return
+        scale = scaler.get_scale()  # waits for the device, so not in every step
+        if self._scale_seen is not None:
+            seen_at, before = self._scale_seen
+            if scale <= before * scaler.get_backoff_factor() ** (step - seen_at):
+                raise NonFiniteLossError(
+                    f"The last {step - seen_at} optimizer steps, up to step {step}, were all skipped: their gradients "
+                    f"are not finite whatever the scale of fp16 (it is {scale:g} by now). No weight was changed by "
+                    f"them. Use bf16=True instead of fp16, or a lower echo_learning_rate, or no echo "
+                    f"(echo_p_start=0 and echo_p_end=0)."
+                )
+        self._scale_seen = (step, scale)
 
     def _all_finite(self, loss: Tensor) -> bool:
         """Whether loss and gradients are finite on every process; the same answer on all of them."""

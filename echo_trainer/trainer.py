@@ -161,7 +161,8 @@ class EchoSFTTrainer(
         if getattr(self.model.forward, "echo_setup", None) is not self.echo:  # another trainer has the model since
             install_echo_forward(self.model, self.echo, self._distillation)
         attach_networks(self.model, self.echo)
-        self._echo_metrics, self._nonfinite_in_a_row = EchoMetrics(), 0  # of a run that was interrupted
+        self._echo_metrics = EchoMetrics()  # those of a run that was interrupted would be counted here
+        self._reset_guard()
         try:
             return super().train(resume, *args, **kwargs)
         finally:

@@ -14,10 +14,11 @@ import torch
 from datasets import Dataset
 from models import lora_config, prompt_completion_rows, tiny_model
 from training import adapter, assert_equal, echo_trainer, losses
+from transformers import TrainerCallback
 
 from echo_trainer.checkpoint_files import MANIFEST, STAGING, checkpoints, damage, last_whole_checkpoint
 from echo_trainer.final_save import NonFiniteAdapterError
-from echo_trainer.guard import MAX_IN_A_ROW, NonFiniteLossError
+from echo_trainer.guard import MAX_IN_A_ROW, MAX_SKIPPED_IN_A_ROW, NonFiniteLossError
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -265,6 +266,31 @@ def test_an_echo_that_stays_poisoned_ends_the_run(tmp_path):
         trainer.train()
     assert trainer.state.global_step == 5 + MAX_IN_A_ROW - 1
     assert all(torch.isfinite(value).all() for value in adapter(trainer).values())
+
+
+@pytest.mark.parametrize("n_poisoned", [MAX_SKIPPED_IN_A_ROW - 1, 100])
+def test_fp16_scaler_skips_and_lasting_skips_end_the_run(tmp_path, n_poisoned):
+    """The scaler of fp16, here on float32: it skips steps with infinite gradients, and no weight changes in them."""
+    trainer = echo_trainer(tmp_path, max_steps=70, echo_p_end=1.0, lr_scheduler_type="constant")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    poisoned = range(2, 2 + n_poisoned)
+    overflow_in_backward(trainer, poisoned)
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen[state.global_step] = {name: value.clone() for name, value in adapter(trainer).items()}
+
+    trainer.add_callback(Watch())
+    if n_poisoned < MAX_SKIPPED_IN_A_ROW:
+        trainer.train()
+        assert_equal(seen[2], seen[poisoned.stop])
+        assert any(not torch.equal(value, seen[2][name]) for name, value in seen[poisoned.stop + 1].items())
+    else:
+        with pytest.raises(NonFiniteLossError, match="were all skipped"):
+            trainer.train()
+        assert trainer.state.global_step == 2 * MAX_SKIPPED_IN_A_ROW  # the scale is looked at this often
+        assert_equal(seen[2], adapter(trainer))
 
 
 def test_echo_networks_that_hold_nan_end_the_run_and_spare_the_adapter(tmp_path):
