@@ -88,7 +88,7 @@ def test_metadata_reads_back(record):
     {"saved__method": "DoRA", "adapter__use_dora": True}, {"saved__rank": 600}, {"git": None},
     {"git": {"commit": "abc", "changed": True}}, {"echo__enabled": False, "echo__source_layers": None},
     {"adapter": None, "saved": None}, {"curves": []}, {"metrics": []}, {"steps__epoch": None},
-    {"compute": {"seconds": None, "tokens": None, "device_name": "H200", "peak_memory_bytes": 7e9, "flops": 1e15}},
+    {"compute": {"seconds": None, "tokens": None, "device_name": "H200", "peak_memory_bytes": 7e9}},
     {"data__n_train": None, "data__n_eval": {"a": 1}, "data__fingerprint": None, "data__max_length": None},
     {"saved__engines": {"vllm": "serves", "tgi": "silently-wrong", "sglang": "refuses"}},
     {"echo__echo_learning_rate": 1e-3, "echo__echo_seed": 0}, {"hyperparameters__data_seed": None},
