@@ -9,13 +9,14 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .checkpoint_files import (
     STAGING,
     bring_back,
     damage,
     publish,
+    rotate,
     write_manifest,
 )
 from .full_disk import clean_failure
@@ -61,12 +62,7 @@ class EchoCheckpointMixin:
                 write_manifest(os.path.join(staging, name), run_facts(self))
                 publish(os.path.join(staging, name), final)
                 shutil.rmtree(staging)
-                rotate_checkpoints(
-                    output_dir=run_dir,
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=True,
-                )
+                rotate(run_dir, self.args.save_total_limit, [final, self.state.best_model_checkpoint])
         self.accelerator.wait_for_everyone()
         if self._push_after_publishing:
             self._push_from_checkpoint(final)

@@ -2,7 +2,8 @@
 
 A checkpoint is written into a staging folder, gets a list of its files (size and SHA-256), is flushed to disk and then
 renamed into its place. So a run that is killed at any moment leaves whole checkpoints and, at most, a staging folder
-that the next save clears. What a disk does to a checkpoint later is seen by its list before anything is loaded.
+that the next save clears. An old one that is deleted loses its name before it loses a file. What a disk does to a
+checkpoint later is seen by its list before anything is loaded.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 STAGING = ".unfinished"
 REPLACED = ".replaced-"
+DELETED = ".deleted-"
 MANIFEST = "echo_checkpoint.json"
 FACTS = {"adapter", "base_shapes", "echo_learning_rate", "global_batch"}
 """What `resume.check_same_run` needs of a manifest."""
@@ -50,7 +53,7 @@ def write_manifest(folder: str | os.PathLike, facts: dict[str, Any]) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST and path.suffix != ".md"  # people may edit a card
     }
-    text = json.dumps({"format": 1, **facts, "files": files}, indent=1, sort_keys=True)
+    text = json.dumps({"format": 1, "saved_at": time.time(), **facts, "files": files}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     for path in (*folder.rglob("*"), folder):
         _flush(path)
@@ -153,6 +156,44 @@ def bring_back(run_dir: str | os.PathLike) -> None:
             shutil.rmtree(old)
         else:
             old.rename(final)
+
+
+def rotate(run_dir: str | os.PathLike, limit: int | None, keep: list[str | os.PathLike | None]) -> None:
+    """
+    Delete old checkpoints of a run, and what is left of deletions that were killed.
+
+    Not transformers' `rotate_checkpoints`: killed on the way it leaves half a checkpoint under its name, which counts
+    as the most recent one from then on, so that whole ones are deleted for it.
+
+    Args:
+        run_dir: folder of the run.
+        limit: how many to keep, `save_total_limit`; None or 0 keeps all.
+        keep: those never to delete: the one just saved, the best one.
+    """
+    for rest in Path(run_dir).glob(f"{DELETED}*"):
+        shutil.rmtree(rest, ignore_errors=True)
+    if not limit or limit < 0:
+        return
+    kept = {os.path.abspath(folder) for folder in keep if folder}
+    found = sorted(checkpoints(run_dir), key=_saved_at)
+    n_protected = sum(os.path.abspath(folder) in kept for folder in found)
+    others = [folder for folder in found if os.path.abspath(folder) not in kept]
+    for folder in others[: max(0, len(others) - max(0, limit - n_protected))]:
+        unnamed = folder.with_name(f"{DELETED}{folder.name}")
+        folder.rename(unnamed)
+        shutil.rmtree(unnamed, ignore_errors=True)
+
+
+def _saved_at(folder: Path) -> tuple[float, int]:
+    """When a checkpoint was saved, in seconds, and its step; one without a state is older than any."""
+    state, step = folder / STATE, int(_CHECKPOINT.fullmatch(folder.name)[1])
+    try:
+        manifest = read_manifest(folder) or {}
+    except ValueError:
+        manifest = {}
+    # A copied folder has other times than its files had; a run that went on from an early checkpoint has later steps
+    # that are older.
+    return manifest.get("saved_at", state.stat().st_mtime) if state.is_file() else 0.0, step
 
 
 def publish_files(staged: str | os.PathLike, final: str | os.PathLike) -> None:

@@ -4,10 +4,12 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,15 @@ from models import lora_config, prompt_completion_rows, tiny_model
 from training import adapter, assert_equal, echo_trainer, losses
 from transformers import TrainerCallback
 
-from echo_trainer.checkpoint_files import MANIFEST, STAGING, checkpoints, damage, last_whole_checkpoint
+from echo_trainer.checkpoint_files import (
+    DELETED,
+    MANIFEST,
+    STAGING,
+    checkpoints,
+    damage,
+    last_whole_checkpoint,
+    rotate,
+)
 from echo_trainer.final_save import NonFiniteAdapterError
 from echo_trainer.guard import MAX_IN_A_ROW, MAX_SKIPPED_IN_A_ROW, NonFiniteLossError
 
@@ -166,6 +176,46 @@ def test_limit_and_best_model(tmp_path):
     assert len(checkpoints(tmp_path)) == 2 and best in checkpoints(tmp_path)
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
     assert STAGING not in json.dumps(state) and state["best_model_checkpoint"] == str(best)
+
+
+def test_a_deletion_that_is_killed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    """And nothing whole is deleted for it later."""
+    begin = echo_trainer(tmp_path, max_steps=4, save_total_limit=2, **SAVING)
+    begin.train()
+
+    def killed(folder, **options):
+        if not folder.name.startswith(DELETED):
+            return shutil.rmtree(folder, **options)
+        (folder / "adapter_model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    again = echo_trainer(tmp_path, max_steps=6, save_total_limit=2, **SAVING)
+    with monkeypatch.context() as patch:
+        patch.setattr("echo_trainer.checkpoint_files.shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(KeyboardInterrupt):
+            again.train(resume_from_checkpoint=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-4"]
+    assert not any(damage(path) for path in checkpoints(tmp_path)) and list(tmp_path.glob(f"{DELETED}*"))
+    echo_trainer(tmp_path, max_steps=8, save_total_limit=2, **SAVING).train(resume_from_checkpoint=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-6"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_oldest_checkpoints_are_deleted(copied):
+    """By the time they were saved at; never the one just saved or the best, even if its step is early."""
+    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-6"):
+        os.utime(copied / name / "trainer_state.json", (0, 0))  # a copy: times say nothing
+    (copied / "checkpoint-9").mkdir()  # what an older version left of a deletion
+    rotate(copied, None, [])
+    assert len(checkpoints(copied)) == 4
+    rotate(copied, 3, [copied / "checkpoint-2"])
+    assert [path.name for path in checkpoints(copied)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    rotate(copied, 2, [str(copied / "checkpoint-2"), None])
+    assert [path.name for path in checkpoints(copied)] == ["checkpoint-6", "checkpoint-2"]
+    manifest = json.loads((copied / "checkpoint-2" / MANIFEST).read_text())
+    (copied / "checkpoint-2" / MANIFEST).write_text(json.dumps(manifest | {"saved_at": manifest["saved_at"] + 1e6}))
+    rotate(copied, 1, [])  # a run that was begun again at step 1
+    assert [path.name for path in checkpoints(copied)] == ["checkpoint-2"]
 
 
 # A full disk
