@@ -14,7 +14,10 @@ One training step, top to bottom; the file of each stage in brackets:
     all of it one forward of the wrapped model        [step, trainer]
     backward, guarded against NaN                     [guard]
     checkpoints, whole or not at all                  [checkpoint, checkpoint_files, resume]
-    the final adapter, its card, its way to the Hub   [final_save, portable, run_folder, card, hub]
+    the final adapter, its card, its way to the Hub   [final_save, serving, card, hub]
+
+Around it, each a package whose docstring names its files: [selection] of layers by CKA, [evaluation], [ablation],
+[serving] (what engines do with an adapter), [card], [hub], [bench], [quickstart], and the commands in [cli].
 
 Symbols: S source layers, M target layers, m a LoRA module of a target layer with output size o_m, d hidden size,
 b_i last prompt token of segment i, z echo vector, e projection, g gate, lambda_m scale, tau distillation temperature,

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .checkpoint_files import last_whole_checkpoint
-from .portable import NotPortableError, make_portable
-from .serving_adapter import WEIGHTS_NAME, AdapterError, read_adapter
-from .serving_check import check_adapter
-from .serving_rules import Verdict
+from .serving.adapter import WEIGHTS_NAME, AdapterError, read_adapter
+from .serving.check import check_adapter
+from .serving.portable import NotPortableError, make_portable
+from .serving.rules import Verdict
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .card.folder import write_run_folder
 from .checkpoint_files import STAGING, is_checkpoint, publish_files
 from .final_save import compare_written, finish_adapter, refuse_non_finite, trained_tensors
 from .full_disk import clean_failure
 from .gathering import keeps_shards, whole_trainable_state
-from .run_folder import write_run_folder
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from .config import EchoSFTConfig
 from .config_checks import CKA
 from .deferred import DeferredCollationMixin
 from .guard import GuardMixin
-from .hub_mixin import EchoHubMixin
+from .hub.mixin import EchoHubMixin
 from .layers import decoder_layers, find_sites, resolve_layers
 from .lockstep import checkpoint_without_reentry, needs_lockstep
 from .losses import Distillation
@@ -38,7 +38,7 @@ from .network import EchoNetworks
 from .passes import EchoSetup
 from .resume import base_fingerprint
 from .saving import EchoSavingMixin
-from .selection_use import layers_by_cka
+from .selection.use import layers_by_cka
 from .step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
 from .suffix_support import choose_suffix
 from .validation import check_arguments, check_dataset, check_model, warn_of_lost_answers

@@ -41,8 +41,8 @@ class Client:
 def push(folder: str, repo_id: str, patience: dict | None = None, **options: object) -> dict:
     from dataclasses import asdict
 
-    from echo_trainer.hub import push_folder
-    from echo_trainer.hub_client import Patience
+    from echo_trainer.hub.client import Patience
+    from echo_trainer.hub.push import push_folder
 
     quick = {"attempts": 3, "wait": 0.05, "timeout": 5.0, **(patience or {})}
     return asdict(push_folder(folder, repo_id, patience=Patience(**quick), **options))
@@ -50,7 +50,7 @@ def push(folder: str, repo_id: str, patience: dict | None = None, **options: obj
 
 def forget_user() -> dict:
     """Ask the Hub again whose token it is; the library keeps the answer."""
-    from echo_trainer.hub import hub_api
+    from echo_trainer.hub.push import hub_api
 
     hub_api.cache_clear()
     return {}
@@ -90,8 +90,8 @@ def train(folder: str, base: str, token: str, **options: object) -> dict:
     from training import echo_trainer
     from transformers import AutoModelForCausalLM
 
-    from echo_trainer.hub_client import Patience
-    from echo_trainer.hub_mixin import EchoHubMixin
+    from echo_trainer.hub.client import Patience
+    from echo_trainer.hub.mixin import EchoHubMixin
 
     EchoHubMixin.hub_patience = Patience(attempts=2, wait=0.05, timeout=5.0)
     after, arguments, resume = options.pop("after", None), options.pop("arguments", {}), options.pop("resume", None)

@@ -12,7 +12,7 @@ from echo_trainer import cli
 from echo_trainer.ablation.arms import ARMS
 from echo_trainer.ablation.data import load_examples, load_tests
 from echo_trainer.ablation.recipe import expand, load_recipe, parse_seeds
-from echo_trainer.recipe import available_recipes, recipe_path
+from echo_trainer.cli.recipe import available_recipes, recipe_path
 
 ANSWERS = {
     "boolq": "true", "piqa": "solution1", "social_i_qa": "answer1", "winogrande": "option1", "ARC-Easy": "answer2",

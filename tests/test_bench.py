@@ -3,7 +3,7 @@
 import json
 
 from echo_trainer import cli
-from echo_trainer.bench_step import BASELINE, VARIANTS
+from echo_trainer.bench.step import BASELINE, VARIANTS
 
 
 def test_bench(tmp_path, capsys):

@@ -15,10 +15,10 @@ from huggingface_hub import ModelCard
 from models import lora_config, prompt_completion_rows, tiny_model
 from training import echo_trainer
 
-from echo_trainer.card import render_card
-from echo_trainer.generation import greedy_answers
-from echo_trainer.run_folder import update_record
-from echo_trainer.run_record import _data_revision, _license, hyperparameters
+from echo_trainer.card.folder import update_record
+from echo_trainer.card.record import _data_revision, _license, hyperparameters
+from echo_trainer.card.render import render_card
+from echo_trainer.evaluation.generation import greedy_answers
 
 EXAMPLE = Path(__file__).parents[1] / "model_cards" / "example"
 GAPS = re.compile(

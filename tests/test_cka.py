@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from echo_trainer.cka import centred_gram, consecutive_cka, gram_cka, is_constant, linear_cka
+from echo_trainer.selection.cka import centred_gram, consecutive_cka, gram_cka, is_constant, linear_cka
 
 
 def slow_hsic_biased(k, l_):

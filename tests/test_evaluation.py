@@ -12,10 +12,10 @@ from models import FAMILIES, adapted, prompt_completion_rows, tiny_model, tiny_t
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from echo_trainer.evaluation import Item, Record, Task, accuracy, evaluate_task
-from echo_trainer.evaluation_answers import first_match
-from echo_trainer.evaluation_scoring import score_rows, tokenize_row
-from echo_trainer.evaluation_tasks import load_tasks, prompt_completion_task
-from echo_trainer.generation import greedy_answers
+from echo_trainer.evaluation.answers import first_match
+from echo_trainer.evaluation.generation import greedy_answers
+from echo_trainer.evaluation.scoring import score_rows, tokenize_row
+from echo_trainer.evaluation.tasks import load_tasks, prompt_completion_task
 
 BASE = Path(__file__).resolve().parents[1] / "echo_trainer" / "quickstart" / "base"
 DATA = Path(__file__).parent / "data" / "commonsense"

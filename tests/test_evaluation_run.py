@@ -13,11 +13,11 @@ from models import adapted, tiny_model, tiny_tokenizer
 
 from echo_trainer import cli
 from echo_trainer.evaluation import Item, Record, Task
-from echo_trainer.evaluation_metrics import ChoiceAccuracy, ExactMatch, NumberAccuracy
-from echo_trainer.evaluation_model import load_for_evaluation
-from echo_trainer.evaluation_records import RecordFile
-from echo_trainer.evaluation_results import macro_average, task_result, wilson
-from echo_trainer.evaluation_run import harness_command
+from echo_trainer.evaluation.metrics import ChoiceAccuracy, ExactMatch, NumberAccuracy
+from echo_trainer.evaluation.model import load_for_evaluation
+from echo_trainer.evaluation.records import RecordFile
+from echo_trainer.evaluation.results import macro_average, task_result, wilson
+from echo_trainer.evaluation.run import harness_command
 
 DATA = Path(__file__).parent / "data" / "commonsense"
 
@@ -267,7 +267,7 @@ def test_metrics_of_the_evaluate_library(tmp_path):
 def test_the_command_does_not_import_the_evaluate_library():
     """It takes seconds to import, and only `evaluation_metrics` needs it."""
     code = (
-        "import sys, echo_trainer.cli_evaluate, echo_trainer.evaluation_run, echo_trainer.evaluation_tasks;"
+        "import sys, echo_trainer.cli.evaluate, echo_trainer.evaluation.run, echo_trainer.evaluation.tasks;"
         "sys.exit('evaluate' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

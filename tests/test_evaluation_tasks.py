@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import conversation_rows, prompt_completion_rows, tiny_tokenizer
 
-from echo_trainer.evaluation_answers import CHOICES, first_match, last_number
-from echo_trainer.evaluation_data import instruction_row
-from echo_trainer.evaluation_tasks import (
+from echo_trainer.evaluation.answers import CHOICES, first_match, last_number
+from echo_trainer.evaluation.data import instruction_row
+from echo_trainer.evaluation.tasks import (
     COMMONSENSE,
     commonsense_task,
     gsm8k_task,

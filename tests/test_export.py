@@ -12,12 +12,13 @@ import pytest
 import torch
 from adapter_cases import ALL
 
-from echo_trainer import cli_serving, export
-from echo_trainer.export import export_lora, export_merged, export_portable
-from echo_trainer.export_gguf import export_gguf
-from echo_trainer.logit_error import ExportError, probe_ids
-from echo_trainer.serving_adapter import AdapterError
-from echo_trainer.serving_check import check_adapter
+from echo_trainer.cli import serving as cli_serving
+from echo_trainer.serving import export
+from echo_trainer.serving.adapter import AdapterError
+from echo_trainer.serving.check import check_adapter
+from echo_trainer.serving.export import export_lora, export_merged, export_portable
+from echo_trainer.serving.export_gguf import export_gguf
+from echo_trainer.serving.logit_error import ExportError, probe_ids
 
 FULL = {"r": 4, "target_modules": ["q_proj", "o_proj"]}  # modules that a LoRA of rank 32 can replace exactly
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

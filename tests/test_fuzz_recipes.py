@@ -8,8 +8,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from echo_trainer.recipe_check import check_recipe
-from echo_trainer.sft import CLASSES, parse
+from echo_trainer.cli.recipe_check import check_recipe
+from echo_trainer.cli.sft import CLASSES, parse
 
 FIELDS = sorted({name for cls in CLASSES for name in cls.__dataclass_fields__} - {"output_dir"})
 SCALARS = (

@@ -13,10 +13,11 @@ from PIL import Image
 from selection_models import DEPTH, ENCODERS, FAMILIES, tiny_processor, tiny_tokenizer
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from echo_trainer.representations import collect_representations, find_blocks, pool
-from echo_trainer.selection import LayerSelection, choose_layers, number_of_layers, select_layers
-from echo_trainer.selection_samples import draw_rows, encode_row, make_batches
-from echo_trainer.selection_use import BASELINES, baseline_layers, echo_layers, lora_config_kwargs
+from echo_trainer.selection import LayerSelection, choose_layers, select_layers
+from echo_trainer.selection.representations import collect_representations, find_blocks, pool
+from echo_trainer.selection.samples import draw_rows, encode_row, make_batches
+from echo_trainer.selection.select import number_of_layers
+from echo_trainer.selection.use import BASELINES, baseline_layers, echo_layers, lora_config_kwargs
 
 
 def build(family, seed=0):

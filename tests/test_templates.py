@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from echo_trainer.evaluation import evaluate_task
-from echo_trainer.evaluation_tasks import commonsense_task, prompt_completion_task
+from echo_trainer.evaluation.tasks import commonsense_task, prompt_completion_task
 from echo_trainer.templates import TEMPLATES, instruction_and_answer, rendered
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation import Item, Task
-from ..evaluation_tasks import commonsense_task, prompt_completion_task, read_rows
+from ..evaluation.evaluate import Item, Task
+from ..evaluation.tasks import commonsense_task, prompt_completion_task, read_rows
 from ..templates import TEMPLATES
 from .recipe import AblationRecipe
 

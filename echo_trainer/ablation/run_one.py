@@ -17,9 +17,9 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import get_peft_config
 
 from .._version import __version__
-from ..evaluation import Record, Task, accuracy, evaluate_task
+from ..cli.sft import make_parser
+from ..evaluation.evaluate import Record, Task, accuracy, evaluate_task
 from ..losses import Distillation
-from ..sft import make_parser
 from . import memory
 from .arms import ARMS
 from .data import held_out_task, load_examples, load_tests

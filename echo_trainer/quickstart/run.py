@@ -157,7 +157,7 @@ def _tokenizer() -> Any:
 
 
 def _score(model: Any, tests: list[dict[str, str]], settings: Settings, progress: Progress, label: str) -> float:
-    from ..generation import exact_match, greedy_answers
+    from ..evaluation.generation import exact_match, greedy_answers
 
     task = progress.add_task(label, total=len(tests))
     answers = greedy_answers(

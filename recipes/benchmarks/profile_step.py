@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from echo_trainer.bench_step import SHAPES, VARIANTS, BenchOptions, Stepper, random_model
+from echo_trainer.bench.step import SHAPES, VARIANTS, BenchOptions, Stepper, random_model
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::_local_scalar_dense", "cudaMemcpyAsync")
 

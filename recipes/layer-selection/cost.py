@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from echo_trainer.cka import consecutive_cka
+from echo_trainer.selection.cka import consecutive_cka
 
 
 def feature_space(x_nd: torch.Tensor, y_nd: torch.Tensor) -> float:

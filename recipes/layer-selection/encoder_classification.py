@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from echo_trainer.selection import select_layers
-from echo_trainer.selection_use import BASELINES, baseline_layers, lora_config_kwargs
+from echo_trainer.selection.use import BASELINES, baseline_layers, lora_config_kwargs
 
 
 def load_splits(dataset: str, subset: str | None):

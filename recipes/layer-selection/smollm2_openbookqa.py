@@ -19,10 +19,10 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from echo_trainer.representations import collect_representations, find_blocks
 from echo_trainer.selection import choose_layers, select_layers
-from echo_trainer.selection_samples import draw_rows, encode_row, make_batches
-from echo_trainer.selection_use import BASELINES, baseline_layers, echo_layers
+from echo_trainer.selection.representations import collect_representations, find_blocks
+from echo_trainer.selection.samples import draw_rows, encode_row, make_batches
+from echo_trainer.selection.use import BASELINES, baseline_layers, echo_layers
 
 
 def to_prompt_completion(row: dict) -> dict:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from echo_trainer.selection import LayerSelection
-from echo_trainer.selection_use import baseline_layers, lora_config_kwargs
+from echo_trainer.selection.use import baseline_layers, lora_config_kwargs
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch
 from make_data import PACKAGE_DATA, ask, base_question, make_story
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from echo_trainer.generation import greedy_answers
+from echo_trainer.evaluation.generation import greedy_answers
 
 KINDS = ("where is", "what does", "which thing", "who has", "what colour", "who is")
 

@@ -1,0 +1,181 @@
+"""What `echo-trainer bench` measures: one variant of a training step on a model of random weights."""
+
+import copy
+import gc
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from ..config import EchoSFTConfig
+from ..trainer import EchoSFTTrainer
+from .tokenizer import placeholder_tokenizer
+
+SHAPES = {
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "llama-7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000,
+    },
+    "llama3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 512,
+    },
+}  # fmt: skip
+BASELINE = "SFTTrainer LoRA"
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """
+    One benchmark.
+
+    Attributes:
+        shape: name in `SHAPES`; weights are random.
+        prompt, answer: tokens of the prompt and of the answer of every sample.
+        batch: samples a step.
+        rounds: measured steps of every variant, after `warmup` unmeasured ones.
+        dtype: "float32" or "bfloat16" (weights in bfloat16, no autocast).
+        checkpointing: gradient checkpointing.
+        dora: DoRA in every variant, the baseline included.
+        variants: names in `VARIANTS` to run; the baseline is always run.
+    """
+
+    shape: str = "smollm2-135m"
+    prompt: int = 128
+    answer: int = 8
+    batch: int = 8
+    rounds: int = 10
+    warmup: int = 2
+    dtype: str = "float32"
+    checkpointing: bool = False
+    dora: bool = False
+    r: int = 16
+    variants: tuple[str, ...] = ()
+
+
+# name: (trainer, config, echo options)
+VARIANTS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    BASELINE: (SFTTrainer, SFTConfig, {}),
+    "echo off": (EchoSFTTrainer, EchoSFTConfig, {"echo_p_start": 0.0, "echo_p_end": 0.0}),
+    "suffix, all routed": (EchoSFTTrainer, EchoSFTConfig, {"echo_p_start": 1.0, "echo_p_end": 1.0}),
+    "suffix, p 1 to 0.2": (EchoSFTTrainer, EchoSFTConfig, {}),
+    "full, all routed": (EchoSFTTrainer, EchoSFTConfig, {"echo_p_end": 1.0, "echo_pass": "full"}),
+}
+
+
+class Stepper:
+    """Runs optimizer steps of one trainer by hand, with what the Trainer's loop does in a step."""
+
+    def __init__(self, name: str, base: LlamaForCausalLM, options: BenchOptions, folder: str):
+        trainer_class, config_class, echo = VARIANTS[name]
+        # Frozen weights are shared between the variants: copying 7 billion of them five times fits no device.
+        model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+        self.rounds = options.rounds
+        self.trainer = trainer_class(
+            model=model,
+            args=config_class(
+                output_dir=folder,
+                per_device_train_batch_size=options.batch,
+                max_steps=options.rounds,
+                max_length=None,
+                bf16=False,
+                gradient_checkpointing=options.checkpointing,
+                use_cpu=not torch.cuda.is_available(),
+                report_to="none",
+                logging_steps=10**6,
+                save_strategy="no",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                **echo,
+            ),
+            train_dataset=_samples(options),
+            processing_class=placeholder_tokenizer(),
+            peft_config=LoraConfig(
+                r=options.r, lora_alpha=2 * options.r, target_modules="all-linear", use_dora=options.dora
+            ),
+        )
+        trainer = self.trainer
+        if options.checkpointing:
+            trainer.model.activation_checkpointing_enable()
+        trainer.state.max_steps = options.rounds
+        trainer.create_optimizer()
+        self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.current_gradient_accumulation_steps = 1
+        self.examples = list(iter(trainer.get_train_dataloader()))
+
+    def step(self, round_number: int) -> None:
+        """One optimizer step on the round's batch; with the echo on, collation is part of it."""
+        trainer = self.trainer
+        trainer.state.global_step = round_number
+        batch = iter([self.examples[round_number % len(self.examples)]])
+        (inputs,), n_items = trainer.get_batch_samples(batch, 1, trainer.args.device)
+        trainer.training_step(self.model, dict(inputs), n_items)
+        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        self.model.zero_grad()
+
+    def timed_step(self, round_number: int, device: torch.device) -> tuple[float, int]:
+        """Seconds and peak bytes of the device for one step."""
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        begin = time.perf_counter()
+        self.step(round_number)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        if device.type != "cuda":
+            return seconds, 0
+        # The other variants lie on the device too; count this one's own weights and states and what its step adds.
+        return seconds, self._resident() + torch.cuda.max_memory_allocated() - before
+
+    def _resident(self) -> int:
+        """Bytes of the model's weights and the optimizer's states."""
+        states = (x for state in self.trainer.optimizer.state.values() for x in state.values() if torch.is_tensor(x))
+        return sum(x.nbytes for x in (*self.trainer.model.parameters(), *states))
+
+    def counted_step(self) -> int:
+        """Floating-point operations of a step, the mean over the run's routing where it changes."""
+        args = self.trainer.args
+        constant = getattr(args, "echo_p_start", 0.0) == getattr(args, "echo_p_end", 0.0)
+        rounds = 1 if constant else self.rounds
+        with FlopCounterMode(display=False) as counter:
+            for round_number in range(rounds):
+                self.step(round_number)
+        return counter.get_total_flops() // rounds
+
+
+def _samples(options: BenchOptions) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = SHAPES[options.shape]["vocab_size"]
+    rows = []
+    for _ in range(2 * options.batch):
+        ids = torch.randint(3, vocabulary, (options.prompt + options.answer,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * options.prompt + ids[options.prompt :]})
+    return Dataset.from_list(rows)
+
+
+def random_model(options: BenchOptions, device: torch.device) -> LlamaForCausalLM:
+    """A Llama of the chosen shape with frozen random weights."""
+    torch.manual_seed(0)
+    length = options.prompt + options.answer
+    config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=max(2048, length), pad_token_id=0)
+    with device:
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, options.dtype))
+    return model.requires_grad_(False)

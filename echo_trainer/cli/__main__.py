@@ -1,0 +1,7 @@
+"""`python -m echo_trainer.cli`, for launchers that take a module."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

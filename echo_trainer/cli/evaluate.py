@@ -1,0 +1,157 @@
+"""`echo-trainer evaluate`: options, progress and table around `evaluation.run.run_evaluation`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Evaluate an adapter or a model: on the eight commonsense tasks (LLM-Adapters), on GSM8K, or on any file of prompts and
+completions. An interrupted evaluation continues with the same command. If the adapter lies in the folder of a finished
+run, the figures go into its echo_run.json and its model card.
+"""
+EPILOG = """\
+modes:
+  generate  write an answer, take the first option name, the number or the whole text; the published protocol
+            (LLM-Adapters: --num_beams 4)
+  rank      the most likely of the answer options ("the correct answer is X"), one reading of each prompt; faster, and
+            every answer is one of the options
+  nll       negative log-likelihood of the reference in nats, with its end token, as the training loss counts it
+
+In float32 the figures do not depend on --batch_size; in bfloat16 matrix products do, a little.
+
+examples:
+  echo-trainer evaluate runs/my-adapter --tasks commonsense --data llm-adapters/ --mode rank
+  echo-trainer evaluate huggyllama/llama-7b --tasks boolq openbookqa --limit 200
+  echo-trainer evaluate runs/my-adapter --tasks my-test.jsonl --max_new_tokens 100
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="echo-trainer evaluate",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="ADAPTER_OR_MODEL", help="folder or Hub id of an adapter or of a model")
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK",
+                        help="boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa, "
+                        "commonsense (all of these that --data has), gsm8k, or a .json/.jsonl file with prompts and "
+                        "completions")  # fmt: skip
+    parser.add_argument("--data", metavar="DIR", help="folder with TASK-test.json; without it the public datasets")
+    parser.add_argument("--base", help="base of the adapter, in place of the one it names")
+    parser.add_argument("--mode", choices=["generate", "rank", "nll"], default="generate",
+                        help="how to answer (default: generate)")  # fmt: skip
+    parser.add_argument("--template", choices=["alpaca", "chat"],
+                        help="prompt template, the same as in training (default: alpaca; none for files)")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=32, help="items at a time (default: 32)")
+    parser.add_argument("--num_beams", type=int, default=1, help="beams in mode generate (default: 1, greedy)")
+    parser.add_argument("--max_new_tokens", type=int, help="longest answer (default: 32, gsm8k 256, files 64)")
+    parser.add_argument("--limit", type=int, help="items of each task, drawn with --seed (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    parser.add_argument("--output", metavar="DIR|FILE.json",
+                        help="where records and results go (default: evaluation/ in the model's folder)")  # fmt: skip
+    parser.add_argument("--restart", action="store_true", help="delete earlier records of the same tasks and mode")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+                        help="dtype of the weights (default: float32 on a CPU, bfloat16 on a GPU)")  # fmt: skip
+    parser.add_argument("--device", help="such as cuda:0 (default: a GPU where there is one)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code of the model's repository")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point of `echo-trainer evaluate`: 0 done, 130 interrupted."""
+    options = make_parser().parse_args(arguments)
+    for name in ("batch_size", "num_beams", "limit", "max_new_tokens"):
+        given = getattr(options, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name} is {given}; it must be at least 1.")
+    if options.num_beams > 1 and options.mode != "generate":
+        raise ValueError(f"--num_beams is for mode generate; mode {options.mode} writes nothing.")
+    try:
+        return _evaluate(options)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The records are kept; the same command continues.", file=sys.stderr)
+        return 130
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from ..evaluation.model import load_for_evaluation
+    from ..evaluation.records import write_atomically
+    from ..evaluation.results import add_to_run
+    from ..evaluation.run import harness_command, run_evaluation
+    from ..evaluation.tasks import load_tasks
+    from ..quiet import quiet_libraries
+
+    console = Console()
+    with quiet_libraries():
+        drawn = {"limit": options.limit, "seed": options.seed, "max_new_tokens": options.max_new_tokens}
+        if options.template != "chat":  # such tasks need no tokenizer: find their mistakes before a large model loads
+            load_tasks(options.tasks, options.data, template=options.template, **drawn)
+        loaded = load_for_evaluation(
+            options.model, options.base, options.dtype, options.device, options.trust_remote_code
+        )
+        tasks = load_tasks(options.tasks, options.data, template=options.template, tokenizer=loaded.tokenizer, **drawn)
+        folder, file = output_places(options.output, options.model)
+        columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            bars = {task.name: progress.add_task(task.name, total=len(task.items), start=False) for task in tasks}
+
+            def advance(task: Any, n: int) -> None:
+                progress.start_task(bars[task.name])
+                progress.advance(bars[task.name], n)
+
+            summary = run_evaluation(
+                loaded, tasks, folder, mode=options.mode, batch_size=options.batch_size, num_beams=options.num_beams,
+                settings={"template": options.template, "limit": options.limit, "seed": options.seed},
+                restart=options.restart, advance=advance,
+            )  # fmt: skip
+    console.print(table(summary))
+    results = [*summary["results"], *([summary["average"]] if summary["average"] else [])]
+    console.print(f"Records and results: {folder}", soft_wrap=True)
+    if file is not None:
+        write_atomically(file, (folder / f"results.{options.mode}.json").read_text(encoding="utf-8"))
+        console.print(f"Results: {file}", soft_wrap=True)
+    written = add_to_run(Path(options.model), results) if Path(options.model).is_dir() else None
+    if written:
+        console.print(f"In {options.model} written: {written}.", soft_wrap=True)
+    command = harness_command(loaded, [task.name for task in tasks], loaded.identity["dtype"])
+    if command:
+        console.print("\nThe same model in lm-evaluation-harness (its prompts, so not the same figures):")
+        console.print(f"  {command}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def output_places(output: str | None, model: str) -> tuple[Path, Path | None]:
+    """Folder of the records, and the file that gets a copy of the results if one was named."""
+    if output is None:
+        return (Path(model) / "evaluation" if Path(model).is_dir() else Path("evaluation") / Path(model).name), None
+    path = Path(output)
+    return (path.with_suffix(""), path) if path.suffix == ".json" else (path, None)
+
+
+def table(summary: dict[str, Any]) -> Any:
+    """The results as a table with 95 % intervals."""
+    from rich.table import Table
+
+    shown = Table(title=f"mode {summary['mode']}, {summary['model']['dtype']}")
+    for column in ("task", "metric", "value", "95 % interval", "items"):
+        shown.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    rows = [*summary["results"], *([summary["average"]] if summary["average"] else [])]
+    for row in rows:
+        form = "{:.3f}" if row["metric"] == "nll" else "{:.1%}"
+        interval = " to ".join(form.format(bound) for bound in row["interval"]) if row["interval"] else "-"
+        shown.add_row(row["task"], row["metric"], form.format(row["value"]), interval, str(row["n"]))
+    return shown

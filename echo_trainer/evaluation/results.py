@@ -1,0 +1,100 @@
+"""The figures of an evaluation with their intervals, and their entry in the record and the card of a run."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..card.folder import RUN_RECORD, update_record
+from .evaluate import Record, Task, accuracy
+
+Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+
+
+def wilson(correct: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """
+    Wilson's score interval of a proportion.
+
+    Raises:
+        ValueError: there are no items, or more correct ones than items.
+    """
+    if n < 1 or not 0 <= correct <= n:
+        raise ValueError(f"{correct} of {n} is no proportion.")
+    share, scale = correct / n, 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # The bounds of 0 of n and n of n are 0 and 1 exactly; rounding must not move them past.
+    return (0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half)
+
+
+def task_result(task: Task, records: Sequence[Record], mode: str) -> dict[str, Any]:
+    """
+    The figure of a task, in the form of `echo_run.json`: task, dataset, split, metric, value, n, interval, seeds.
+
+    Accuracy has Wilson's 95 % interval; it covers the choice of the items, not of the training seed. In mode "nll" the
+    value is the mean negative log-likelihood of a reference, in nats, with a normal interval.
+    """
+    result = {"task": task.name, "dataset": task.dataset, "split": task.split}
+    if mode == "nll":
+        values = [record.nll for record in records if record.nll is not None]
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+        half = Z95 * spread / math.sqrt(len(values)) if spread is not None else None
+        interval = None if half is None else [mean - half, mean + half]
+        return {**result, "metric": "nll", "value": mean, "n": len(values), "interval": interval, "seeds": None}
+    interval = list(wilson(sum(record.correct for record in records), len(records)))
+    metric = "accuracy_ranked" if mode == "rank" else task.metric
+    return {
+        **result, "metric": metric, "value": accuracy(records), "n": len(records), "interval": interval, "seeds": None
+    }  # fmt: skip
+
+
+def macro_average(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """
+    Mean over the tasks, each with the same weight; None for fewer than two tasks, or different metrics.
+
+    Its interval combines those of the tasks (Newcombe's square-and-add): mean -/+ sqrt(sum (value - bound)^2) / tasks.
+    """
+    if len(results) < 2 or len({result["metric"] for result in results}) > 1:
+        return None
+    count = len(results)
+    mean = sum(result["value"] for result in results) / count
+    interval = None
+    if all(result["interval"] is not None for result in results):
+        down, up = (
+            math.sqrt(sum((result["value"] - result["interval"][side]) ** 2 for result in results)) / count
+            for side in (0, 1)
+        )
+        interval = [mean - down, mean + up]
+    splits = {result["split"] for result in results}
+    return {
+        "task": f"average of {count} tasks", "dataset": ", ".join(result["task"] for result in results),
+        "split": splits.pop() if len(splits) == 1 else "mixed", "metric": results[0]["metric"], "value": mean,
+        "n": sum(result["n"] for result in results), "interval": interval, "seeds": None,
+    }  # fmt: skip
+
+
+def add_to_run(folder: Path, results: Sequence[dict[str, Any]]) -> str | None:
+    """
+    Write results into the record of a finished run and render its card again.
+
+    A figure of the same task, split and metric is replaced.
+
+    Returns:
+        What was written, in words; None where the folder is not that of a run.
+    """
+    path = folder / RUN_RECORD
+    if not path.is_file():
+        return None
+
+    def key(result: dict[str, Any]) -> tuple[Any, ...]:
+        return result["task"], result["split"], result["metric"]
+
+    new = {key(result) for result in results}
+    earlier = json.loads(path.read_text(encoding="utf-8")).get("evaluation") or []
+    evaluation = [*(result for result in earlier if key(result) not in new), *results]
+    if update_record(folder, evaluation=evaluation):
+        return f"{RUN_RECORD} and the model card"
+    written = json.loads(path.read_text(encoding="utf-8")).get("evaluation") == evaluation
+    return f"{RUN_RECORD}; the model card was edited by hand and is left as it is" if written else None

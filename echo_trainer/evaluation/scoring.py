@@ -1,0 +1,217 @@
+"""Log-likelihoods of completions, batched: a prompt with several completions is computed once.
+
+B rows (one prompt each) · O completions of a row · P tokens all completions of a row begin with · V vocabulary
+
+Stage 0 reads the tokens with which all rows of a batch begin (the template's first words), once for the batch.
+Stage 1 reads the rest of the P shared tokens of every row, left-padded. It yields the log-probabilities of the shared
+completion tokens and of the first token in which the completions differ; for "the correct answer is answer1 / answer2"
+that is all. Stage 2, only where a completion goes on after that, reads the rest with the keys and values so far.
+"""
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..suffix_support import suffix_obstacle
+from .generation import pad_token_id
+
+_WORTH_SHARING = 8  # tokens; below this another forward costs more than it saves
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    How likely a completion is.
+
+    Attributes:
+        log_likelihood: sum of the log-probabilities of its tokens, in nats.
+        n_tokens: number of its tokens.
+        greedy: whether each token is the most likely one, so that greedy generation would write the completion.
+    """
+
+    log_likelihood: float
+    n_tokens: int
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """Token ids of each completion with its prompt, the first token scored, and how many tokens all share."""
+
+    sequences: list[list[int]]
+    start: int
+    shared: int
+
+
+def tokenize_row(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completions: Sequence[str], special_tokens: bool = True
+) -> TokenizedRow:
+    """
+    Tokenise prompt + completion as a whole, as training does; the completion starts where it leaves the prompt alone.
+
+    Raises:
+        ValueError: there is no completion, or nothing stands before or after its start.
+    """
+    if not completions:
+        raise ValueError(f"Nothing to score after the prompt {prompt[:60]!r}: it has no completions.")
+    prompt_ids = tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
+    sequences = [tokenizer(prompt + text, add_special_tokens=special_tokens)["input_ids"] for text in completions]
+    start = min(_common_prefix([prompt_ids, ids]) for ids in sequences)
+    if start == 0:
+        raise ValueError(f"No token stands before the completion {completions[0][:60]!r}, so nothing predicts it.")
+    if any(len(ids) <= start for ids in sequences):
+        raise ValueError(f"A completion after the prompt {prompt[-60:]!r} has no tokens: {list(completions)!r}.")
+    return TokenizedRow(sequences, start, _common_prefix(sequences))
+
+
+@torch.no_grad()
+def score_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenizedRow]
+) -> list[list[Score]]:
+    """
+    Scores of every completion of every row; one batch. Exact whatever stands together in it, up to float noise.
+
+    Args:
+        model: a causal language model (or PeftModel) in evaluation mode.
+        tokenizer: its tokenizer.
+        rows: from `tokenize_row`.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    pad = pad_token_id(tokenizer)
+    long = [(b, o) for b, row in enumerate(rows) for o, ids in enumerate(row.sequences) if len(ids) > row.shared + 1]
+    sharing = suffix_obstacle(base) is None  # keys and values of a text do not depend on what follows it
+    if long and not sharing:
+        return _score_whole(model, base, pad, rows)
+
+    begin = _batch_prefix(rows) if sharing and not _slides(base) else 0
+    cache = DynamicCache() if long or begin else None
+    if begin:
+        ids_1P = torch.tensor([rows[0].sequences[0][:begin]], device=model.device)
+        mask_1P = torch.ones_like(ids_1P)
+        _logits(model, base, ids_1P, mask_1P, positions(mask_1P), 1, cache)
+        cache.batch_repeat_interleave(len(rows))
+    ids_BP, mask_BP = _left_padded([row.sequences[0][begin : row.shared] for row in rows], pad, model.device)
+    mask_BP = torch.cat([mask_BP.new_ones(len(rows), begin), mask_BP], dim=1)
+    keep = max(row.shared - row.start + 1 for row in rows)
+    logits_BKV = _logits(model, base, ids_BP, mask_BP, positions(mask_BP)[:, begin:], keep, cache)
+    sums = [[_Sum() for _ in row.sequences] for row in rows]
+    for b, row in enumerate(rows):
+        scored = row.shared - row.start
+        head_KV = logits_BKV[b, keep - scored - 1 :].float().log_softmax(-1)
+        common = _Sum().add(head_KV[:-1], row.sequences[0][row.start : row.shared])
+        for o, ids in enumerate(row.sequences):
+            sums[b][o] = common.copy().add(head_KV[-1:], ids[row.shared : row.shared + 1])
+    if long:
+        cache.batch_select_indices(torch.tensor([b for b, _ in long], device=model.device))
+        tails = [rows[b].sequences[o][rows[b].shared :] for b, o in long]
+        ids, mask = _right_padded([tail[:-1] for tail in tails], pad, model.device)
+        mask_prefix = mask_BP[[b for b, _ in long]]
+        whole = torch.cat([mask_prefix, mask], dim=1)
+        place = positions(whole)[:, mask_prefix.shape[1] :]
+        logits = _logits(model, base, ids, whole, place, ids.shape[1], cache)
+        for (b, o), tail, row_logits in zip(long, tails, logits, strict=True):
+            sums[b][o].add(row_logits[: len(tail) - 1].float().log_softmax(-1), tail[1:])
+    return [[total.score() for total in row] for row in sums]
+
+
+def _batch_prefix(rows: Sequence[TokenizedRow]) -> int:
+    """Tokens with which all rows of a batch begin, where reading them once saves something; else 0."""
+    # The token before the first scored one must be read in stage 1, which gives its logits.
+    count = min(_common_prefix([row.sequences[0] for row in rows]), min(row.start for row in rows) - 1)
+    return count if len(rows) > 1 and count >= _WORTH_SHARING else 0
+
+
+def _slides(base: PreTrainedModel) -> bool:
+    """Whether some attention has a window. It is measured over padding too, which here stands inside the text."""
+    config = base.config.get_text_config()
+    windows = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+    return windows or getattr(config, "sliding_window", None) is not None
+
+
+def _score_whole(model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow]) -> list[list[Score]]:
+    """The same without shared keys and values: every completion with its prompt, for models whose past is not that."""
+    flat = [(row.start, ids) for row in rows for ids in row.sequences]
+    ids_BT, mask_BT = _left_padded([ids[:-1] for _, ids in flat], pad, model.device)
+    keep = max(len(ids) - start for start, ids in flat)
+    logits_BKV = _logits(model, base, ids_BT, mask_BT, positions(mask_BT), keep, None)
+    scores = iter(
+        _Sum().add(row[keep - (len(ids) - start) :].float().log_softmax(-1), ids[start:]).score()
+        for row, (start, ids) in zip(logits_BKV, flat, strict=True)
+    )
+    return [[next(scores) for _ in row.sequences] for row in rows]
+
+
+def positions(mask_BT: Tensor) -> Tensor:
+    """Position of every token in its own text, whatever is padded before it."""
+    return (mask_BT.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class _Sum:
+    """Running score of one completion."""
+
+    def __init__(self, log_likelihood: float = 0.0, n_tokens: int = 0, greedy: bool = True):
+        self.log_likelihood, self.n_tokens, self.greedy = log_likelihood, n_tokens, greedy
+
+    def copy(self) -> "_Sum":
+        return _Sum(self.log_likelihood, self.n_tokens, self.greedy)
+
+    def add(self, log_probs_KV: Tensor, tokens: Sequence[int]) -> "_Sum":
+        """Add K tokens, given the log-probabilities that predict them."""
+        if tokens:
+            wanted_K = torch.tensor(tokens, device=log_probs_KV.device)
+            chosen_K = log_probs_KV.gather(-1, wanted_K[:, None])
+            self.log_likelihood += float(chosen_K.double().sum())
+            self.greedy &= bool((log_probs_KV.argmax(-1) == wanted_K).all())
+            self.n_tokens += len(tokens)
+        return self
+
+    def score(self) -> Score:
+        if math.isnan(self.log_likelihood):
+            raise ValueError(
+                "The model's logits are not a number (NaN), so nothing can be scored. Its weights, or an adapter's, "
+                "are damaged, or they overflow in this dtype: try float32."
+            )
+        return Score(self.log_likelihood, self.n_tokens, self.greedy)
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Number of tokens with which all sequences begin."""
+    count = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        count += 1
+    return count
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _right_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = [list(row) + [pad] * (width - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _logits(
+    model: Any, base: Any, ids: Tensor, mask: Tensor, position_ids: Tensor, keep: int, cache: DynamicCache | None
+) -> Tensor:
+    """Logits of the last `keep` positions; the others are not computed where the model can leave them out."""
+    known = inspect.signature(base.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+    if "position_ids" in known:
+        options["position_ids"] = position_ids
+    if "logits_to_keep" in known:
+        options["logits_to_keep"] = keep
+    return model(input_ids=ids, attention_mask=mask, **options).logits[:, -keep:]

@@ -1,0 +1,231 @@
+"""Tasks to evaluate on: the eight commonsense tasks, any prompt-completion data with exact match, and maths problems.
+
+The prompts are made by the templates of training (`templates.py`), so that the two never differ by a space.
+"""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..templates import TEMPLATES, rendered
+from .answers import CHOICES, first_match, last_number
+from .data import folder_rows, hub_rows, instruction_row, read_rows, task_file
+from .evaluate import Item, Task
+
+COMMONSENSE = tuple(CHOICES)
+GSM8K = "gsm8k"
+CHOICE_TOKENS, NUMBER_TOKENS = 32, 256
+_ANSWER = "the correct answer is {}"
+
+
+def commonsense_task(
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    template: str = "alpaca",
+    limit: int | None = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+) -> Task:
+    """
+    One of the eight commonsense tasks.
+
+    Args:
+        name: one of `COMMONSENSE`.
+        rows: in the LLM-Adapters format (`instruction`, `input`, `output`, `answer`), or in the columns of the public
+            dataset of the task.
+        template: as in training, one of `templates.TEMPLATES`.
+        limit: evaluate this many items, drawn with `seed`; None is all.
+        seed: seed of that draw.
+        tokenizer: needed by chat templates.
+
+    Raises:
+        ValueError: unknown task or template, or a row without an answer among its options.
+    """
+    if name not in CHOICES:
+        raise ValueError(f"{name!r} is no commonsense task. Use one of {', '.join(COMMONSENSE)}.")
+    extract = partial(first_match, re.compile(CHOICES[name]))
+    items = []
+    for row in _drawn(rows, limit, seed):
+        row = instruction_row(name, row)
+        names = _option_names(name, row)
+        answer = str(row.get("answer") or extract(row["output"]))
+        if answer not in names:
+            raise ValueError(f"An item of {name} has the answer {answer!r}, which is not among its options {names}.")
+        prompt, completion = rendered(_template(template)(row), tokenizer)
+        options = tuple(_ANSWER.format(option) for option in names)
+        items.append(Item(prompt, answer, options, completion))
+    return Task(
+        name, items, extract, CHOICE_TOKENS, special_tokens=template != "chat",
+        first_match=True, metric="accuracy",
+    )  # fmt: skip
+
+
+def prompt_completion_task(
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    limit: int | None = None,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    template: str | None = None,
+    tokenizer: Any = None,
+) -> Task:
+    """
+    Exact match of what is generated with the completion, white space at the ends aside.
+
+    Args:
+        name: name of the task.
+        rows: with `prompt` and `completion` (text or messages), or the columns that `template` knows.
+        limit: evaluate this many items, drawn with `seed`; None is all.
+        seed: seed of that draw.
+        max_new_tokens: longest answer, in tokens.
+        template: one of `templates.TEMPLATES`, or None where the rows have prompts and completions already.
+        tokenizer: needed by messages and chat templates.
+    """
+    items, chat = _templated(rows, template, limit, seed, tokenizer)
+    return Task(
+        name, [Item(p, answer.strip(), (), completion) for p, answer, completion in items], str.strip, max_new_tokens,
+        special_tokens=not chat,
+    )  # fmt: skip
+
+
+def gsm8k_task(
+    rows: Sequence[dict[str, Any]],
+    name: str = GSM8K,
+    template: str = "alpaca",
+    limit: int | None = None,
+    seed: int = 0,
+    max_new_tokens: int = NUMBER_TOKENS,
+    tokenizer: Any = None,
+) -> Task:
+    """
+    Maths problems whose answer is a number: after "####", or the last number written.
+
+    Args:
+        rows: with `question` and `answer` (GSM8K), `instruction` and `output`, or `prompt` and `completion`.
+        name: name of the task.
+        template: as in training, one of `templates.TEMPLATES`. Not used for rows with prompts.
+        limit: evaluate this many items, drawn with `seed`; None is all.
+        seed: seed of that draw.
+        max_new_tokens: longest answer, in tokens.
+        tokenizer: needed by messages and chat templates.
+
+    Raises:
+        ValueError: a reference answer holds no number.
+    """
+    whole = not rows or "prompt" not in rows[0]
+    found, chat = _templated(rows, template if whole else None, limit, seed, tokenizer)
+    items = []
+    for prompt, answer, completion in found:
+        number = last_number(answer)
+        if not number:
+            raise ValueError(f"An item of {name} has no number in its answer {answer[-80:]!r}.")
+        items.append(Item(prompt, number, (), completion))
+    return Task(
+        name, items, last_number, max_new_tokens, special_tokens=not chat, metric="accuracy"
+    )  # fmt: skip
+
+
+def load_tasks(
+    spec: Sequence[str],
+    data_dir: str | Path | None = None,
+    *,
+    template: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+    max_new_tokens: int | None = None,
+) -> list[Task]:
+    """
+    Tasks by name.
+
+    Args:
+        spec: names: those of `COMMONSENSE`, "commonsense" for all of these that `data_dir` has (all eight without
+            it), "gsm8k", or the path of a JSON or JSON Lines file with prompts and completions.
+        data_dir: folder with files NAME-test.json (LLM-Adapters) or NAME-test.jsonl; None reads the public datasets.
+        template: as in training; None is "alpaca", and no template for files of prompts and completions.
+        limit: items of each task, drawn with `seed`; None is all.
+        seed: seed of that draw.
+        tokenizer: needed by chat templates.
+        max_new_tokens: longest answer in tokens, instead of the task's own.
+
+    Raises:
+        ValueError: a task is unknown, or its file is empty or holds something else.
+        FileNotFoundError: `data_dir` has no file for a task.
+    """
+    tasks = []
+    for name in _expanded(spec, data_dir):
+        drawn = {"limit": limit, "seed": seed, "tokenizer": tokenizer}
+        if Path(name).suffix in (".json", ".jsonl"):
+            given = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+            task = prompt_completion_task(Path(name).stem, read_rows(Path(name)), template=template, **drawn, **given)
+            source = {"dataset": Path(name).name}
+        elif name in (*COMMONSENSE, GSM8K):
+            rows, source = hub_rows(name) if data_dir is None else folder_rows(name, Path(data_dir))
+            make: Callable[..., Task] = gsm8k_task if name == GSM8K else commonsense_task
+            arguments = (rows,) if name == GSM8K else (name, rows)
+            task = make(*arguments, template=template or "alpaca", **drawn)
+        else:
+            raise ValueError(
+                f"The task {name!r} is unknown. Use {', '.join(COMMONSENSE)}, commonsense (all of them), {GSM8K}, or "
+                f"the path of a .json or .jsonl file with prompts and completions."
+            )
+        changed = {**source, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {})}
+        tasks.append(Task(**{**vars(task), **changed}))
+    return tasks
+
+
+def _template(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    if name not in TEMPLATES:
+        raise ValueError(f"The template {name!r} is unknown. Use one of {', '.join(TEMPLATES)}.")
+    return TEMPLATES[name]
+
+
+def _templated(
+    rows: Sequence[dict[str, Any]], template: str | None, limit: int | None, seed: int, tokenizer: Any
+) -> tuple[list[tuple[str, str, str]], bool]:
+    """Prompt, answer and completion text of every drawn row, and whether they are rendered messages."""
+    found, chat = [], False
+    for row in _drawn(rows, limit, seed):
+        example = row if template is None else _template(template)(row)
+        prompt, completion = rendered(example, tokenizer)
+        chat = isinstance(example["prompt"], list)
+        found.append((prompt, example["completion"][-1]["content"] if chat else completion, completion))
+    return found, chat
+
+
+def _drawn(rows: Sequence[dict[str, Any]], limit: int | None, seed: int) -> list[dict[str, Any]]:
+    """`limit` rows drawn with `seed`, in their order; all without a limit."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} leaves no items. Use at least 1, or None for all.")
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    chosen = random.Random(seed).sample(range(len(rows)), limit)
+    return [rows[index] for index in sorted(chosen)]
+
+
+def _option_names(task: str, row: dict[str, Any]) -> list[str]:
+    """Options of a row, from the end of its instruction ("Answer format: answer1/answer2")."""
+    listed = row["instruction"].rpartition("Answer format:")[2].strip().split("/")
+    known = CHOICES[task].split("|")
+    return listed if len(listed) > 1 and set(listed) <= set(known) else known
+
+
+def _expanded(spec: Sequence[str], data_dir: str | Path | None) -> list[str]:
+    """The names with "commonsense" written out, each once."""
+    if isinstance(spec, str):
+        spec = [spec]
+    names = []
+    for name in spec:
+        if name != "commonsense":
+            names.append(name)
+            continue
+        present = [task for task in COMMONSENSE if data_dir is None or task_file(task, Path(data_dir)) is not None]
+        if not present:
+            raise FileNotFoundError(f"{data_dir} has no NAME-test.json of a commonsense task.")
+        names += present
+    if not names:
+        raise ValueError("No task is named. Use for example `commonsense`.")
+    return list(dict.fromkeys(names))

@@ -1,0 +1,13 @@
+"""
+Layer selection: the layers that change the representation of your data most, by CKA.
+
+    samples of the data, one pass of the frozen model     [samples, representations]
+    similarity of neighbouring layers                     [cka]
+    the layers, and how far each choice can be trusted    [select]
+    as LoRA targets, or as sources and targets of echoes  [use]
+    a picture                                             [plot]
+"""
+
+from .select import LayerSelection, choose_layers, select_layers
+
+__all__ = ["LayerSelection", "choose_layers", "select_layers"]
