@@ -41,10 +41,11 @@ def instruction_and_answer(example: dict[str, Any]) -> tuple[str, str]:
     if {"question_stem", "choices", "answerKey"} <= example.keys():
         return multiple_choice(example["question_stem"], example["choices"], example["answerKey"])
     raise ValueError(
-        f"A `dataset_template` turns the columns instruction and output (LLM-Adapters), instruction and response, "
-        f"query and response, question and answer (GSM8K), or question_stem, choices and answerKey (OpenBookQA) into "
-        f"a prompt and a completion; this dataset has {sorted(example)}. Leave `dataset_template` out if it is in a "
-        f"format of TRL already (prompt and completion, or messages)."
+        f"A template (alpaca, chat) turns the columns instruction and output (LLM-Adapters), instruction and "
+        f"response, query and response, question and answer (GSM8K), or question_stem, choices and answerKey "
+        f"(OpenBookQA) into a prompt and a completion; this row has {sorted(example)}. Leave the template out (`dataset_template` of a "
+        f"recipe, `--template` of `echo-trainer evaluate`) if the rows are in a format of TRL already (prompt and "
+        f"completion, or messages)."
     )
 
 
@@ -91,7 +92,11 @@ def rendered(example: dict[str, Any], tokenizer: Any = None) -> tuple[str, str]:
             f"A template ({', '.join(TEMPLATES)}) makes them from other columns."
         )
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("The rows are messages, and the tokenizer has no chat template. Use the template 'alpaca'.")
+        raise ValueError(
+            "The rows are messages, and the tokenizer has no chat template to write them as text. Use the model's "
+            "tokenizer with a chat template, or rows whose prompt and completion are text (the template 'alpaca' "
+            "makes such rows of instructions and answers)."
+        )
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
     if not whole.startswith(text):

@@ -10,6 +10,7 @@ import evaluate as evaluate_library
 import pytest
 import torch
 from models import adapted, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 
 from echo_trainer import cli
 from echo_trainer.evaluation import Item, Record, Task
@@ -68,7 +69,7 @@ def test_a_file_of_ones_own_and_results_in_a_file(workplace):
     summary = json.loads((workplace / "out" / "mine.json").read_text())
     assert summary == results("out/mine", "generate")
     assert summary["results"][0] | {"value": 0, "interval": 0} == {
-        "task": "mine", "dataset": "mine.jsonl", "split": "test", "metric": "exact_match", "value": 0, "n": 6,
+        "task": "mine", "dataset": "mine.jsonl", "split": None, "metric": "exact_match", "value": 0, "n": 6, "of": 20,
         "interval": 0, "seeds": None,
     }  # fmt: skip
     assert summary["average"] is None
@@ -124,7 +125,7 @@ def test_records_of_another_evaluation_are_refused(workplace, capsys):
     assert "is no file of records" in capsys.readouterr().err
 
 
-def test_the_figures_reach_the_record_and_the_card(workplace):
+def test_the_figures_reach_the_record_and_the_card(workplace, capsys):
     (workplace / "train.jsonl").write_text((workplace / "mine.jsonl").read_text())
     (workplace / "recipe.yaml").write_text(
         "model_name_or_path: base\ndataset_name: data\noutput_dir: run\nmax_steps: 2\nuse_cpu: true\nbf16: false\n"
@@ -138,7 +139,12 @@ def test_the_figures_reach_the_record_and_the_card(workplace):
         assert cli.main([*command, "--limit", str(n), "--restart"]) == 0
         entry = json.loads((workplace / "run" / "echo_run.json").read_text())["evaluation"]
         assert [(e["task"], e["metric"], e["n"]) for e in entry] == [("boolq", "accuracy_ranked", n)]
-    assert cli.main([*command[:-1], "generate"]) == 0
+    assert cli.main([*command, "--limit", "3", "--restart"]) == 0  # a quick look does not replace the whole
+    assert json.loads((workplace / "run" / "echo_run.json").read_text())["evaluation"] == entry
+    assert "keeps its figure on 8 items" in capsys.readouterr().out
+    assert cli.main([*command[:-1], "generate", "--limit", "5"]) == 0
+    assert "| 5 of 8 |" in (workplace / "run" / "README.md").read_text()
+    assert cli.main([*command[:-1], "generate", "--restart"]) == 0
     record = json.loads((workplace / "run" / "echo_run.json").read_text())
     assert {e["metric"] for e in record["evaluation"]} == {"accuracy_ranked", "accuracy"}
     card = (workplace / "run" / "README.md").read_text()
@@ -174,6 +180,66 @@ def test_bad_input(workplace, capsys):
     assert "Two tasks are named 'mine'" in capsys.readouterr().err
     assert cli.main(["evaluate", "base", "--tasks", "none.jsonl"]) == 2
     assert "no file none.jsonl" in capsys.readouterr().err
+    for content, message in (
+        (b'{"prompt": "w1", "completion": "w2"}\n{"prompt": "w1"\n', "line 2 of the file"),
+        (b'{"prompt": "w1", "completion": "w\xff"}\n', "not text in UTF-8"),
+        (b'{"prompt": "w1", "completion": "w2"}\n{"prompt": "", "completion": "w2"}\n', "Row 2 of odd: its prompt is"),
+        (b'{"prompt": "w1", "completion": "w2"}\n{"prompt": "w1"}\n', "Row 2 of odd: A row needs"),
+    ):
+        (workplace / "odd.jsonl").write_bytes(content)
+        assert cli.main(["evaluate", "base", "--tasks", "odd.jsonl"]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["evaluate", "base", "--tasks", "mine.jsonl", "--device", "abacus:0"]) == 2
+    assert "'abacus:0' cannot be used here" in capsys.readouterr().err
+
+
+def test_rows_of_messages(workplace, capsys):
+    """Rendered by the chat template of the tokenizer, which is looked for before the model is loaded."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"w{n}"}], "completion": [{"role": "assistant", "content": f"w{n}"}]}
+        for n in range(5)
+    ]
+    (workplace / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["evaluate", "adapter", "--base", "base", "--tasks", "chat.jsonl", "--mode", "nll"]
+    tokenizer = tiny_tokenizer()
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    tokenizer.save_pretrained(workplace / "base")
+    (workplace / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    assert cli.main(command) == 2
+    assert "Row 1 of chat: The rows are messages, and the tokenizer has no chat template" in capsys.readouterr().err
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(workplace / "base")
+    assert cli.main(command) == 0
+    assert results("adapter/evaluation", "nll")["results"][0]["n"] == 5
+
+
+@pytest.mark.parametrize(("harm", "message"), [
+    ("missing", "lacks 1 tensors, such as base_model.model.model.layers.0"),
+    ("renamed", "lacks 1 tensors"),
+    ("foreign", "holds, without a place in the base, 1 tensors, such as base_model.model.model.layers.9"),
+    ("nan", "holds NaN or infinity in 1 tensors, such as base_model.model.model.layers.0"),
+    ("base", "does not fit the base other"),
+])  # fmt: skip
+def test_a_damaged_adapter_gets_no_figures(workplace, capsys, harm, message):
+    path = workplace / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = min(name for name in tensors if "lora_B" in name)
+    if harm in ("missing", "renamed"):
+        taken = tensors.pop(name)
+        if harm == "renamed":
+            tensors[name.replace("lora_B", "lora_Q")] = taken
+    elif harm == "foreign":
+        tensors[name.replace("layers.0", "layers.9")] = tensors[name].clone()
+    elif harm == "nan":
+        tensors[name][0, 0] = math.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    base = "other" if harm == "base" else "base"
+    tiny_model(hidden_size=48, num_attention_heads=2, num_key_value_heads=2).save_pretrained(workplace / "other")
+    tiny_tokenizer().save_pretrained(workplace / "other")
+    assert cli.main(["evaluate", "adapter", "--base", base, "--tasks", "mine.jsonl", "--mode", "nll"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) < 6
+    assert not (workplace / "adapter" / "evaluation").exists()
 
 
 def test_the_identity_tells_models_apart(workplace):

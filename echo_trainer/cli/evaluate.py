@@ -88,7 +88,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         TimeRemainingColumn,
     )
 
-    from ..evaluation.model import load_for_evaluation
+    from ..evaluation.model import load_for_evaluation, load_tokenizer
     from ..evaluation.records import write_atomically
     from ..evaluation.results import add_to_run
     from ..evaluation.run import harness_command, run_evaluation
@@ -98,12 +98,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     console = Console()
     with quiet_libraries():
         drawn = {"limit": options.limit, "seed": options.seed, "max_new_tokens": options.max_new_tokens}
-        if options.template != "chat":  # such tasks need no tokenizer: find their mistakes before a large model loads
-            load_tasks(options.tasks, options.data, template=options.template, **drawn)
+        # The tasks come first: their mistakes are found before a large model loads.
+        tokenizer = load_tokenizer(options.model, options.base, options.trust_remote_code)
+        tasks = load_tasks(options.tasks, options.data, template=options.template, tokenizer=tokenizer, **drawn)
         loaded = load_for_evaluation(
             options.model, options.base, options.dtype, options.device, options.trust_remote_code
         )
-        tasks = load_tasks(options.tasks, options.data, template=options.template, tokenizer=loaded.tokenizer, **drawn)
         folder, file = output_places(options.output, options.model)
         columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:

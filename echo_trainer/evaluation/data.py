@@ -82,15 +82,30 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    text = path.read_text(encoding="utf-8")
     try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
-        rows = json.loads(text) if rows is None else rows
+        text = path.read_text(encoding="utf-8")
+        rows = _json_lines(text) if path.suffix == ".jsonl" else json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not text in UTF-8: {error}. Convert it, for example with `iconv -t utf-8`."
+        ) from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not {path.suffix[1:].upper()}: {error}.") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} must hold a list of rows (objects), at least one.")
     return rows
+
+
+def _json_lines(text: str) -> list[Any]:
+    """Values of a JSON Lines text; an error names its line of the file."""
+    values = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                values.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise json.JSONDecodeError(f"line {number} of the file: {error.msg}", error.doc, error.pos) from None
+    return values
 
 
 def instruction_row(name: str, row: dict[str, Any]) -> dict[str, Any]:

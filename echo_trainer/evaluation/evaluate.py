@@ -49,7 +49,8 @@ class Task:
         first_match: whether `extract` takes the first thing it finds, so that generation may end there.
         metric: name of the metric the mean of `Record.correct` is.
         dataset: public id or file name of the data.
-        split: split of the data.
+        split: split of the data, None where it is not known.
+        n_rows: rows of the data that the items were drawn from, None where it is not known.
     """
 
     name: str
@@ -60,7 +61,8 @@ class Task:
     first_match: bool = False
     metric: str = "exact_match"
     dataset: str = ""
-    split: str = "test"
+    split: str | None = "test"
+    n_rows: int | None = None
 
 
 @dataclass(frozen=True)

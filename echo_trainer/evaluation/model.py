@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,33 +50,117 @@ def load_for_evaluation(
             neither.
     """
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    source, adapter = _parts(name, base)
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+    except OSError as error:
+        raise _not_loaded(source, adapter, error) from error
+    identity = {"model": _public(source), **_digest(source, model), "dtype": dtype}
+    if adapter is not None:
+        model = _with_adapter(model, adapter, source)
+        identity |= {"adapter": _digest(adapter, None) | {"name": _public(adapter)}}
+    tokenizer = load_tokenizer(name, base, trust_remote_code)
+    return Loaded(model.to(device).eval(), tokenizer, source, adapter, identity)
+
+
+def load_tokenizer(name: str, base: str | None = None, trust_remote_code: bool = False) -> Any:
+    """
+    The tokenizer of an adapter's folder or of a model; that of the base where the adapter has none.
+
+    Args and errors are those of `load_for_evaluation`.
+    """
+    from transformers import AutoTokenizer
+
+    source, adapter = _parts(name, base)
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError):
+        try:
+            return AutoTokenizer.from_pretrained(source, **options)
+        except OSError as error:
+            raise _not_loaded(source, adapter, error) from error
+
+
+def _parts(name: str, base: str | None) -> tuple[str, str | None]:
+    """Base and adapter; the adapter is None for a whole model."""
     config = _adapter_config(name)
     if config is None and base is not None:
         raise ValueError(f"{name} is a whole model, not an adapter, so it has no base. Leave --base out.")
     source = name if config is None else base or config.get("base_model_name_or_path")
     if not source:
         raise ValueError(f"The adapter {name} does not name its base model. Give --base MODEL.")
-    options = {"trust_remote_code": trust_remote_code}
+    return source, None if config is None else name
+
+
+def _not_loaded(source: str, adapter: str | None, error: Exception) -> ValueError:
+    hint = "" if adapter is None else " Give --base MODEL if the base is elsewhere."
+    return ValueError(f"{source} could not be loaded: {error}{hint}")
+
+
+def _device(wanted: str | None) -> str:
+    """The device to use, checked before anything is loaded onto it."""
+    import torch
+
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
-    except OSError as error:
-        hint = "" if config is None else " Give --base MODEL if the base is elsewhere."
-        raise ValueError(f"{source} could not be loaded: {error}{hint}") from error
-    identity = {"model": _public(source), **_digest(source, model), "dtype": dtype}
-    if config is not None:
-        model = PeftModel.from_pretrained(model, name)
-        identity |= {"adapter": _digest(name, None) | {"name": _public(name)}}
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The device {wanted!r} cannot be used here: {reason} Leave it out, or write cpu.") from error
+    return wanted
+
+
+def _with_adapter(model: Any, adapter: str, base: str) -> Any:
+    """
+    The model with its adapter, all of it.
+
+    Raises:
+        ValueError: the adapter does not fit the base, lacks tensors, has others, or holds NaN or infinity: its
+            figures would be those of another model.
+    """
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    check = f"`echo-trainer check {adapter}` says what is wrong with an adapter, tensor by tensor."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    return Loaded(model.to(device).eval(), tokenizer, source, name if config is not None else None, identity)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*adapter keys.*")  # said below
+            model = PeftModel.from_pretrained(model, adapter)
+    except RuntimeError as error:
+        mismatches = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if not mismatches:
+            raise
+        raise ValueError(
+            f"The adapter {adapter} does not fit the base {base}: {len(mismatches)} tensors have other shapes, such "
+            f"as {mismatches[0]} Give --base MODEL with the base it was trained on."
+        ) from error
+    given = load_peft_weights(adapter, device="cpu")
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for what, keys in (
+        ("lacks", wanted.keys() - given.keys()),
+        ("holds, without a place in the base,", {key for key in given.keys() - wanted.keys() if "lora_" in key}),
+    ):
+        if keys:
+            raise ValueError(
+                f"The adapter {adapter} {what} {len(keys)} tensors, such as {min(keys)}, so what would be measured is "
+                f"another model. {check}"
+            )
+    broken = [key for key, tensor in given.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(
+            f"The adapter {adapter} holds NaN or infinity in {len(broken)} tensors, such as {min(broken)}. {check}"
+        )
+    return model
 
 
 def _adapter_config(name: str) -> dict[str, Any] | None:

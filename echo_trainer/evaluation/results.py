@@ -30,12 +30,15 @@ def wilson(correct: int, n: int, z: float = Z95) -> tuple[float, float]:
 
 def task_result(task: Task, records: Sequence[Record], mode: str) -> dict[str, Any]:
     """
-    The figure of a task, in the form of `echo_run.json`: task, dataset, split, metric, value, n, interval, seeds.
+    The figure of a task, in the form of `echo_run.json`: task, dataset, split, metric, value, n, of, interval, seeds.
+
+    `of` is the number of rows that the n items were drawn from, None where these are all there are.
 
     Accuracy has Wilson's 95 % interval; it covers the choice of the items, not of the training seed. In mode "nll" the
     value is the mean negative log-likelihood of a reference, in nats, with a normal interval.
     """
-    result = {"task": task.name, "dataset": task.dataset, "split": task.split}
+    part = task.n_rows if task.n_rows != len(task.items) else None
+    result = {"task": task.name, "dataset": task.dataset, "split": task.split, "of": part}
     if mode == "nll":
         values = [record.nll for record in records if record.nll is not None]
         mean = sum(values) / len(values)
@@ -72,6 +75,7 @@ def macro_average(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "task": f"average of {count} tasks", "dataset": ", ".join(result["task"] for result in results),
         "split": splits.pop() if len(splits) == 1 else "mixed", "metric": results[0]["metric"], "value": mean,
         "n": sum(result["n"] for result in results), "interval": interval, "seeds": None,
+        "of": sum(result["of"] or result["n"] for result in results) if any(r["of"] for r in results) else None,
     }  # fmt: skip
 
 
@@ -79,7 +83,7 @@ def add_to_run(folder: Path, results: Sequence[dict[str, Any]]) -> str | None:
     """
     Write results into the record of a finished run and render its card again.
 
-    A figure of the same task, split and metric is replaced.
+    A figure of the same task, data and metric is replaced, unless it was measured on more items.
 
     Returns:
         What was written, in words; None where the folder is not that of a run.
@@ -89,12 +93,19 @@ def add_to_run(folder: Path, results: Sequence[dict[str, Any]]) -> str | None:
         return None
 
     def key(result: dict[str, Any]) -> tuple[Any, ...]:
-        return result["task"], result["split"], result["metric"]
+        return result["task"], result["dataset"], result["split"], result["metric"]
 
-    new = {key(result) for result in results}
     earlier = json.loads(path.read_text(encoding="utf-8")).get("evaluation") or []
-    evaluation = [*(result for result in earlier if key(result) not in new), *results]
+    larger = {key(result): result["n"] for result in earlier}
+    kept = [result for result in results if result["n"] < larger.get(key(result), 0)]
+    new = [result for result in results if result not in kept]
+    replaced = {key(result) for result in new}
+    evaluation = [*(result for result in earlier if key(result) not in replaced), *new]
+    said = "".join(
+        f"; {result['task']} keeps its figure on {larger[key(result)]} items, which {result['n']} do not replace"
+        for result in kept
+    )
     if update_record(folder, evaluation=evaluation):
-        return f"{RUN_RECORD} and the model card"
+        return f"{RUN_RECORD} and the model card{said}"
     written = json.loads(path.read_text(encoding="utf-8")).get("evaluation") == evaluation
-    return f"{RUN_RECORD}; the model card was edited by hand and is left as it is" if written else None
+    return f"{RUN_RECORD}; the model card was edited by hand and is left as it is{said}" if written else None

@@ -5,7 +5,8 @@ The prompts are made by the templates of training (`templates.py`), so that the 
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,15 @@ def commonsense_task(
     if name not in CHOICES:
         raise ValueError(f"{name!r} is no commonsense task. Use one of {', '.join(COMMONSENSE)}.")
     extract = partial(first_match, re.compile(CHOICES[name]))
-    items = []
-    for row in _drawn(rows, limit, seed):
-        row = instruction_row(name, row)
-        names = _option_names(name, row)
-        answer = str(row.get("answer") or extract(row["output"]))
-        if answer not in names:
-            raise ValueError(f"An item of {name} has the answer {answer!r}, which is not among its options {names}.")
-        prompt, completion = rendered(_template(template)(row), tokenizer)
+    items, make = [], _template(template)
+    for number, row in _drawn(rows, limit, seed):
+        with _named(name, number):
+            row = instruction_row(name, row)
+            names = _option_names(name, row)
+            answer = str(row.get("answer") or extract(row["output"]))
+            if answer not in names:
+                raise ValueError(f"the answer {answer!r} is not among its options {names}.")
+            prompt, completion = rendered(make(row), tokenizer)
         options = tuple(_ANSWER.format(option) for option in names)
         items.append(Item(prompt, answer, options, completion))
     return Task(
@@ -84,11 +86,14 @@ def prompt_completion_task(
         template: one of `templates.TEMPLATES`, or None where the rows have prompts and completions already.
         tokenizer: needed by messages and chat templates.
     """
-    items, chat = _templated(rows, template, limit, seed, tokenizer)
+    items, chat = _templated(name, rows, template, limit, seed, tokenizer)
     return Task(
-        name, [Item(p, answer.strip(), (), completion) for p, answer, completion in items], str.strip, max_new_tokens,
+        name,
+        [Item(prompt, answer.strip(), (), completion) for _, prompt, answer, completion in items],
+        str.strip,
+        max_new_tokens,
         special_tokens=not chat,
-    )  # fmt: skip
+    )
 
 
 def gsm8k_task(
@@ -116,12 +121,13 @@ def gsm8k_task(
         ValueError: a reference answer holds no number.
     """
     whole = not rows or "prompt" not in rows[0]
-    found, chat = _templated(rows, template if whole else None, limit, seed, tokenizer)
+    found, chat = _templated(name, rows, template if whole else None, limit, seed, tokenizer)
     items = []
-    for prompt, answer, completion in found:
-        number = last_number(answer)
-        if not number:
-            raise ValueError(f"An item of {name} has no number in its answer {answer[-80:]!r}.")
+    for row, prompt, answer, completion in found:
+        with _named(name, row):
+            number = last_number(answer)
+            if not number:
+                raise ValueError(f"there is no number in its answer {answer[-80:]!r}.")
         items.append(Item(prompt, number, (), completion))
     return Task(
         name, items, last_number, max_new_tokens, special_tokens=not chat, metric="accuracy"
@@ -160,8 +166,9 @@ def load_tasks(
         drawn = {"limit": limit, "seed": seed, "tokenizer": tokenizer}
         if Path(name).suffix in (".json", ".jsonl"):
             given = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
-            task = prompt_completion_task(Path(name).stem, read_rows(Path(name)), template=template, **drawn, **given)
-            source = {"dataset": Path(name).name}
+            rows = read_rows(Path(name))
+            task = prompt_completion_task(Path(name).stem, rows, template=template, **drawn, **given)
+            source = {"dataset": Path(name).name, "split": None}  # nobody said which it is
         elif name in (*COMMONSENSE, GSM8K):
             rows, source = hub_rows(name) if data_dir is None else folder_rows(name, Path(data_dir))
             make: Callable[..., Task] = gsm8k_task if name == GSM8K else commonsense_task
@@ -172,7 +179,7 @@ def load_tasks(
                 f"The task {name!r} is unknown. Use {', '.join(COMMONSENSE)}, commonsense (all of them), {GSM8K}, or "
                 f"the path of a .json or .jsonl file with prompts and completions."
             )
-        changed = {**source, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {})}
+        changed = {**source, "n_rows": len(rows), **({"max_new_tokens": max_new_tokens} if max_new_tokens else {})}
         tasks.append(Task(**{**vars(task), **changed}))
     return tasks
 
@@ -184,26 +191,38 @@ def _template(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def _templated(
-    rows: Sequence[dict[str, Any]], template: str | None, limit: int | None, seed: int, tokenizer: Any
-) -> tuple[list[tuple[str, str, str]], bool]:
-    """Prompt, answer and completion text of every drawn row, and whether they are rendered messages."""
-    found, chat = [], False
-    for row in _drawn(rows, limit, seed):
-        example = row if template is None else _template(template)(row)
-        prompt, completion = rendered(example, tokenizer)
+    name: str, rows: Sequence[dict[str, Any]], template: str | None, limit: int | None, seed: int, tokenizer: Any
+) -> tuple[list[tuple[int, str, str, str]], bool]:
+    """Number, prompt, answer and completion text of every drawn row, and whether they are rendered messages."""
+    found, chat, make = [], False, None if template is None else _template(template)
+    for number, row in _drawn(rows, limit, seed):
+        with _named(name, number):
+            example = row if make is None else make(row)
+            prompt, completion = rendered(example, tokenizer)
+            if not prompt:
+                raise ValueError("its prompt is empty, so there is nothing to answer.")
         chat = isinstance(example["prompt"], list)
-        found.append((prompt, example["completion"][-1]["content"] if chat else completion, completion))
+        found.append((number, prompt, example["completion"][-1]["content"] if chat else completion, completion))
     return found, chat
 
 
-def _drawn(rows: Sequence[dict[str, Any]], limit: int | None, seed: int) -> list[dict[str, Any]]:
-    """`limit` rows drawn with `seed`, in their order; all without a limit."""
+@contextmanager
+def _named(task: str, number: int) -> Iterator[None]:
+    """Say which row of a task an error is about, counted from 1."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Row {number} of {task}: {error}") from error
+
+
+def _drawn(rows: Sequence[dict[str, Any]], limit: int | None, seed: int) -> list[tuple[int, dict[str, Any]]]:
+    """`limit` rows drawn with `seed`, in their order, each with its number, counted from 1; all without a limit."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves no items. Use at least 1, or None for all.")
     if limit is None or limit >= len(rows):
-        return list(rows)
+        return list(enumerate(rows, start=1))
     chosen = random.Random(seed).sample(range(len(rows)), limit)
-    return [rows[index] for index in sorted(chosen)]
+    return [(index + 1, rows[index]) for index in sorted(chosen)]
 
 
 def _option_names(task: str, row: dict[str, Any]) -> list[str]:
