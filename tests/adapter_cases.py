@@ -105,8 +105,8 @@ def value(key: str, number: float):
     return tensors(change)
 
 
-def drop(part: str):
-    return tensors(lambda all_: {name: value for name, value in all_.items() if part not in name})
+def drop(*parts: str):
+    return tensors(lambda all_: {k: v for k, v in all_.items() if not any(part in k for part in parts)})
 
 
 def reshape(part: str, change):

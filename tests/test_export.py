@@ -103,6 +103,77 @@ def test_merging_nan_is_refused_and_leaves_nothing(bases, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+Q1 = "model.layers.1.self_attn.q_proj"
+DORA = {"use_dora": True}
+BROKEN = {  # name: (settings, change of the files, what the message must name)
+    "B deleted": ({}, make.drop(f"{Q1}.lora_B"), f"{Q1}.lora_A"),
+    "A deleted": ({}, make.drop(f"{Q1}.lora_A"), f"{Q1}.lora_B"),
+    "B renamed": ({}, make.rename(f"{Q1}.lora_B", f"{Q1}.lora_X"), f"{Q1}.lora_A"),
+    "module renamed": ({}, make.rename(f"{Q1}.", "model.layers.1.self_attn.query."), "self_attn.query"),
+    "layer renamed": ({}, make.rename("layers.1.", "layers.7."), "layers.7."),
+    "prefix lost": ({}, make.rename("base_model.model.", ""), "key-prefix"),
+    "adapter name left in": ({}, make.rename(".weight", ".default.weight"), "key-suffix"),
+    "another name left in": ({}, make.rename("lora_B.weight", "lora_B.mine.weight"), "lora_B.mine"),
+    "a tensor too many": ({}, make.add(base_model__model__model__x__weight=torch.ones(3)), "model.x.weight"),
+    "targets left out": ({}, make.config(target_modules=ALL[1:]), "q_proj"),
+    "no tensors": ({}, make.drop(""), "no lora_A"),
+    "rank": ({}, make.config(r=32), "config 32"),
+    "alpha left out": ({}, make.config(lora_alpha=...), "lora_alpha"),
+    "alpha in words": ({}, make.config(lora_alpha="32"), "'32'"),
+    "no shape": ({}, make.reshape(f"{Q1}.lora_A", lambda t: torch.empty(0)), f"{Q1}"),
+    "integers": ({}, make.reshape(f"{Q1}.lora_A", lambda t: t.to(torch.int8)), "I8"),
+    "flag lost": (DORA, make.config(use_dora=False), "lora_magnitude_vector"),
+    "magnitudes lost": (DORA, make.drop("lora_magnitude"), "has no lora_magnitude_vector"),
+    "a magnitude lost": (DORA, make.drop(f"{Q1}.lora_magnitude"), f"{Q1} has no lora_magnitude_vector"),
+    "dora, B deleted": (DORA, make.drop(f"{Q1}.lora_B"), f"{Q1}.lora_A"),
+    "only the magnitude left": (DORA, make.drop(f"{Q1}.lora_A", f"{Q1}.lora_B"), f"{Q1}.lora_A"),
+    "another method": ({}, make.config(peft_type="IA3"), "lora_A"),
+    "saved module lost": ({"modules_to_save": ["lm_head"]}, make.drop("lm_head"), "lm_head"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("form", ["merged", "lora"])
+def test_broken_adapters_are_refused_in_plain_words(form, name, bases, tmp_path, run, recwarn):
+    settings, change, named = BROKEN[name]
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a", **settings)
+    change(adapter)
+    status, printed, error = run("export", f"--{form}", adapter, tmp_path / "out")
+    assert (status, printed) == (2, "")
+    said = error[error.index("error: ") :]  # after the progress bar of loading the base
+    assert named in said and len(said.splitlines()) == 1, error
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert not [each for each in recwarn if "adapter keys" in str(each.message)]
+
+
+def test_portable_refuses_a_dora_that_lost_its_magnitudes_without_offering_a_merge(bases, tmp_path, run):
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a", use_dora=True)
+    make.drop("lora_magnitude")(adapter)
+    status, _, error = run("export", "--portable", adapter, tmp_path / "out")
+    assert status == 2 and "magnitudes are absent" in error and "--merged" not in error
+
+
+@pytest.mark.parametrize("settings", [{}, DORA])
+def test_modules_without_any_tensor_were_not_trained(settings, bases, tmp_path, run, recwarn):
+    """`check` names them, and no engine minds but TGI and LoRAX: merging leaves them as they are in the base."""
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a", **settings)
+    make.drop(f"{Q1}.")(adapter)
+    assert run("export", "--merged", adapter, tmp_path / "out", "--dtype", "float32")[0] == 0
+    weight = f"{Q1}.weight"
+    merged, base = (make.load_base(folder).state_dict() for folder in (tmp_path / "out", bases["llama"]))
+    torch.testing.assert_close(merged[weight], base[weight])
+    assert not torch.equal(merged[weight.replace("q_proj", "k_proj")], base[weight.replace("q_proj", "k_proj")])
+    assert not [each for each in recwarn if "adapter keys" in str(each.message)]
+
+
+def test_modules_without_any_tensor_are_refused_where_peft_makes_up_a_change(bases, tmp_path, run):
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a")
+    make.drop(f"{Q1}.")(adapter)
+    make.edit_config(adapter, init_lora_weights=False)  # PEFT then fills lora_B with random numbers
+    status, _, error = run("export", "--merged", adapter, tmp_path / "out")
+    assert status == 2 and f"{Q1}.lora_B" in error
+
+
 def test_failed_save_leaves_nothing(bases, dora, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no space left on device")

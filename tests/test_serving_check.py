@@ -48,6 +48,8 @@ LLAMA = {
     # features
     "dora": ("✗ ∅ ∅ ✗ ✗", "dora", {"use_dora": True}, None),
     "magnitudes, flag lost": ("✗ ∅ ∅ ? ✗", "magnitudes-without-flag", {"use_dora": True}, config(use_dora=False)),
+    "magnitudes lost": ("✗ ∅ ∅ ✗ ?", "magnitudes-missing", {"use_dora": True}, drop("lora_magnitude")),
+    "one magnitude lost": ("✗ ∅ ∅ ✗ ?", "magnitudes-missing", {"use_dora": True}, drop(f"{Q0}.lora_magnitude")),
     "saved module": ("✗ ∅ ∅ ∅ ✗", "saved-modules", {"modules_to_save": ["lm_head"]}, None),
     "saved norm": ("✗ ∅ ∅ ∅ ✗", "saved-modules", {"modules_to_save": ["norm"]}, None),
     "bias announced, none there": ("✗ ✓ ✓ ✓ ✓", "bias-setting", {"bias": "all"}, None),
@@ -242,6 +244,14 @@ def test_fixes_that_do_not_work_are_not_offered(bases, tmp_path):
     fixes = {found["rule"]: found["fix"] for found in check_adapter(tmp_path).to_dict()["findings"]}
     assert "--portable" not in fixes["rank-block"]
     assert "--merged" in fixes["dora"]
+
+
+def test_a_merge_is_not_offered_where_it_would_invent_magnitudes(bases, tmp_path):
+    make.save_adapter(bases["llama"], tmp_path, use_dora=True, r=12)
+    drop("lora_magnitude")(tmp_path)
+    findings = check_adapter(tmp_path).to_dict()["findings"]
+    assert findings[0]["rule"] == "magnitudes-missing" and "absent" in findings[0]["says"]
+    assert not any("--merged" in found["fix"] or "--portable" in found["fix"] for found in findings)
 
 
 def test_notes_give_the_flags(bases, tmp_path):

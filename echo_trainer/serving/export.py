@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from .adapter import AdapterError, read_adapter
 from .logit_error import (
-    ExportError,
     LogitError,
     base_name,
     load_base,
@@ -30,6 +29,7 @@ from .logit_error import (
 )
 from .portable import make_portable
 from .portable_write import copy_besides
+from .refuse import ExportError, refuse_broken
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def export_portable(adapter: str | Path, out: str | Path, base: Any = None, rank: int | None = None) -> Path:
     """Write the portable form (see `echo_trainer.serving.portable`) to a new folder; logits do not change."""
+    refuse_broken(read_adapter(adapter))
     with _new_folder(out) as stage:
         make_portable(adapter, base, stage, rank)
     return Path(out)
@@ -54,7 +55,7 @@ def export_merged(
     ``dtype``, which is returned.
 
     Raises:
-        ExportError: the merged model is not equal to base + adapter.
+        ExportError: the adapter is broken, or the merged model is not equal to base + adapter.
 
     """
     import torch

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from .adapter import read_adapter
 from .check import check_adapter
-from .logit_error import ExportError
 from .portable import make_portable
+from .refuse import ExportError, refuse_broken
 
 CONVERTER = "convert_lora_to_gguf.py"
 GET_CONVERTER = f"""llama.cpp's converter, {CONVERTER}, was not found. To get it:
@@ -47,7 +47,9 @@ def export_gguf(
     """
     out = Path(out)
     script = find_converter(converter)
-    base = base or read_adapter(adapter).config.get("base_model_name_or_path")
+    source = read_adapter(adapter)
+    refuse_broken(source)
+    base = base or source.config.get("base_model_name_or_path")
     with tempfile.TemporaryDirectory() as folder:
         portable = make_portable(adapter, base, Path(folder) / "portable")
         report = check_adapter(portable, engine="llama.cpp", base=base)

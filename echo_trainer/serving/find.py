@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .adapter import Adapter, Base, LoraModule
+from .adapter import PREFIX, Adapter, Base, LoraModule
 from .portable_refuse import changes_base
 
 Found = list[str]
@@ -74,11 +74,19 @@ def other_files(adapter: Adapter, base: Base | None) -> Found:
 
 
 def dora_flag(adapter: Adapter, base: Base | None) -> Found:
-    return _settings(adapter, ["use_dora"])
+    # without its magnitudes it cannot be merged either, which is what the fix for DoRA would be
+    return [] if magnitudes_missing(adapter, base) else _settings(adapter, ["use_dora"])
 
 
 def magnitudes_without_flag(adapter: Adapter, base: Base | None) -> Found:
     return [] if adapter.config.get("use_dora") else [k for k in adapter.other_keys if "lora_magnitude" in k]
+
+
+def magnitudes_missing(adapter: Adapter, base: Base | None) -> Found:
+    if not adapter.config.get("use_dora"):
+        return []
+    there = {key.partition(".lora_magnitude")[0].removeprefix(PREFIX) for key in adapter.other_keys}
+    return [f"{path} has no lora_magnitude_vector" for path in adapter.modules if path not in there]
 
 
 def saved_modules(adapter: Adapter, base: Base | None) -> Found:

@@ -5,20 +5,18 @@ Shapes: B rows, T tokens, V vocabulary. Token ids are (B, T), logits (B, T, V).
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter import AdapterError, read_adapter
+from .adapter import AdapterError, read_adapter, read_base
+from .refuse import ExportError, refuse_broken, refuse_other_base, refuse_partly_loaded
 
 if TYPE_CHECKING:
     import torch
 
 MERGE_TOLERANCE = 1e-3  # of the largest logit: float32 rounding stays a hundred times below it
-
-
-class ExportError(AdapterError):
-    """The export was stopped, or its result is not what PEFT computes; nothing was left behind."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,17 @@ def probe_ids(vocabulary: int, rows: int = 4, length: int = 64) -> torch.Tensor:
 
 
 def reference(adapter: str | Path, base: str | Path | None) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Logits of base + adapter, logits of the base, and the model; all in float32."""
-    read_adapter(adapter)  # its errors are clearer than those of from_pretrained
-    model = with_adapter(load_base(base_name(adapter, base)), adapter)
+    """
+    Logits of base + adapter, logits of the base, and the model; all in float32.
+
+    Raises:
+        AdapterError: the adapter is broken, or does not fit the base.
+    """
+    files = read_adapter(adapter)
+    refuse_broken(files)  # before the base is loaded, which takes long
+    model = load_base(base_name(adapter, base))
+    refuse_other_base(files, read_base(model))
+    model = with_adapter(model, adapter)
     ids = probe_ids(model.config.vocab_size)
     original = logits_of(model, ids)
     with model.disable_adapter():
@@ -87,13 +93,36 @@ def load_base(name: str | Path) -> Any:
 
 
 def with_adapter(model: Any, adapter: str | Path) -> Any:
-    """``model`` with the adapter, all in float32."""
+    """
+    ``model`` with the adapter, all in float32.
+
+    Raises:
+        AdapterError: PEFT cannot load it, or loads only a part of the file.
+    """
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).float().eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # looked at below
+            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+            # Once more, since only this call says which keys of the file found their place.
+            loaded = model.load_adapter(adapter, "default", autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise AdapterError(f"PEFT cannot load '{adapter}' on this base: {error}") from error
+        base = getattr(model.config, "_name_or_path", "") or "this base"
+        raise AdapterError(f"PEFT cannot load '{adapter}' on {base}: {_in_a_line(error)} Give the base that the "
+                           f"adapter was trained on, or save the adapter again.") from error  # fmt: skip
+    refuse_partly_loaded(read_adapter(adapter), model, loaded.missing_keys, loaded.unexpected_keys)
+    return model.float().eval()
+
+
+def _in_a_line(error: Exception) -> str:
+    """PEFT's error without the tens of lines that name every tensor."""
+    if isinstance(error, KeyError):
+        return f"the file has no tensor {error}, which the config announces."
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    wrong = [line for line in lines if line.startswith("size mismatch")] or lines[:1]
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return f"{wrong[0] if wrong else type(error).__name__}{more}."
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:

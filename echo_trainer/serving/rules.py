@@ -103,6 +103,9 @@ RULES = (
     Rule("magnitudes-without-flag", "✗ ∅ ∅ ? ✗", find.magnitudes_without_flag,
          "DoRA magnitudes are there, but use_dora is not set.",
          "Set use_dora to true in adapter_config.json if it was trained so, then merge it."),
+    Rule("magnitudes-missing", "✗ ∅ ∅ ✗ ?", find.magnitudes_missing,
+         "use_dora is set, but DoRA magnitudes are absent; PEFT would invent them.",
+         f"If it was trained as plain LoRA, set use_dora to false in adapter_config.json. If not: {AGAIN}"),
     Rule("saved-modules", "✗ ∅ ∅ ∅ ✗", find.saved_modules,
          "Whole trained modules are saved with the adapter and would be dropped.",
          f"Merge it: {MERGED}."),
@@ -193,7 +196,7 @@ RULES = (
          AGAIN),
     Rule("foreign-tensor", "✗ ∅ ∅ ? ✗", tensors.foreign_tensors,
          "Tensors that are no part of a LoRA adapter are refused, or dropped.",
-         "Remove them, or merge if they were trained."),
+         f"Remove them. Trained weights that PEFT loads are kept by {MERGED}, which refuses others."),
     Rule("b-missing", "✗ ∅ ∅ ? ✗", tensors.b_missing,
          "There is a lora_A without its lora_B.",
          AGAIN),
@@ -215,6 +218,6 @@ RULES = (
 )
 
 # What the portable form cannot hold: with one of these, its fix for the others is of no use.
-MERGE_ONLY = {"base-changed", "bias", "dora", "magnitudes-without-flag", "not-lora", "other-variant", "saved-modules",
-              "trainable-tokens", "variant"}
+MERGE_ONLY = {"base-changed", "bias", "dora", "magnitudes-missing", "magnitudes-without-flag", "not-lora",
+              "other-variant", "saved-modules", "trainable-tokens", "variant"}
 # fmt: on
