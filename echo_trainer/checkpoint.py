@@ -38,6 +38,7 @@ class EchoCheckpointMixin:
     echo: Any = None
     _staging: str | None = None
     _push_after_publishing = False
+    _weights_of_step: int | None = None  # an earlier step than the last, where the best model was loaded
 
     # Checkpoints
 
@@ -151,6 +152,7 @@ class EchoCheckpointMixin:
             )
             return
         super()._load_best_model()
+        self._weights_of_step = self.state.best_global_step
         if self.echo is not None and best and os.path.isfile(os.path.join(best, ECHO_WEIGHTS)):
             self._load_echo_networks(best)
 

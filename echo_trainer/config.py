@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from .config_checks import (
     AGGREGATIONS,
+    CARD_PROMPTS,
     PASSES,
     POSITIONS,
     TEACHERS,
@@ -46,7 +47,7 @@ class EchoSFTConfig(SFTConfig):
     | `echo_learning_rate` | rate of the echo networks | > 0, None = `learning_rate` |
     | `echo_seed` | seed of routing and echo initialisation | integer >= 0, None = `seed` |
     | `portable_adapter` | form of the final adapter | True, False |
-    | `card_example` | whether the model card shows a training example | True, False |
+    | `card_prompt` | what the model card shows of the prompts | "none", "format", "example" |
 
     With `echo_p_start = echo_p_end = 0` the trainer is `SFTTrainer`, step for step and bit for bit.
 
@@ -132,11 +133,13 @@ class EchoSFTConfig(SFTConfig):
             "keep it."
         },
     )
-    card_example: bool = field(
-        default=False,
+    card_prompt: str = field(
+        default="format",
         metadata={
-            "help": "Show the first training example on the model card and in `echo_run.json`. By default they show "
-            "what all prompts share (templates, system prompt), so that no training data is published by accident."
+            "help": "What the model card and `echo_run.json` show of the prompts: 'format' (what all of them share, "
+            "such as templates and a system prompt; nothing of a single example), 'example' (the first training "
+            "example as well) or 'none'.",
+            "choices": list(CARD_PROMPTS),
         },
     )
 

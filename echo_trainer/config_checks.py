@@ -6,15 +6,17 @@ AGGREGATIONS = ("mean", "weighted")
 POSITIONS = ("answer", "predicting")
 TEACHERS = ("echo", "plain", "mutual")
 PASSES = ("auto", "suffix", "full")
+CARD_PROMPTS = ("none", "format", "example")
 CKA = "cka"
 
 
 def check_echo_fields(config: Any) -> None:
-    """Refuse an `echo_*` value outside its range, with a ValueError. Layers are read by `layer_list`."""
+    """Refuse a value of a field of ours outside its range, with a ValueError. Layers are read by `layer_list`."""
     _require_choice("echo_aggregation", config.echo_aggregation, AGGREGATIONS)
     _require_choice("echo_positions", config.echo_positions, POSITIONS)
     _require_choice("echo_teacher", config.echo_teacher, TEACHERS)
     _require_choice("echo_pass", config.echo_pass, PASSES)
+    _require_choice("card_prompt", config.card_prompt, CARD_PROMPTS)
     for name in ("echo_p_start", "echo_p_end"):
         value = getattr(config, name)
         if not _is_number(value) or not 0.0 <= value <= 1.0:

@@ -43,9 +43,9 @@ def instruction_and_answer(example: dict[str, Any]) -> tuple[str, str]:
     raise ValueError(
         f"A template (alpaca, chat) turns the columns instruction and output (LLM-Adapters), instruction and "
         f"response, query and response, question and answer (GSM8K), or question_stem, choices and answerKey "
-        f"(OpenBookQA) into a prompt and a completion; this row has {sorted(example)}. Leave the template out (`dataset_template` of a "
-        f"recipe, `--template` of `echo-trainer evaluate`) if the rows are in a format of TRL already (prompt and "
-        f"completion, or messages)."
+        f"(OpenBookQA) into a prompt and a completion; this row has {sorted(example)}. Leave the template out "
+        f"(`dataset_template` of a recipe, `--template` of `echo-trainer evaluate`) if the rows are in a format of "
+        f"TRL already (prompt and completion, or messages)."
     )
 
 

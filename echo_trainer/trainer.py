@@ -156,6 +156,7 @@ class EchoSFTTrainer(
             ValueError: the checkpoint is damaged, or belongs to another model, batch size or echo.
         """
         resume = self._resume_point(resume_from_checkpoint)
+        self._weights_of_step = None
         if self.echo is None:
             return super().train(resume, *args, **kwargs)
         if getattr(self.model.forward, "echo_setup", None) is not self.echo:  # another trainer has the model since

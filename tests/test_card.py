@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from models import lora_config, prompt_completion_rows, tiny_model
 from training import echo_trainer
@@ -84,7 +85,7 @@ def test_metadata_reads_back(record):
     {}, {"base_model": None}, {"base_model": None, "base_is_quickstart": True}, {"repo_id": "ada/mine"},
     {"evaluation": EVALUATION}, {"evaluation": None}, {"example": None}, {"example__exact": False},
     {"prompt_format": None}, {"example": None, "prompt_format": None},
-    {"example": None, "prompt_format__exact": False}, {"saved": None},
+    {"example": None, "prompt_format__exact": False}, {"prompt_format__answer": None}, {"saved": None},
     {"saved__method": "DoRA", "adapter__use_dora": True}, {"saved__rank": 600}, {"git": None},
     {"git": {"commit": "abc", "changed": True}}, {"echo__enabled": False, "echo__source_layers": None},
     {"adapter": None, "saved": None}, {"curves": []}, {"metrics": []}, {"steps__epoch": None},
@@ -152,7 +153,7 @@ def test_commands_of_the_card_work(tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     tiny_model().save_pretrained(base)
     # A random adapter, hardly trained: it writes something, while a trained one of this size ends at once.
-    trainer = echo_trainer(out, lora=lora_config(r=4), learning_rate=1e-6, card_example=True)
+    trainer = echo_trainer(out, lora=lora_config(r=4), learning_rate=1e-6, card_prompt="example")
     trainer.train()
     trainer.save_model()
     text = (out / "README.md").read_text()
@@ -180,6 +181,22 @@ def test_commands_of_the_card_work(tmp_path):
     assert (out / "README.md").read_text() == "mine"
     assert json.loads((out / "echo_run.json").read_text())["evaluation"] == EVALUATION
     assert not update_record(base)
+
+
+def test_the_best_model_is_described_and_not_the_last(tmp_path):
+    trainer = echo_trainer(
+        tmp_path, trainer_kwargs={"eval_dataset": Dataset.from_list(prompt_completion_rows(8, seed=5))}, max_steps=6,
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=True, learning_rate=1e-2,
+    )  # fmt: skip
+    trainer.train()  # the highest loss, which is the first
+    trainer.save_model()
+    by_step = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    assert max(by_step, key=by_step.get) == 2
+    card = (tmp_path / "README.md").read_text()
+    assert "6 optimizer steps" in card and "that of step 2, the best by `eval_loss`" in card
+    assert "at step 2:" in card and f"| loss | {by_step[2]:.4g} |" in card and f"{by_step[6]:.4g}" not in card
+    assert f"{by_step[2]:.4g}" != f"{by_step[6]:.4g}"
 
 
 def test_license_and_data_revision(tmp_path):

@@ -66,7 +66,7 @@ def _shared_end(texts):
 def test_a_server_is_sent_what_becomes_the_same_ids(bos):
     """vLLM and SGLang write <s> before a prompt themselves; twice would be another prompt."""
     tokens = tokenizer(bos)
-    rows = prepared([(CHATML.format(q), "yes</s>") for q in QUESTIONS], tokens)
+    rows = prepared([(CHATML.format(q), f"{q[0]}</s>") for q in QUESTIONS], tokens)
     base = {"base_model": "org/base", "saved": None, "example": None, "prompt_format": prompt_format(rows, tokens)}
     for record, content in ((base, "Hello"), (base | {"example": example(rows, tokens)}, QUESTIONS[0])):
         use = usage(record)
@@ -91,6 +91,12 @@ def test_nothing_is_said_where_nothing_is_known():
     assert prompt_format(silent, tokens) is None and example(silent, tokens) is None
 
 
+def test_an_answer_that_all_share_is_not_shown():
+    tokens = tokenizer()
+    found = prompt_format(prepared([(CHATML.format(q), "hunter2</s>") for q in QUESTIONS], tokens), tokens)
+    assert found["prompt"] == (CHATML.split("{}")[0], CHATML.split("{}")[1]) and found["answer"] is None
+
+
 def test_several_turns_show_the_first_answer():
     tokens = tokenizer()
     (row,) = prepared([("a?", "b")], tokens)
@@ -102,15 +108,15 @@ def test_a_run_publishes_no_training_example_unless_told(tmp_path):
     """Searched for in every file of the run's folder."""
     secret = prompt_completion_rows(40)[0]["prompt"]
     found = {}
-    for shown in (False, True):
-        out = tmp_path / str(shown)
-        trainer = echo_trainer(out, **({"card_example": True} if shown else {}))
+    for shown in ("format", "example", "none"):
+        out = tmp_path / shown
+        trainer = echo_trainer(out, **({} if shown == "format" else {"card_prompt": shown}))
         trainer.train()
         trainer.save_model()
         files = [path for path in out.rglob("*") if path.is_file()]
         found[shown] = sorted(path.name for path in files if secret.encode() in path.read_bytes())
         record = json.loads((out / "echo_run.json").read_text())
-        assert record["prompt_format"]["n"] == 40
-        assert "training examples share" in (out / "README.md").read_text()
+        assert (record["prompt_format"] or {"n": 0})["n"] == (0 if shown == "none" else 40)
+        assert ("training examples share" in (out / "README.md").read_text()) == (shown != "none")
         assert render_card(record) == (out / "README.md").read_text()
-    assert found == {False: [], True: ["README.md", "echo_run.json"]}
+    assert found == {"format": [], "none": [], "example": ["README.md", "echo_run.json"]}

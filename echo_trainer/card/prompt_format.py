@@ -22,7 +22,8 @@ def prompt_format(dataset: Any, tokenizer: Any) -> dict[str, Any] | None:
         tokenizer: the one that made them.
 
     Returns:
-        "prompt" and "answer", each a pair of texts (beginning, end; special tokens included), "exact": whether
+        "prompt" and "answer", each a pair of texts (beginning, end; special tokens included; no answer where all are
+        the same, since what they share is then what they say), "exact": whether
         encoding a prompt again without special tokens gives the same ids, "added": the text at its beginning that a
         tokenizer, and so a server, writes itself (a beginning-of-sequence token, or nothing), and "n": how many
         examples were compared.
@@ -35,6 +36,8 @@ def prompt_format(dataset: Any, tokenizer: Any) -> dict[str, Any] | None:
     parts = {name: _shared([row[name] for row in rows]) for name in ("prompt", "answer")}
     if sum(len(text) for pair in parts.values() for text in pair) > MAX_CHARACTERS:
         return None
+    if len({row["answer"] for row in rows}) == 1:
+        parts["answer"] = None
     added = rows[0]["added"]
     exact = all(row["exact"] and row["added"] == added for row in rows)
     return {**parts, "exact": exact, "added": added, "n": len(rows)}

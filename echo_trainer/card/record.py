@@ -35,7 +35,7 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
         trainer: an `EchoSFTTrainer`.
         dataset_name: public id of the training data, if the caller knows it.
     """
-    args = trainer.args
+    args, data = trainer.args, (trainer.train_dataset, trainer.processing_class)
     configs = getattr(trainer.model, "peft_config", {})
     peft_config = configs.get(trainer.model.active_adapters[0]) if configs else None
     return {
@@ -58,9 +58,15 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
             "fingerprint": getattr(trainer.train_dataset, "_fingerprint", None),
             "revision": _data_revision(trainer.train_dataset),
         },
-        "prompt_format": prompt_format(trainer.train_dataset, trainer.processing_class),
-        "example": example(trainer.train_dataset, trainer.processing_class) if args.card_example else None,
-        "steps": {"done": trainer.state.global_step, "planned": trainer.state.max_steps, "epoch": trainer.state.epoch},
+        "prompt_format": None if args.card_prompt == "none" else prompt_format(*data),
+        "example": example(*data) if args.card_prompt == "example" else None,
+        "steps": {
+            "done": trainer.state.global_step,
+            "planned": trainer.state.max_steps,
+            "epoch": trainer.state.epoch,
+            "adapter": trainer._weights_of_step or trainer.state.global_step,
+            "best_by": args.metric_for_best_model if trainer._weights_of_step else None,
+        },
         "metrics": trainer.state.log_history,
         "compute": _compute(trainer),
         "versions": {"python": platform.python_version(), **_versions()},

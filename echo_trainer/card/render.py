@@ -53,7 +53,7 @@ def render_card(record: dict[str, Any], curves: list[str] | None = None) -> str:
         use=usage(record),
         evaluation=record.get("evaluation") or [],
         several_seeds=any(len(row["seeds"] or []) > 1 for row in record.get("evaluation") or []),
-        last=last_metrics(record["metrics"]),
+        last=last_metrics(record["metrics"], record["steps"]["adapter"]),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -121,9 +121,20 @@ def title(record: dict[str, Any]) -> str:
     return f"{_method(record)} adapter for a {record['base_model_type']} model"
 
 
-def last_metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last value of every logged metric."""
-    return {key: value for entry in history for key, value in entry.items()}
+def last_metrics(history: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """
+    The last value of every logged metric, of evaluations up to the step whose weights were saved.
+
+    Args:
+        history: what the trainer logged.
+        step: that step; an earlier one than the last with `load_best_model_at_end`.
+    """
+    return {
+        key: value
+        for entry in history
+        for key, value in entry.items()
+        if not key.startswith("eval_") or entry.get("step", step) <= step
+    }
 
 
 def _method(record: dict[str, Any]) -> str:

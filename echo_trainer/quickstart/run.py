@@ -133,7 +133,7 @@ def _trainer(
             logging_steps=10,
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            card_example=True,
+            card_prompt="example",
         ),
         train_dataset=Dataset.from_list(rows),
         peft_config=LoraConfig(
