@@ -1,8 +1,10 @@
 """Exports: what is written, whether the reported logit errors are true, and that failures leave nothing behind."""
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 import torch
 from adapter_cases import ALL
 
+from echo_trainer.card.folder import saved_facts, update_record
+from echo_trainer.card.render import render_card
 from echo_trainer.cli import serving as cli_serving
 from echo_trainer.serving import export
 from echo_trainer.serving.adapter import AdapterError
@@ -197,6 +201,84 @@ def test_lora_of_a_dora(bases, tmp_path):
         assert check_adapter(tmp_path / name, base=bases["llama"]).ok
         difference = (with_peft(bases["llama"], tmp_path / name) - with_peft(bases["llama"], dora)).abs()
         assert error.mean == pytest.approx(difference.mean().item(), rel=0.05, abs=1e-5)
+
+
+EXAMPLE = Path(__file__).parents[1] / "model_cards" / "example"
+
+
+def add_run(adapter, base):
+    """Put the record, card, curves and results of a run beside the adapter, as a finished run has them."""
+    record = json.loads((EXAMPLE / "echo_run.json").read_text())
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    record["adapter"] |= {"r": config["r"], "use_dora": config["use_dora"]}
+    record |= {"saved": saved_facts(adapter, base), "repo_id": "ada/mine"}
+    (adapter / "echo_run.json").write_text(json.dumps(record))
+    (adapter / "README.md").write_text(render_card(record))
+    shutil.copytree(EXAMPLE / "assets", adapter / "assets")
+    (adapter / ".eval_results").mkdir()
+    (adapter / ".eval_results/boolq.yaml").write_text("value: 0.7\n")
+    return record
+
+
+def checksum(adapter):
+    return hashlib.sha256((adapter / make.WEIGHTS).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("rank", "size"), [(8, "of rank 8 "), (0.9, "that keeps 0.9 of each weight change")])
+def test_card_of_a_fitted_lora_claims_nothing_of_the_dora(rank, size, bases, tmp_path):
+    dora = make.save_adapter(bases["llama"], tmp_path / "a", use_dora=True, r=8)
+    before = add_run(dora, bases["llama"])
+    assert before["evaluation"] and "model-index" in (dora / "README.md").read_text()
+    error = export_lora(dora, tmp_path / "out", bases["llama"], rank=rank)
+    record = json.loads((tmp_path / "out/echo_run.json").read_text())
+    card = (tmp_path / "out/README.md").read_text()
+    assert (record["evaluation"], record["repo_id"]) == (None, None)
+    assert record["saved"]["method"] == "LoRA"
+    assert record["saved"]["sha256"] == checksum(tmp_path / "out") != before["saved"]["sha256"]
+    assert set(record["saved"]["engines"].values()) == {"serves"}
+    assert size in record["derived"] and checksum(dora) in record["derived"] and str(error) in record["derived"]
+    assert card == render_card(record) and record["derived"] in card and str(tmp_path) not in card
+    assert "# LoRA adapter" in card and f"safetensors` | `{checksum(tmp_path / 'out')}`" in card
+    for claim in ("padded with zeros", "model-index", "DoRA adapter for", "- dora", "0.93", "No serving engine"):
+        assert claim not in card, claim
+    assert not (tmp_path / "out/.eval_results").exists()
+    assert (tmp_path / "out/assets/training.png").exists()
+    assert update_record(tmp_path / "out", evaluation=before["evaluation"])  # of its own, measured later
+    assert record["derived"] in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_fitted_lora_has_no_card_that_is_not_made_from_a_record(bases, tmp_path):
+    dora = make.save_adapter(bases["llama"], tmp_path / "a", use_dora=True, r=4)
+    (dora / "README.md").write_text("# A DoRA adapter, by hand")
+    (dora / "tokenizer.json").write_text("{}")
+    export_lora(dora, tmp_path / "out", bases["llama"], rank=4)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter_config.json", make.WEIGHTS,
+                                                                    "tokenizer.json"}  # fmt: skip
+    for number, damaged in enumerate(('{"evaluation": [1]}', "{", '{"saved": {}}')):
+        (dora / "echo_run.json").write_text(damaged)
+        out = tmp_path / f"out{number}"
+        export_lora(dora, out, bases["llama"], rank=4)
+        assert not (out / "echo_run.json").exists() and not (out / "README.md").exists()
+
+
+def test_card_of_the_portable_form_keeps_results_and_says_its_own_checksum(bases, tmp_path):
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a", r=8)
+    before = add_run(adapter, bases["llama"])
+    export_portable(adapter, tmp_path / "out", bases["llama"])
+    record = json.loads((tmp_path / "out/echo_run.json").read_text())
+    card = (tmp_path / "out/README.md").read_text()
+    assert record["evaluation"] == before["evaluation"] and "model-index" in card
+    assert (tmp_path / "out/.eval_results/boolq.yaml").exists()
+    assert record["saved"]["sha256"] == checksum(tmp_path / "out") and checksum(tmp_path / "out") in card
+    assert "trained rank 8, saved rank 16" in card and "not the weights that the run trained" not in card
+
+
+def test_merged_model_has_no_card_of_an_adapter(bases, tmp_path):
+    adapter = make.save_adapter(bases["llama"], tmp_path / "a", use_dora=True)
+    add_run(adapter, bases["llama"])
+    export_merged(adapter, tmp_path / "out", bases["llama"])
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"config.json", "generation_config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize("rank", [None, 0.9])

@@ -36,12 +36,13 @@ def write_run_folder(trainer: Any, folder: str, dataset_name: str | None = None)
     _write(path, _finite(record))
 
 
-def update_record(folder: Path, **changes: Any) -> bool:
+def update_record(folder: Path, base: Any = None, **changes: Any) -> bool:
     """
     Change entries of a run's record, and make its card again; what the adapter's files say is read again as well.
 
     Args:
         folder: a finished run's folder, or a copy of it.
+        base: the base or its config, for the engines' verdicts; None takes the name in the adapter's config.
         changes: new values, such as `evaluation` (results), `base_model` or `repo_id` (ids on the Hub).
 
     Returns:
@@ -57,7 +58,7 @@ def update_record(folder: Path, **changes: Any) -> bool:
     record.setdefault("prompt_format", None)
     card = folder / CARD
     edited = card.is_file() and card.read_text(encoding="utf-8") != render_card(record)
-    saved = saved_facts(folder)
+    saved = saved_facts(folder, base)
     if saved is not None and record["saved"] is not None and saved["sha256"] == record["saved"]["sha256"]:
         saved["engines"] = record["saved"]["engines"]  # found with the base at hand
     record |= {**changes, "saved": saved}

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter import AdapterError, read_adapter
+from .adapter import WEIGHTS_NAME, AdapterError, read_adapter
 from .logit_error import (
     LogitError,
     base_name,
@@ -28,7 +28,8 @@ from .logit_error import (
     with_adapter,
 )
 from .portable import make_portable
-from .portable_write import copy_besides
+from .portable_write import RECORD, TOKENIZER, copy_besides
+from .record import remove_record, renew_record, sha256
 from .refuse import ExportError, refuse_broken
 
 if TYPE_CHECKING:
@@ -38,10 +39,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def export_portable(adapter: str | Path, out: str | Path, base: Any = None, rank: int | None = None) -> Path:
-    """Write the portable form (see `echo_trainer.serving.portable`) to a new folder; logits do not change."""
+    """Write the portable form (see `echo_trainer.serving.portable`) to a new folder; logits do not change.
+
+    So results measured on the trained form stay on the card; rank, size and checksum are those of the new files.
+    """
     refuse_broken(read_adapter(adapter))
     with _new_folder(out) as stage:
         make_portable(adapter, base, stage, rank)
+        renew_record(stage, base)
     return Path(out)
 
 
@@ -52,7 +57,7 @@ def export_merged(
 
     Works for DoRA, saved modules and the rest as well. Merging is done in float32 and checked: in float32 the merged
     model must equal PEFT's, and the files read back must equal the rounded weights. What remains is the rounding to
-    ``dtype``, which is returned.
+    ``dtype``, which is returned. The adapter's card, record and results do not come along: they speak of an adapter.
 
     Raises:
         ExportError: the adapter is broken, or the merged model is not equal to base + adapter.
@@ -84,6 +89,7 @@ def export_lora(
     """Fit an ordinary LoRA to a DoRA adapter (peft.convert_to_lora: a truncated SVD of each weight change).
 
     DoRA's change of the weight has full rank, so this loses something at any rank; the error is measured and returned.
+    The run's record comes along, and the card says what it was derived from; results measured on the DoRA do not.
 
     Args:
         adapter: the DoRA adapter's folder.
@@ -121,10 +127,18 @@ def export_lora(
     with _new_folder(out) as stage, tempfile.TemporaryDirectory() as fitted:
         config.save_pretrained(fitted)
         save_file(tensors, Path(fitted) / "adapter_model.safetensors", metadata={"format": "pt"})
-        copy_besides(Path(adapter), Path(fitted))
+        copy_besides(Path(adapter), Path(fitted), TOKENIZER)
         make_portable(fitted, base_model, stage)
         exported = logits_of(with_adapter(base_model, stage), probe_ids(base_model.config.vocab_size))
-    return logit_error(exported, original, plain)
+        error = logit_error(exported, original, plain)
+        copy_besides(Path(adapter), stage, RECORD)
+        size = f"of rank {rank}" if isinstance(rank, int) else f"that keeps {rank:g} of each weight change,"
+        if not renew_record(stage, base_model, evaluation=None, repo_id=None, derived=(
+            f"a LoRA {size} fitted to the {'DoRA' if source.config.get('use_dora') else 'LoRA'} adapter with sha256 "
+            f"`{sha256(source.folder / WEIGHTS_NAME)}` ({error}; on random tokens)"
+        )):  # fmt: skip
+            remove_record(stage)
+    return error
 
 
 def _cast_weights(model: Any, dtype: torch.dtype) -> None:

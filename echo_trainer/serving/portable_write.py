@@ -14,8 +14,10 @@ from .adapter import CONFIG_NAME, WEIGHTS_NAME
 if TYPE_CHECKING:
     import torch
 
-BESIDES = ("README.md", "assets", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
-           "merges.txt", "added_tokens.json", "echo_run.json", ".eval_results")  # fmt: skip
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
+             "added_tokens.json")  # fmt: skip
+RECORD = ("echo_run.json", "assets")  # of the run: true of weights made from the trained ones as well
+BESIDES = ("README.md", ".eval_results", *RECORD, *TOKENIZER)  # true of these weights alone
 
 
 def write_adapter(source: Path, out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
@@ -46,9 +48,9 @@ def write_adapter(source: Path, out: Path, config: dict[str, Any], tensors: dict
     return out
 
 
-def copy_besides(source: Path, out: Path) -> None:
+def copy_besides(source: Path, out: Path, patterns: tuple[str, ...] = BESIDES) -> None:
     """Copy what belongs beside an adapter or a model: the card and the tokenizer, no checkpoints, no weights."""
-    for path in (path for pattern in BESIDES for path in source.glob(pattern)):
+    for path in (path for pattern in patterns for path in source.glob(pattern)):
         if path.is_dir():
             shutil.copytree(path, out / path.name, dirs_exist_ok=True)
         else:
