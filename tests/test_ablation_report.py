@@ -1,6 +1,8 @@
 """The report from stored results: tables, sentences and plot say what the numbers say, and nothing of this machine."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +75,33 @@ def test_worse_is_called_worse(recipe, tmp_path):
         store(tmp_path, "echo", seed, 0.5, 1.0)
     text, _ = report(recipe, tmp_path)
     assert "Accuracy: no arm beats `lora`. Worse: `echo`" in text
+
+
+def test_the_same_on_every_item_is_no_precision(recipe, tmp_path):
+    """All at 0 %: an interval of no width is no proof that the arms are equal."""
+    for seed in range(5):
+        for arm, nll in (("lora", 1.0), ("echo", 0.8), ("echo-zero", 1.0)):
+            store(tmp_path, arm, seed, -1.0, nll)
+    text, _ = report(recipe, tmp_path)
+    assert "Accuracy: every arm has the same answers right as `lora`, item by item, so it says nothing" in text
+    assert "accuracy the same on every item; NLL -0.2" in text
+    assert "+0.00 [" not in text and "detectable 0 " not in text
+    assert "NLL: better than `lora`: `echo`" in text
+
+
+def test_runs_of_earlier_calls_stay_in_the_report(recipe, tmp_path):
+    """A report holds what is there, also arms and adapters that this call does not name."""
+    for seed in range(5):
+        for arm in ("lora", "echo", "echo-zero", "echo-noise"):
+            for adapter in ("lora", "dora"):
+                store(tmp_path, arm, seed, 0.5, 1.0, adapter=adapter)
+    _, summary = report(recipe, tmp_path)
+    assert [*summary["lora"]["arms"]] == [*summary["dora"]["arms"]] == ["lora", "echo", "echo-zero", "echo-noise"]
+    grid = replace(recipe, learning_rates=[0.01, 0.02])  # of the second rate there is no run of any arm but echo's
+    for arm, seed in itertools.product(("lora", "echo"), range(5)):
+        store(tmp_path, arm, seed, 0.5, 1.0, rate=0.02)
+    _, summary = report(grid, tmp_path)
+    assert [*summary] == ["lora"] and "echo-noise" in summary["lora"]["arms"]
 
 
 def test_nothing_significant_names_what_would_have_been_found(recipe, tmp_path):

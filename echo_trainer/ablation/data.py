@@ -1,6 +1,7 @@
 """Training, held-out and test items of an ablation, from local files."""
 
 import hashlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def load_tests(recipe: AblationRecipe) -> list[Task]:
     Raises:
         ValueError: two have the same name, or one has unknown options.
     """
+    known = [name for name in inspect.signature(make_task).parameters if name != "recipe"]
+    for test in recipe.tests:
+        unknown = sorted(set(test) - set(known)) if isinstance(test, dict) else [test]
+        if unknown or not {"name", "file"} <= test.keys():
+            raise ValueError(f"The test set {test!r} cannot be read. It needs `name` and `file`; known are {known}.")
     tasks = [make_task(recipe, **test) for test in recipe.tests]
     names = [task.name for task in tasks]
     if len(set(names)) != len(names):
@@ -88,6 +94,23 @@ def make_task(
 def held_out_task(rows: list[dict[str, Any]]) -> Task:
     """The held-out training examples, to be scored."""
     return Task("held-out", [Item(row["prompt"], row["completion"]) for row in rows], str.strip, 1)
+
+
+def check_base(recipe: AblationRecipe) -> None:
+    """
+    Look at the base before any run starts.
+
+    Raises:
+        ValueError: it has no configuration here or on the Hub.
+    """
+    from transformers import AutoConfig
+
+    name = recipe.training["model_name_or_path"]
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=bool(recipe.training.get("trust_remote_code")))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`model_name_or_path` is {name!r}, and no model can be loaded from it: {reason}") from error
 
 
 def fingerprints(recipe: AblationRecipe) -> dict[str, str]:

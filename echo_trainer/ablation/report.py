@@ -74,6 +74,13 @@ def _sentences(part: dict[str, Any]) -> list[str]:
         found = {arm: pair for arm, pair in known.items() if pair["holm"] < ALPHA}
         better = [_said(arm, p, scale, unit) for arm, p in found.items() if sign * p["difference"] > 0]
         worse = [_said(arm, p, scale, unit) for arm, p in found.items() if sign * p["difference"] < 0]
+        if all(pair["low"] == pair["high"] == 0 for pair in known.values()):
+            lines.append(
+                f"{name}: every arm has the same {'answers right' if metric == 'accuracy' else 'figures'} as "
+                f"`{BASELINE}`, item by item, so it says nothing about them: take items that are neither all solved "
+                f"nor all missed, or train longer."
+            )
+            continue
         if not found:
             small, large = (f(p["detectable"] * scale for p in known.values()) for f in (min, max))
             lines.append(
@@ -101,6 +108,8 @@ def _verdict(entry: dict[str, Any], metric: str, unit: str, scale: float) -> str
     name = "accuracy" if metric == "accuracy" else "NLL"
     if math.isnan(pair["p"]):
         return f"{name} {pair['difference'] * scale:+.3g} {unit}, one seed"
+    if pair["low"] == pair["high"]:
+        return f"{name} the same on every item"
     clear = "significant" if pair["holm"] < ALPHA else f"not significant, detectable {pair['detectable'] * scale:.2g}"
     return f"{name} {_interval(pair, scale)} {unit}, {clear}"
 
@@ -168,7 +177,7 @@ def _rates(rates: dict[str, Any]) -> list[str]:
 
 def _interval(pair: dict[str, Any], scale: float, digits: int = 3) -> str:
     middle = f"{pair['difference'] * scale:+.{digits}f}"
-    if math.isnan(pair["low"]):
+    if math.isnan(pair["low"]) or pair["low"] == pair["high"]:  # one seed, or the same on every item of every seed
         return middle
     return f"{middle} [{pair['low'] * scale:+.{digits}f}, {pair['high'] * scale:+.{digits}f}]"
 

@@ -1,15 +1,16 @@
 """Write the report of an ablation: `report.md`, a plot for each adapter and `summary.json`."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .arms import ADAPTERS, ARMS
 from .choice import NotChosenError, choose_rates
 from .comparison import summarise
-from .files import write_json, write_text
+from .files import RESULT, write_json, write_text
 from .plot import forest_plot
 from .recipe import AblationRecipe
 from .report import render
@@ -19,11 +20,13 @@ REPORT, SUMMARY = "report.md", "summary.json"
 
 def write_report(recipe: AblationRecipe, output: Path) -> Path | None:
     """
-    Compute everything from the runs on disk and write it.
+    Compute everything from the runs on disk and write it, those of arms and adapters that the recipe does not name (an
+    earlier call did) included.
 
     Returns:
         The report's path; None where the learning rates are not chosen yet or `lora` has no finished run.
     """
+    recipe = _with_what_is_there(recipe, output)
     try:
         rates = choose_rates(recipe, output)
     except NotChosenError:
@@ -39,6 +42,23 @@ def write_report(recipe: AblationRecipe, output: Path) -> Path | None:
     write_json(output / SUMMARY, _without_nan(summary))
     write_text(output / REPORT, render(summary, public_recipe(recipe), plots))
     return output / REPORT
+
+
+def _with_what_is_there(recipe: AblationRecipe, output: Path) -> AblationRecipe:
+    """The recipe with more arms and adapters, as far as they have runs and their learning rate can be chosen."""
+    found = {(path.parts[-5], path.parts[-4]) for path in output.glob(f"runs/*/*/lr*/seed*/{RESULT}")}
+    wider = recipe
+    for part in ("adapters", "arms"):
+        for name in {"adapters": ADAPTERS, "arms": ARMS}[part]:
+            if name in getattr(wider, part) or name not in {pair[part == "arms"] for pair in found}:
+                continue
+            candidate = replace(wider, **{part: [*getattr(wider, part), name]})
+            try:
+                choose_rates(candidate, output)
+            except NotChosenError:
+                continue
+            wider = candidate
+    return wider
 
 
 def public_recipe(recipe: AblationRecipe) -> str:

@@ -44,11 +44,13 @@ def main(arguments: list[str]) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1.")
-    from ..ablation.data import fingerprints, load_examples, load_tests
+    from ..ablation.data import check_base, fingerprints, load_examples, load_tests
     from ..ablation.recipe import load_recipe
     from ..ablation.schedule import Outcome, run_all
     from ..ablation.write import write_report
     from .recipe import recipe_path
+    from .recipe_check import check_options
+    from .sft import CLASSES
 
     recipe = load_recipe(
         recipe_path(options.recipe),
@@ -59,9 +61,11 @@ def main(arguments: list[str]) -> int:
         learning_rate_choice=options.learning_rate_choice,
     )
     output, console, outcome, status = Path(options.output), Console(), Outcome(), 0
-    if not options.report_only:
-        load_examples(recipe)  # what is wrong with the data is said here, not in each process
+    if not options.report_only:  # what is wrong is said here, not in each process
+        check_options(options.recipe, recipe.training, CLASSES)
+        load_examples(recipe)
         load_tests(recipe)
+        check_base(recipe)
         try:
             with _Bar(console) as bar:
                 outcome = run_all(

@@ -38,6 +38,12 @@ def check_recipe(path: str | Path, classes: tuple[type, ...]) -> dict[str, Any]:
             way round), environment variables, or a folder outside `output_dir` that would be written to.
     """
     recipe = _read(path)
+    check_options(path, recipe, classes)
+    return recipe
+
+
+def check_options(path: str | Path, recipe: dict[str, Any], classes: tuple[type, ...]) -> None:
+    """`check_recipe` for options that were read already; `path` is named in errors."""
     hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
     choices = {field.name: field.metadata.get("choices") for cls in classes for field in dataclasses.fields(cls)}
     for key, value in recipe.items():
@@ -56,7 +62,6 @@ def check_recipe(path: str | Path, classes: tuple[type, ...]) -> dict[str, Any]:
         if value is not None and choices.get(key) and value not in choices[key]:
             raise ValueError(f"`{key}` is {value!r} in the recipe {path}. It can be one of {list(choices[key])}.")
     _check_written_paths(path, recipe)
-    return recipe
 
 
 def _read(path: str | Path) -> dict[str, Any]:
