@@ -1,5 +1,6 @@
 """Tiny bases and adapters for the serving tests, good ones from PEFT and broken ones by changing their files."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -128,6 +129,13 @@ def other_method(settings):
 def cut(folder: Path) -> None:
     path = folder / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def to_lfs_pointer(folder: Path) -> None:
+    """What a clone holds where git-lfs is not installed, written as git-lfs writes it."""
+    data = (folder / WEIGHTS).read_bytes()
+    oid = hashlib.sha256(data).hexdigest()
+    (folder / WEIGHTS).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n")
 
 
 def to_pickle(folder: Path) -> None:

@@ -116,6 +116,7 @@ LLAMA = {
     "no regular expression": ("? ? ? ? ?", "bad-setting", {}, config(target_modules="(q_proj")),
     "no weights": ("✗ ✗ ✗ ✗ ✗", "no-weights", {}, make.remove(make.WEIGHTS)),
     "weights cut short": ("✗ ✗ ✗ ✗ ✗", "broken-weights", {}, make.cut),
+    "git-lfs pointer": ("✗ ✗ ✗ ✗ ✗", "lfs-pointer", {}, make.to_lfs_pointer),
     "lora called IA3": ("∅ ? ? ? ∅", "mislabelled", {}, config(peft_type="IA3")),
     "IA3": ("✗ ∅ ∅ ✗ ✗", "not-lora", {}, make.other_method(IA3)),
     "AdaLoRA": ("✗ ∅ ∅ ? ✗", "not-lora", {}, make.other_method(ADALORA)),
@@ -252,6 +253,15 @@ def test_a_merge_is_not_offered_where_it_would_invent_magnitudes(bases, tmp_path
     findings = check_adapter(tmp_path).to_dict()["findings"]
     assert findings[0]["rule"] == "magnitudes-missing" and "absent" in findings[0]["says"]
     assert not any("--merged" in found["fix"] or "--portable" in found["fix"] for found in findings)
+
+
+def test_a_git_lfs_pointer_is_fetched_and_not_copied_again(plain, tmp_path):
+    adapter = shutil.copytree(plain, tmp_path / "a")
+    make.to_lfs_pointer(adapter)
+    text = check_adapter(adapter).to_json()
+    assert "git lfs pull" in text and "cut short" not in text and "Copy it again" not in text
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors is a git-lfs pointer.*git lfs pull"):
+        make_portable(adapter)
 
 
 def test_notes_give_the_flags(bases, tmp_path):

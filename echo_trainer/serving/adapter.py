@@ -178,11 +178,24 @@ def _headers(path: Path) -> dict[str, Tensor]:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             return {key: Tensor(tuple(part.get_shape()), part.get_dtype(), path) for key, part in slices.items()}
     except (SafetensorError, OSError) as error:
+        if _is_lfs_pointer(path):
+            raise _broken("lfs-pointer", f"{path.name} is a git-lfs pointer of {path.stat().st_size} bytes, not the "
+                                         f"weights; `git lfs pull` in the clone fetches them") from error  # fmt: skip
         raise _broken("broken-weights", f"{path.name} cannot be read: {error}") from error
 
 
+def _is_lfs_pointer(path: Path) -> bool:
+    """Whether git put its stand-in for a large file here, because git-lfs was not installed or skipped it."""
+    try:
+        with path.open("rb") as file:
+            return file.read(64).startswith(b"version https://git-lfs.github.com/spec/")
+    except OSError:
+        return False
+
+
 def _broken(rule: str, what: str) -> AdapterError:
-    error = AdapterError(f"{what[0].upper()}{what[1:]}.")
+    first = what.partition(" ")[0]
+    error = AdapterError(f"{what if '.' in first else what[0].upper() + what[1:]}.")  # file names stay as they are
     error.rule, error.what = rule, what
     return error
 

@@ -13,8 +13,8 @@ BROKEN = {"bad-number", "magnitudes-without-flag", "magnitudes-missing", "key-pr
           "a-missing", "not-floating", "non-finite"}  # fmt: skip
 # Right of an ordinary LoRA only; variants, saved modules and trained tokens may well have other names and shapes.
 BROKEN_IF_PLAIN = {"missing-setting", "no-lora-tensors", "rank-disagrees", "outside-targets"}
-_NOT_PLAIN = ("layer_replication", "target_parameters", "megatron_config", "modules_to_save", "use_bdlora",
-              "trainable_token_indices", "use_qalora")  # fmt: skip
+_VARIANTS = ("layer_replication", "target_parameters", "megatron_config", "use_bdlora", "use_qalora")
+_MORE = ("modules_to_save", "trainable_token_indices")
 _SHOWN = 3
 
 
@@ -46,7 +46,7 @@ def refuse_other_base(adapter: Adapter, base: Base) -> None:
     Raises:
         ExportError: the message names the modules.
     """
-    if _is_lora(adapter) and _is_plain(adapter) and (where := find_tensors.shape_disagrees(adapter, base)):
+    if _is_lora(adapter) and _is_plain(adapter, but=()) and (where := find_tensors.shape_disagrees(adapter, base)):
         raise ExportError(f"'{adapter.folder}' does not fit the base {base.name}: {shorten(where)}. Give the base "
                           f"that the adapter was trained on: --base BASE.")  # fmt: skip
 
@@ -86,8 +86,8 @@ def _is_lora(adapter: Adapter) -> bool:
     return adapter.config.get("peft_type") == "LORA"
 
 
-def _is_plain(adapter: Adapter) -> bool:
-    return not any(adapter.config.get(name) for name in _NOT_PLAIN)
+def _is_plain(adapter: Adapter, but: tuple[str, ...] = _MORE) -> bool:
+    return not any(adapter.config.get(name) for name in (*_VARIANTS, *but))
 
 
 def _has_a_tensor(adapter: Adapter, key: str) -> bool:

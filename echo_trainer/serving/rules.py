@@ -68,6 +68,8 @@ UNREADABLE = (
          "Correct it in adapter_config.json."),
     Rule("no-weights", "✗ ✗ ✗ ✗ ✗", None, "There is no adapter_model.safetensors.", AGAIN),
     Rule("broken-weights", "✗ ✗ ✗ ✗ ✗", None, "A safetensors file is cut short.", f"Copy it again. {AGAIN}"),
+    Rule("lfs-pointer", "✗ ✗ ✗ ✗ ✗", None, "A git-lfs pointer is in the place of a safetensors file.",
+         "Fetch the weights: git lfs install, then git lfs pull in the clone."),
     Rule("pickle", "? ? ? ? ?", None,
          "The weights are a pickle, which can run code when opened; it was not opened.",
          AGAIN),
