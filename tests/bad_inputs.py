@@ -53,6 +53,7 @@ OPTIONS = [
     ({"echo_aggregation": "max"}, "'mean', 'weighted'"),
     ({"echo_positions": "all"}, "'answer', 'predicting'"),
     ({"echo_teacher": "both"}, "'echo', 'plain', 'mutual'"),
+    ({"card_prompt": "all"}, "'none', 'format', 'example'"),
     ({"echo_pass": "half"}, "'auto', 'suffix', 'full'"),
     ({"echo_learning_rate": 0.0}, "positive number"),
     ({"echo_learning_rate": "fast"}, "positive number"),

@@ -14,6 +14,7 @@ from training import echo_trainer
 
 from echo_trainer import cli
 from echo_trainer.checkpoint_files import checkpoints
+from echo_trainer.resources import QUICKSTART_BASE
 
 CHECKPOINTS, ADAPTERS, RECIPES, COMMANDS = "Resuming", "Adapters on disk", "Recipes", "Command line"
 
@@ -211,6 +212,27 @@ CASES = [
         "`push` of a folder without an adapter",
         called("push", here("nothing"), "me/mine"),
         "nothing",
+        CommandError,
+    ),
+    BadInput(
+        ADAPTERS,
+        "`push --attempts 0`",
+        called("push", here("nothing"), "me/mine", "--attempts", 0),
+        "0 attempts",
+        CommandError,
+    ),
+    BadInput(
+        COMMANDS,
+        "`evaluate --device` without such a device",
+        called("evaluate", QUICKSTART_BASE, "--tasks", QUICKSTART_BASE.parent / "test.jsonl", "--device", "cuda:99"),
+        "cannot be used here",
+        CommandError,
+    ),
+    BadInput(
+        COMMANDS,
+        "`evaluate` of a file that is not there",
+        called("evaluate", QUICKSTART_BASE, "--tasks", "nowhere.jsonl"),
+        "no file nowhere.jsonl",
         CommandError,
     ),
     BadInput(RECIPES, "a file that is no YAML", recipe("output_dir: x\n  bad: [1\n"), "is not YAML", CommandError),

@@ -55,7 +55,8 @@ def update_record(folder: Path, base: Any = None, **changes: Any) -> bool:
     record = json.loads(path.read_text(encoding="utf-8"))
     if "saved" not in record:  # of an older version
         return False
-    record.setdefault("prompt_format", None)
+    record.setdefault("prompt_format", None)  # records of before there was one
+    record["steps"] = {"adapter": record["steps"]["done"], "best_by": None, **record["steps"]}
     card = folder / CARD
     edited = card.is_file() and card.read_text(encoding="utf-8") != render_card(record)
     saved = saved_facts(folder, base)

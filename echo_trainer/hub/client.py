@@ -46,8 +46,11 @@ class Patience:
     deadline: float = 900.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or min(self.wait, self.longest_wait, self.timeout, self.deadline) < 0:
-            raise ValueError(f"{self} cannot work: at least 1 attempt, and no negative number of seconds.")
+        if self.attempts < 1:
+            raise ValueError(f"{self.attempts} attempts cannot push anything; write at least 1.")
+        for name in ("wait", "longest_wait", "timeout", "deadline"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)} seconds; write 0 or more.")
 
 
 def patiently(what: str, call: Callable[[], Result], patience: Patience, secrets: tuple[str, ...] = ()) -> Result:
