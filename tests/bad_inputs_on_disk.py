@@ -201,9 +201,9 @@ CASES = [
     ),
     BadInput(
         ADAPTERS,
-        "`export --portable` of a DoRA",
+        "`export --portable` of an adapter that only says it is DoRA",
         adapter_command("export", "--portable", here("new"), harm=edit_config(use_dora=True)),
-        "DoRA",
+        "lora_magnitude_vector",
         CommandError,
     ),
     BadInput(ADAPTERS, "`export` without a form", adapter_command("export", here("new")), "--portable", CommandError),

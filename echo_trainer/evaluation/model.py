@@ -115,7 +115,7 @@ def _device(wanted: str | None) -> str:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
-        raise ValueError(f"The device {wanted!r} cannot be used here: {reason} Leave it out, or write cpu.") from error
+        raise ValueError(f"The device {wanted!r} cannot be used here: {reason.rstrip(".")}. Leave it out, or write cpu.") from error
     return wanted
 
 
