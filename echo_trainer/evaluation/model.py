@@ -114,8 +114,10 @@ def _device(wanted: str | None) -> str:
         device = torch.device(wanted)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"The device {wanted!r} cannot be used here: {reason.rstrip(".")}. Leave it out, or write cpu.") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"The device {wanted!r} cannot be used here: {reason}. Leave it out, or write cpu."
+        ) from error
     return wanted
 
 
