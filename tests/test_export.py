@@ -72,6 +72,9 @@ def with_peft(base, adapter=None):
     ("qwen2", {"bias": "lora_only"}),
     ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     ("llama-tied", {"target_modules": ATTENTION}),
+    ("llama-tied", {"target_modules": ["lm_head", "q_proj"]}),
+    ("llama-tied", {"target_modules": ["embed_tokens"]}),
+    ("llama-tied", {"target_modules": ["embed_tokens", "lm_head"]}),
 ])  # fmt: skip
 def test_merged_in_float32_equals_peft(family, settings, bases, tmp_path):
     adapter = make.save_adapter(bases[family], tmp_path / "a", **settings)

@@ -69,6 +69,7 @@ def export_merged(
         raise AdapterError(f"dtype={dtype!r} is not supported. Choose one of: {', '.join(DTYPES)}.")
     original, plain, model = reference(adapter, base)
     ids = probe_ids(model.config.vocab_size)
+    _untie_trained(model)
     model = model.merge_and_unload()
     require_equal(logits_of(model, ids), original, "merging in float32")
     _cast_weights(model, getattr(torch, dtype))
@@ -139,6 +140,19 @@ def export_lora(
         )):  # fmt: skip
             remove_record(stage)
     return error
+
+
+def _untie_trained(model: Any) -> None:
+    """Give head and embedding a weight each where they share one and a LoRA on either would change both."""
+    base = model.get_base_model()
+    ends = [base.get_output_embeddings(), base.get_input_embeddings()]
+    if None in ends or not any(hasattr(end, "lora_A") for end in ends):
+        return
+    head, embedding = (getattr(end, "base_layer", end) for end in ends)
+    if head.weight is embedding.weight:
+        head.weight = type(head.weight)(head.weight.detach().clone(), requires_grad=False)
+        base.config.get_text_config().tie_word_embeddings = False
+        base.config.tie_word_embeddings = False
 
 
 def _cast_weights(model: Any, dtype: torch.dtype) -> None:
