@@ -104,6 +104,14 @@ def test_no_gaps(record, changes):
         assert set(lines[1]) <= set("|-") and len({line.replace("\\|", "").count("|") for line in lines}) == 1, table
 
 
+def test_the_echo_is_described_as_it_was(record):
+    text = render_card(record)
+    assert "at answer positions only" in text and "distillation between them" in text
+    text = render_card(change(record, echo__echo_positions="predicting", echo__echo_kd_weight=0.0))
+    assert "and the last prompt token" in text and "positions only" not in text
+    assert "The loss is the cross-entropy of both passes. The" in text
+
+
 def test_results_are_said_or_missing(record):
     assert "Not evaluated on held-out tasks." in render_card(change(record, evaluation=None))
     assert "model-index" not in render_card(change(record, evaluation=None))
