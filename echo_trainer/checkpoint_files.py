@@ -49,7 +49,7 @@ def write_manifest(folder: str | os.PathLike, facts: dict[str, Any]) -> None:
     """
     folder = Path(folder)
     files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST and path.suffix != ".md"  # people may edit a card
     }
@@ -98,7 +98,7 @@ def damage(folder: str | os.PathLike) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes and had {expected['size']}"
-        if _sha256(path) != expected["sha256"]:
+        if sha256(path) != expected["sha256"]:
             return f"{name} has another content than when it was saved"
     return None
 
@@ -216,7 +216,8 @@ def publish_files(staged: str | os.PathLike, final: str | os.PathLike) -> None:
     shutil.rmtree(staged)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -17,7 +17,7 @@ from models import lora_config, prompt_completion_rows, tiny_model
 from training import echo_trainer
 
 from echo_trainer.card.folder import update_record
-from echo_trainer.card.record import _data_revision, _license, hyperparameters
+from echo_trainer.card.record import _data_revision, _git, _license, hyperparameters
 from echo_trainer.card.render import render_card
 from echo_trainer.evaluation.generation import greedy_answers
 
@@ -219,6 +219,25 @@ def test_license_and_data_revision(tmp_path):
     assert _data_revision(Data) == "a" * 40
     Data.info.download_checksums |= {f"hf://datasets/org/name@{'b' * 40}/x": {}}
     assert _data_revision(Data) is None and _data_revision([]) is None
+
+
+@pytest.mark.parametrize("script", ["cli/__main__.py", "bin/echo-trainer"])
+def test_the_commit_is_that_of_the_users_project(tmp_path, monkeypatch, script):
+    """And not that of the package, where `python -m` and console scripts lie."""
+    (tmp_path / "package" / script).parent.mkdir(parents=True)
+    (tmp_path / "package" / script).touch()
+    commits = {}
+    for name in ("package", "project"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        git = ["git", "-C", str(tmp_path / name), "-c", "user.name=ada", "-c", "user.email=ada@localhost"]
+        subprocess.run([*git, "init", "-q"], check=True)
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", name], check=True)
+        commits[name] = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "package" / script)])
+    monkeypatch.chdir(tmp_path / "project")
+    _git.cache_clear()
+    assert _git()["commit"] == commits["project"] != commits["package"]
+    _git.cache_clear()
 
 
 def test_hyperparameters_name_no_place_and_no_token(tmp_path):

@@ -214,11 +214,11 @@ def test_rows_of_messages(workplace, capsys):
 
 
 @pytest.mark.parametrize(("harm", "message"), [
-    ("missing", "lacks 1 tensors, such as base_model.model.model.layers.0"),
-    ("renamed", "lacks 1 tensors"),
-    ("foreign", "holds, without a place in the base, 1 tensors, such as base_model.model.model.layers.9"),
-    ("nan", "holds NaN or infinity in 1 tensors, such as base_model.model.model.layers.0"),
-    ("base", "does not fit the base other"),
+    ("missing", "is broken (b-missing)"),
+    ("renamed", "is broken ("),
+    ("foreign", "holds tensors that PEFT has no place for on this base"),
+    ("nan", "is broken (non-finite)"),
+    ("base", "PEFT cannot load 'adapter' on other: size mismatch"),
 ])  # fmt: skip
 def test_a_damaged_adapter_gets_no_figures(workplace, capsys, harm, message):
     path = workplace / "adapter" / "adapter_model.safetensors"
@@ -229,7 +229,9 @@ def test_a_damaged_adapter_gets_no_figures(workplace, capsys, harm, message):
         if harm == "renamed":
             tensors[name.replace("lora_B", "lora_Q")] = taken
     elif harm == "foreign":
-        tensors[name.replace("layers.0", "layers.9")] = tensors[name].clone()
+        for part in ("lora_A", "lora_B"):
+            of_layer_0 = name.replace("lora_B", part)
+            tensors[of_layer_0.replace("layers.0", "layers.9")] = tensors[of_layer_0].clone()
     elif harm == "nan":
         tensors[name][0, 0] = math.nan
     save_file(tensors, path, metadata={"format": "pt"})

@@ -1,11 +1,11 @@
 """The finished run's folder: `echo_run.json` (record), `assets/*.png` (curves) and `README.md` (model card)."""
 
-import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint_files import sha256
 from ..hub.files import adapter_folder
 from ..serving.adapter import WEIGHTS_NAME, AdapterError, read_adapter
 from ..serving.check import check_adapter
@@ -90,7 +90,7 @@ def saved_facts(folder: Path, base: Any = None) -> dict[str, Any] | None:
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
         "dtype": "/".join(sorted({tensor.dtype for tensor in tensors})),
         "bytes": weights.stat().st_size,
-        "sha256": _sha256(weights),
+        "sha256": sha256(weights),
         "engines": {engine: str(verdict) for engine, verdict in verdicts.items()},
     }
 
@@ -113,11 +113,6 @@ def _evaluation_of_the_same(saved: dict[str, Any] | None, folder: Path) -> list[
         return earlier["evaluation"] if earlier["saved"]["sha256"] == saved["sha256"] else None
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _finite(value: Any) -> Any:

@@ -23,11 +23,10 @@ def prompt_format(dataset: Any, tokenizer: Any) -> dict[str, Any] | None:
 
     Returns:
         "prompt" and "answer", each a pair of texts (beginning, end; special tokens included; no answer where all are
-        the same, since what they share is then what they say), "exact": whether
-        encoding a prompt again without special tokens gives the same ids, "added": the text at its beginning that a
-        tokenizer, and so a server, writes itself (a beginning-of-sequence token, or nothing), and "n": how many
-        examples were compared.
-        None where the data cannot be read twice (streams), or fewer than `N_LEAST` different prompts were found.
+        the same, since what they share is then what they say), "exact": whether encoding a prompt again without
+        special tokens gives the same ids, "added": the text at its beginning that a tokenizer, and so a server,
+        writes itself (a beginning-of-sequence token, or nothing), and "n": how many examples were compared. None
+        where the data cannot be read twice (streams), or fewer than `N_LEAST` different prompts were found.
     """
     found = [_read(dataset, i, tokenizer) for i in _spread(dataset, tokenizer)]
     rows = [row for row in found if row is not None]

@@ -184,7 +184,7 @@ def _versions() -> dict[str, str]:
 def _git() -> dict[str, Any] | None:
     """Commit of the project that the training script belongs to, and whether it had changes; None outside of git."""
     script = Path(sys.argv[0] or ".")
-    if script.name in ("echo-trainer", "cli.py", "accelerate", "torchrun") or not script.is_file():
+    if script.name in ("echo-trainer", "__main__.py", "accelerate", "torchrun") or not script.is_file():
         script = Path.cwd() / "run"  # a command of a package: the project is where it was called
 
     def git(*words: str) -> str | None:

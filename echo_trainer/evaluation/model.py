@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +51,13 @@ def load_for_evaluation(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from ..serving.logit_error import with_adapter
+
     device = _device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     source, adapter = _parts(name, base)
+    files = None if adapter is None else _adapter_files(adapter)
     options = {"trust_remote_code": trust_remote_code}
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
@@ -63,7 +65,7 @@ def load_for_evaluation(
         raise _not_loaded(source, adapter, error) from error
     identity = {"model": _public(source), **_digest(source, model), "dtype": dtype}
     if adapter is not None:
-        model = _with_adapter(model, adapter, source)
+        model = with_adapter(model, files)
         identity |= {"adapter": _digest(adapter, None) | {"name": _public(adapter)}}
     tokenizer = load_tokenizer(name, base, trust_remote_code)
     return Loaded(model.to(device).eval(), tokenizer, source, adapter, identity)
@@ -121,48 +123,22 @@ def _device(wanted: str | None) -> str:
     return wanted
 
 
-def _with_adapter(model: Any, adapter: str, base: str) -> Any:
+def _adapter_files(adapter: str) -> Any:
     """
-    The model with its adapter, all of it.
+    The files of an adapter, in its folder or from the Hub, once they are known to be sound.
 
     Raises:
-        ValueError: the adapter does not fit the base, lacks tensors, has others, or holds NaN or infinity: its
-            figures would be those of another model.
+        ValueError: the adapter is broken, so its figures would be those of another model.
     """
-    import torch
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    from huggingface_hub import snapshot_download
 
-    check = f"`echo-trainer check {adapter}` says what is wrong with an adapter, tensor by tensor."
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*adapter keys.*")  # said below
-            model = PeftModel.from_pretrained(model, adapter)
-    except RuntimeError as error:
-        mismatches = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-        if not mismatches:
-            raise
-        raise ValueError(
-            f"The adapter {adapter} does not fit the base {base}: {len(mismatches)} tensors have other shapes, such "
-            f"as {mismatches[0]} Give --base MODEL with the base it was trained on."
-        ) from error
-    given = load_peft_weights(adapter, device="cpu")
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    for what, keys in (
-        ("lacks", wanted.keys() - given.keys()),
-        ("holds, without a place in the base,", {key for key in given.keys() - wanted.keys() if "lora_" in key}),
-    ):
-        if keys:
-            raise ValueError(
-                f"The adapter {adapter} {what} {len(keys)} tensors, such as {min(keys)}, so what would be measured is "
-                f"another model. {check}"
-            )
-    broken = [key for key, tensor in given.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(
-            f"The adapter {adapter} holds NaN or infinity in {len(broken)} tensors, such as {min(broken)}. {check}"
-        )
-    return model
+    from ..serving.adapter import read_adapter
+    from ..serving.refuse import refuse_broken
+
+    folder = adapter if Path(adapter).is_dir() else snapshot_download(adapter, allow_patterns="adapter_*")
+    files = read_adapter(folder)
+    refuse_broken(files)
+    return files
 
 
 def _adapter_config(name: str) -> dict[str, Any] | None:

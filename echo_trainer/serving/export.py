@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint_files import sha256
 from .adapter import WEIGHTS_NAME, AdapterError, read_adapter
 from .logit_error import (
     LogitError,
@@ -29,7 +30,7 @@ from .logit_error import (
 )
 from .portable import make_portable
 from .portable_write import RECORD, TOKENIZER, copy_besides
-from .record import remove_record, renew_record, sha256
+from .record import remove_record, renew_record
 from .refuse import ExportError, refuse_broken
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def export_lora(
         save_file(tensors, Path(fitted) / "adapter_model.safetensors", metadata={"format": "pt"})
         copy_besides(Path(adapter), Path(fitted), TOKENIZER)
         make_portable(fitted, base_model, stage)
-        exported = logits_of(with_adapter(base_model, stage), probe_ids(base_model.config.vocab_size))
+        fitted_model = with_adapter(base_model, read_adapter(stage), autocast_adapter_dtype=False)
+        exported = logits_of(fitted_model, probe_ids(base_model.config.vocab_size))
         error = logit_error(exported, original, plain)
         copy_besides(Path(adapter), stage, RECORD)
         size = f"of rank {rank}" if isinstance(rank, int) else f"that keeps {rank:g} of each weight change,"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter import AdapterError, read_adapter, read_base
+from .adapter import Adapter, AdapterError, read_adapter, read_base
 from .refuse import ExportError, refuse_broken, refuse_other_base, refuse_partly_loaded
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def reference(adapter: str | Path, base: str | Path | None) -> tuple[torch.Tenso
     refuse_broken(files)  # before the base is loaded, which takes long
     model = load_base(base_name(adapter, base))
     refuse_other_base(files, read_base(model))
-    model = with_adapter(model, adapter)
+    model = with_adapter(model, files, autocast_adapter_dtype=False).float()
     ids = probe_ids(model.config.vocab_size)
     original = logits_of(model, ids)
     with model.disable_adapter():
@@ -92,9 +92,14 @@ def load_base(name: str | Path) -> Any:
                            f"that the adapter was trained on: --base BASE.") from error  # fmt: skip
 
 
-def with_adapter(model: Any, adapter: str | Path) -> Any:
+def with_adapter(model: Any, adapter: Adapter, **options: Any) -> Any:
     """
-    ``model`` with the adapter, all in float32.
+    ``model`` with the adapter, all of it, ready for inference.
+
+    Args:
+        model: the base.
+        adapter: the adapter's files.
+        options: of ``PeftModel.from_pretrained``.
 
     Raises:
         AdapterError: PEFT cannot load it, or loads only a part of the file.
@@ -104,15 +109,15 @@ def with_adapter(model: Any, adapter: str | Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # looked at below
-            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+            model = PeftModel.from_pretrained(model, adapter.folder, **options)
             # Once more, since only this call says which keys of the file found their place.
-            loaded = model.load_adapter(adapter, "default", autocast_adapter_dtype=False)
+            loaded = model.load_adapter(adapter.folder, "default", **options)
     except (RuntimeError, ValueError, KeyError) as error:
         base = getattr(model.config, "_name_or_path", "") or "this base"
-        raise AdapterError(f"PEFT cannot load '{adapter}' on {base}: {_in_a_line(error)} Give the base that the "
-                           f"adapter was trained on, or save the adapter again.") from error  # fmt: skip
-    refuse_partly_loaded(read_adapter(adapter), model, loaded.missing_keys, loaded.unexpected_keys)
-    return model.float().eval()
+        raise AdapterError(f"PEFT cannot load '{adapter.folder}' on {base}: {_in_a_line(error)} Give the base that "
+                           f"the adapter was trained on, or save the adapter again.") from error  # fmt: skip
+    refuse_partly_loaded(adapter, model, loaded.missing_keys, loaded.unexpected_keys)
+    return model.eval()
 
 
 def _in_a_line(error: Exception) -> str:
