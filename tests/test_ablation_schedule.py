@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from ablation_cases import do, tiny_recipe, write_workplace
 
 from echo_trainer import cli
@@ -108,7 +109,16 @@ def test_interrupted_and_continued(tmp_path, how):
     assert (output / "report.md").is_file()
 
 
-def test_rounds_choice_and_match(tmp_path, monkeypatch):
+@pytest.fixture
+def one_thread():
+    """As the processes of `--threads 1` have: with another number sums are rounded in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_rounds_choice_and_match(tmp_path, one_thread):
     """Selection, choice on held-out examples, then all arms, then the matched one; equal to runs done here."""
     recipe = tiny_recipe(tmp_path, seeds=[0, 1], learning_rates=[0.001, 0.02], arms=["lora-compute-matched", "echo"])
     output, watch = tmp_path / "out", Watch()
