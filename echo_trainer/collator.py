@@ -3,17 +3,19 @@
 A data loader looks ahead, gradient accumulation pulls several batches at once and worker processes never see the
 step, so an ordinary collator cannot know when its batch will be used. Therefore the training data loader yields
 uncollated examples in a `DeferredBatch`, and the trainer calls `EchoCollator` at the moment of use.
+
+A collated batch is a draft first: its routes are drawn, and how its echo pass is computed is chosen when a batch of
+its kind has been proved (`pass_choice.py`).
 """
 
-import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from .plan import EchoPlan, make_plan, starts_at_column_zero
+from .layouts import EchoForm
+from .plan import EchoPlan, make_plan
 from .routing import RoutingSchedule
 from .segments import Segments, find_segments
-
-logger = logging.getLogger(__name__)
 
 PLAN_KEY = "echo_plan"
 TEXT_INPUTS = {"input_ids", "attention_mask", "position_ids", "labels"}
@@ -31,6 +33,88 @@ class DeferredBatch:
         return len(self.examples)
 
 
+@dataclass(frozen=True)
+class DraftPlan:
+    """
+    A collated batch whose routes are drawn and whose echo pass is not laid out yet.
+
+    Attributes:
+        batch: what the collator returned, without this draft.
+        examples: what it was made of.
+        segments: its answers.
+        routed_D: r_i of every document.
+        probability: p_k.
+        positions, lockstep: as for `make_plan`.
+    """
+
+    batch: dict[str, Any]
+    examples: Sequence[dict[str, Any]]
+    segments: Segments
+    routed_D: list[bool]
+    probability: float
+    positions: str
+    lockstep: bool
+
+    def plan(self, form: EchoForm) -> EchoPlan:
+        """The plan of the step, its echo pass laid out in `form`."""
+        return make_plan(
+            self.segments,
+            self.routed_D,
+            positions=self.positions,
+            form=form,
+            position_ids=self.batch.get("position_ids"),
+            probability=self.probability,
+            lockstep=self.lockstep,
+        )
+
+    @property
+    def answered(self) -> bool:
+        """Whether some document has an answer that an echo can reach."""
+        return bool(self.segments.routable_D.any())
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest document."""
+        return int((self.segments.end_D - self.segments.start_D).max()) if self.segments.n_documents else 0
+
+    @property
+    def kind(self) -> str:
+        """What a model may treat differently in this batch than in others, in words."""
+        rows = self.segments.shape[0]
+        mask = self.batch.get("attention_mask")
+        if self.segments.n_documents > rows:
+            kind = "rows of several documents (packed or padding-free)"
+        elif mask is None:
+            kind = "rows without padding"
+        elif mask.dim() != 2:
+            kind = f"rows with an attention mask of {mask.dim()} dimensions"
+        else:
+            left = bool((self.segments.start_D % self.segments.shape[1]).ne(0).any())
+            kind = "rows padded on the left" if left else "padded rows"
+        if self.batch.get("position_ids") is not None and mask is not None:
+            kind += ", with position ids"
+        return f"{kind}, with {', '.join(self.other_inputs)}" if self.other_inputs else kind
+
+    @property
+    def other_inputs(self) -> list[str]:
+        """Inputs that are not text, such as images."""
+        return sorted(set(self.batch) - TEXT_INPUTS - PADDING_FREE_INPUTS)
+
+    def unprovable(self, form: EchoForm) -> str | None:
+        """
+        Why one batch of this kind proves nothing about the next, None where it does.
+
+        A mask of one's own and inputs that are not text may mean something else in every batch: which token sees
+        which, which row an image belongs to, and whether one stands after the first answer.
+        """
+        if form is not EchoForm.BATCH and self.other_inputs:
+            return f"which tokens need {', '.join(self.other_inputs)} differs from batch to batch"
+        mask = self.batch.get("attention_mask")
+        if form is EchoForm.SUFFIX and mask is not None and mask.dim() != 2:
+            return f"which token sees which is up to an attention mask of {mask.dim()} dimensions"
+        return None
+
+
 class EchoCollator:
     """
     Collate a batch with `collator`, draw which of its samples are routed, and add the plan of the echo pass.
@@ -38,10 +122,8 @@ class EchoCollator:
     Args:
         collator: collator of the plain batch, such as TRL's. Its output is kept as it is.
         positions: "answer" or "predicting".
-        suffix: whether the echo pass is laid out as a suffix pass. A batch for which that would not be exact is laid
-            out as a full pass, which is said once.
-        strict: raise instead (`echo_pass="suffix"`).
         lockstep: give every batch an echo pass, one of no weight where nothing is routed (see `lockstep.py`).
+        form: how `__call__` lays the echo pass out. The trainer chooses for every batch anew.
 
     The routes need `schedule`, which the trainer sets when training begins. Called without a step (evaluation, or by
     hand) it is the collator it wraps.
@@ -50,17 +132,14 @@ class EchoCollator:
     def __init__(
         self,
         collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        positions: str,
-        suffix: bool,
-        strict: bool = False,
+        positions: str = "answer",
         lockstep: bool = False,
+        form: EchoForm = EchoForm.ROWS,
     ):
         self.collator = collator
         self.positions = positions
-        self.suffix = suffix
-        self.strict = strict
         self.lockstep = lockstep
-        self.fallback: str | None = None
+        self.form = form
         self.schedule: RoutingSchedule | None = None
 
     def __call__(
@@ -72,59 +151,28 @@ class EchoCollator:
         Returns:
             The batch of the wrapped collator, with an [`EchoPlan`] under "echo_plan" if `step` is given.
         """
-        batch = dict(self.collator(examples))
-        if step is not None:
-            batch[PLAN_KEY] = self.plan(batch, examples, step, micro_batch)
-        return batch
+        if step is None:
+            return dict(self.collator(examples))
+        draft = self.draft(examples, step, micro_batch)
+        return {**draft.batch, PLAN_KEY: draft.plan(self.form)}
 
-    def plan(self, batch: dict[str, Any], examples: Sequence[dict[str, Any]], step: int, micro_batch: int) -> EchoPlan:
-        """Draw the routes of a collated batch and lay out its echo pass."""
+    def draft(self, examples: Sequence[dict[str, Any]], step: int, micro_batch: int) -> DraftPlan:
+        """Collate examples and draw the routes of their documents."""
         if self.schedule is None:
             raise RuntimeError(
                 "EchoCollator was given a step before `schedule` was set; the trainer does so in train()."
             )
+        batch = dict(self.collator(examples))
         segments = find_segments(batch, examples)
-        routed = [self.schedule.draw(step, micro_batch, *place) for place in sample_of_document(segments, examples)]
-        return make_plan(
-            segments,
-            routed,
-            positions=self.positions,
-            suffix=self._lay_out_suffix(batch, segments),
-            position_ids=batch.get("position_ids"),
+        return DraftPlan(
+            batch=batch,
+            examples=examples,
+            segments=segments,
+            routed_D=[self.schedule.draw(step, micro_batch, *p) for p in sample_of_document(segments, examples)],
             probability=self.schedule.probability(step),
+            positions=self.positions,
             lockstep=self.lockstep,
         )
-
-    def _lay_out_suffix(self, batch: dict[str, Any], segments: Segments) -> bool:
-        if not self.suffix:
-            return False
-        obstacle = _batch_obstacle(batch, segments)
-        if obstacle is None:
-            return True
-        if self.strict:
-            raise ValueError(f"echo_pass='suffix' cannot be exact for a batch: {obstacle}. Use echo_pass='auto'.")
-        if self.lockstep:
-            raise ValueError(
-                f"The echo pass of a batch cannot be a suffix ({obstacle}), and where parameters are sharded every "
-                f"process must run the same kind of pass. Set echo_pass='full'."
-            )
-        if self.fallback is None:
-            logger.warning("The echo pass of a batch runs whole sequences: %s. (Said once.)", obstacle)
-            self.fallback = obstacle
-        return False
-
-
-def _batch_obstacle(batch: dict[str, Any], segments: Segments) -> str | None:
-    """Why a suffix pass of this batch would not be exact, None if it is."""
-    extra = set(batch) - TEXT_INPUTS - PADDING_FREE_INPUTS
-    if extra:
-        return f"it has inputs that are not text: {', '.join(sorted(extra))}"
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() != 2:
-        return f"its attention mask has {mask.dim()} dimensions, so which token sees which is not known"
-    if batch.get("position_ids") is None and not starts_at_column_zero(segments):
-        return "its rows are padded on the left, without position ids"
-    return None
 
 
 def sample_of_document(segments: Segments, examples: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:

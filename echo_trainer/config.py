@@ -44,6 +44,7 @@ class EchoSFTConfig(SFTConfig):
     | `echo_kd_temperature` | tau | > 0 |
     | `echo_teacher` | direction of the distillation | "echo", "plain", "mutual" |
     | `echo_pass` | how the echo pass is computed | "auto", "suffix", "full" |
+    | `echo_layers` | where the decoder layers are | dotted name of their list in the model, None = found |
     | `echo_learning_rate` | rate of the echo networks | > 0, None = `learning_rate` |
     | `echo_seed` | seed of routing and echo initialisation | integer >= 0, None = `seed` |
     | `portable_adapter` | form of the final adapter | True, False |
@@ -113,8 +114,16 @@ class EchoSFTConfig(SFTConfig):
         default="auto",
         metadata={
             "help": "How the echo pass is computed: 'suffix' (answer tokens only, on the prompt's keys and values of "
-            "the plain pass), 'full' (the whole sequence again), 'auto' (suffix where it is exact, else full).",
+            "the plain pass), 'full' (the whole sequence again), 'auto' (suffix where a comparison with the plain "
+            "pass at the first step proves it exact, else full).",
             "choices": list(PASSES),
+        },
+    )
+    echo_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted name of the list of decoder layers in the model, such as 'model.layers', for a model in "
+            "which they cannot be found."
         },
     )
     echo_learning_rate: float | None = field(

@@ -4,14 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .collator import DeferredBatch
+from .collator import PLAN_KEY, DeferredBatch, DraftPlan
+from .layouts import EchoForm
+from .pass_choice import PassChoice
+from .proof import ProofResult
+from .proof_rows import no_trace, proof_inputs
 from .routing import RoutingSchedule
 
 
 class DeferredCollationMixin:
-    """Data loading for `EchoSFTTrainer`; relies on `self.echo` (None with the echo off)."""
+    """Data loading for `EchoSFTTrainer`; relies on `self.echo` and `self.pass_choice` (None with the echo off)."""
 
     echo: Any = None
+    pass_choice: PassChoice | None = None
 
     def get_train_dataloader(self):
         """The training data loader; with the echo on it yields uncollated examples (see `collator.py`)."""
@@ -32,12 +37,17 @@ class DeferredCollationMixin:
             self.data_collator, options.dispatch_batches = collator, dispatch
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step, collated now, when the step is known."""
-        if self.echo is not None:
-            epoch_iterator = self._collate(epoch_iterator)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        """The micro-batches of one optimizer step, collated now, when the step is known, and planned."""
+        if self.echo is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, n_items = super().get_batch_samples(self._drafts(epoch_iterator), num_batches, device)
+        drafts = [batch[PLAN_KEY] for batch in batches]
+        self.pass_choice.settle(drafts, self._prove, self.state.global_step)
+        for batch, draft in zip(batches, drafts, strict=True):
+            batch[PLAN_KEY] = draft.plan(self.pass_choice.form(draft))
+        return batches, n_items
 
-    def _collate(self, batches: Iterator[DeferredBatch]) -> Iterator[dict[str, Any]]:
+    def _drafts(self, batches: Iterator[DeferredBatch]) -> Iterator[dict[str, Any]]:
         args = self.args
         self.data_collator.schedule = RoutingSchedule(
             seed=args.resolved_echo_seed,
@@ -50,4 +60,12 @@ class DeferredCollationMixin:
             batch_size=self._train_batch_size,
         )
         for micro_batch, batch in enumerate(batches):
-            yield self.data_collator(batch.examples, step=self.state.global_step, micro_batch=micro_batch)
+            draft = self.data_collator.draft(batch.examples, self.state.global_step, micro_batch)
+            yield {**draft.batch, PLAN_KEY: draft}
+
+    def _prove(self, draft: DraftPlan, form: EchoForm) -> ProofResult:
+        """Compare the passes on rows of a batch, as training would run them."""
+        model = self.model_wrapped
+        with no_trace(model), self.compute_loss_context_manager():
+            inputs, task = proof_inputs(draft, form, self.data_collator.collator, self.args.device)
+            return model(**inputs, echo_proof=task)

@@ -1,18 +1,17 @@
 """Add the echo to the outputs of LoRA modules, exactly, also when gradient checkpointing runs a layer twice.
 
-Non-reentrant checkpointing computes a layer again during backward, when the forward pass and everything it set up are
-long gone. What a layer's forward depends on must therefore travel with the checkpointed function:
-`within_recompute` makes a layer enter a context now and again whenever its forward is replayed.
+A layer's forward enters the context of the injection now, and again whenever checkpointing replays it.
 
 Hooks live in context managers, so outside an echo pass the model carries no trace of the echo.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .compat.checkpointing import within_recompute
 from .layers import EchoSite
 from .network import site_key
 
@@ -26,15 +25,26 @@ class Injection:
         delta: delta_m (G, o_m) by `site_key`.
         position_J, segment_J: where in the flattened input of the pass which segment's echo is added.
         n_positions: number R*A of positions of the pass.
+        width, n_prefix: A and P of a suffix pass. A module that sees its keys and values after they left the cache
+            (DeepSeek's `kv_b_proj`) runs R rows of P + A tokens.
     """
 
     def __init__(
-        self, sites: list[EchoSite], delta: dict[str, Tensor], position_J: Tensor, segment_J: Tensor, n_positions: int
+        self,
+        sites: list[EchoSite],
+        delta: dict[str, Tensor],
+        position_J: Tensor,
+        segment_J: Tensor,
+        n_positions: int,
+        width: int = 0,
+        n_prefix: int = 0,
     ):
         self.delta = delta
-        self.position_J = position_J
         self.segment_J = segment_J
-        self.n_positions = n_positions
+        self.position_by_count = {n_positions: position_J}
+        if n_prefix:
+            rows = n_positions // width
+            self.position_by_count[rows * (n_prefix + width)] = position_J + (position_J // width + 1) * n_prefix
         self.relative: dict[str, Tensor] = {}
         self._by_layer: dict[int, list[EchoSite]] = {}
         for site in sites:
@@ -66,47 +76,19 @@ class Injection:
 
         def add_echo(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             flat = output.reshape(-1, output.shape[-1])
-            if len(flat) != self.n_positions:
+            position_J = self.position_by_count.get(len(flat))
+            if position_J is None:
                 raise ValueError(
                     f"The LoRA module {site.name!r} of layer {site.layer} returned {tuple(output.shape)} for "
-                    f"{self.n_positions} tokens, so an echo cannot be added token by token. Leave it out of "
+                    f"{min(self.position_by_count)} tokens, so an echo cannot be added token by token. Leave it out of "
                     f"`target_modules`, or name other `echo_target_layers`."
                 )
             echo_Jo = self.delta[key].to(flat.dtype).index_select(0, self.segment_J)
             if key not in self.relative:
-                self.relative[key] = _relative_norm(echo_Jo, flat, self.position_J)
-            return flat.index_add(0, self.position_J, echo_Jo).view_as(output)
+                self.relative[key] = _relative_norm(echo_Jo, flat, position_J)
+            return flat.index_add(0, position_J, echo_Jo).view_as(output)
 
         return add_echo
-
-
-@contextmanager
-def within_recompute(layer: nn.Module, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """
-    Run `layer`'s forward inside `context()`, now and whenever checkpointing replays it.
-
-    Args:
-        layer: a decoder layer (`GradientCheckpointingLayer` of transformers).
-        context: makes a fresh context manager for each run.
-    """
-    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
-        with context():
-            yield
-        return
-    checkpoint = layer._gradient_checkpointing_func
-
-    def checkpoint_within(forward, *args, **kwargs):
-        def forward_within(*inner_args, **inner_kwargs):
-            with context():
-                return forward(*inner_args, **inner_kwargs)
-
-        return checkpoint(forward_within, *args, **kwargs)
-
-    layer._gradient_checkpointing_func = checkpoint_within
-    try:
-        yield
-    finally:
-        layer._gradient_checkpointing_func = checkpoint
 
 
 @torch.no_grad()

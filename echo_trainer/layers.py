@@ -30,12 +30,13 @@ class EchoSite:
     out_features: int
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
     """
     The decoder layers of a causal language model (of the language part, for a vision-language model).
 
     Args:
         model: a `PreTrainedModel`, or a `PeftModel` around one.
+        path: dotted name of their `nn.ModuleList` in the model, where they cannot be found.
 
     Raises:
         ValueError: the model is an encoder-decoder, or no list of decoder layers can be found.
@@ -47,14 +48,27 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"{type(model).__name__} is an encoder-decoder model. Echo-LoRA needs one causal decoder that reads the "
             f"prompt and the answer as one sequence; use a decoder-only model (Llama, Qwen, Mistral, GPT-2 ...)."
         )
-    depth = model.config.get_text_config().num_hidden_layers
+    if path is not None:
+        found = dict(model.named_modules()).get(path)
+        if not isinstance(found, nn.ModuleList):
+            raise ValueError(f"`echo_layers` is {path!r}, and {_no_such_layers(model)}")
+        return found
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     for module in (decoder, *decoder.modules()):
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(
-        f"No list of {depth} decoder layers was found in {type(model).__name__}, so Echo-LoRA does not know where to "
-        f"read and add the echo. Use a decoder-only model of transformers."
+        f"No list of {depth} decoder layers was found, so Echo-LoRA does not know where to read and add the echo: "
+        f"{_no_such_layers(model)}"
+    )
+
+
+def _no_such_layers(model: nn.Module) -> str:
+    lists = [f"{name} ({len(m)})" for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    return (
+        f"{type(model).__name__} has these lists of modules: {', '.join(lists) or 'none'}. Name that of the decoder "
+        f"layers in `echo_layers`, such as 'model.layers'."
     )
 
 
@@ -75,14 +89,18 @@ def lora_sites(layer: nn.Module, index: int) -> list[EchoSite]:
     ]
 
 
-def find_sites(model: nn.Module, target_layers: list[int]) -> list[EchoSite]:
+def find_sites(model: nn.Module, target_layers: list[int], path: str | None = None) -> list[EchoSite]:
     """
     All LoRA modules of the target layers.
+
+    Args:
+        model: as for `decoder_layers`, and `path` as well.
+        target_layers: M, indices from 0.
 
     Raises:
         ValueError: a target layer has no LoRA module.
     """
-    layers = decoder_layers(model)
+    layers = decoder_layers(model, path)
     adapted = [index for index, layer in enumerate(layers) if lora_sites(layer, index)]
     empty = [index for index in target_layers if index not in adapted]
     if empty:

@@ -1,15 +1,29 @@
-"""Which tokens an echo pass runs: whole rows again, suffixes, or one token to keep processes in step. Host side.
+"""Which tokens an echo pass runs: suffixes, whole rows, or one token to keep processes in step. Host side.
 
 Shapes: F = B*T positions of the batch, E positions that predict an answer token and that the echo reaches; in the echo
 pass R rows of A tokens after P prefix tokens, J positions that receive an echo; D documents.
 """
 
 from dataclasses import dataclass, fields, replace
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from .segments import Segments
+
+
+class EchoForm(StrEnum):
+    """
+    How an echo pass is computed, the cheapest first.
+
+    SUFFIX runs what follows the first echo of each routed document, ROWS the rows that hold a routed document, BATCH
+    every row (where an input belongs to no row, or to several).
+    """
+
+    SUFFIX = "suffix"
+    ROWS = "full"
+    BATCH = "full (whole batches)"
 
 
 @dataclass(frozen=True)
@@ -50,22 +64,10 @@ class FullLayout(PassLayout):
     The echo pass runs whole rows of the batch again.
 
     Attributes:
-        row_R: int64 (R,), rows of the batch that hold a routed sample.
+        row_R: int64 (R,), the rows of the batch that are run; None for all of them as they are.
     """
 
-    row_R: Tensor
-
-    def with_all_rows(self, length: int) -> "FullLayout":
-        """The same layout for a pass that runs every row of `length` tokens (inputs that are not laid out by row)."""
-
-        def move(position: Tensor) -> Tensor:
-            return self.row_R[position // length] * length + position % length
-
-        return replace(
-            self,
-            inject_position_J=move(self.inject_position_J),
-            output_position_E=move(self.output_position_E),
-        )
+    row_R: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class SuffixLayout(PassLayout):
     real_prefix: Tensor
 
 
-def full_layout(segments: Segments, inject_F: Tensor, reached: Tensor) -> FullLayout:
+def full_layout(segments: Segments, inject_F: Tensor, reached: Tensor, all_rows: bool = False) -> FullLayout:
     """
     The rows that hold a reached position, whole.
 
@@ -101,15 +103,16 @@ def full_layout(segments: Segments, inject_F: Tensor, reached: Tensor) -> FullLa
         segments: the answers of the batch.
         inject_F: routed segment whose echo is added at each position, -1 where none, (F,).
         reached: positions in F that the echo reaches and that predict an answer token, (E,).
+        all_rows: run every row.
     """
-    length = segments.shape[1]
-    row_R = torch.unique(reached // length)
-    new_row = torch.full((segments.shape[0],), -1)
+    n_rows, length = segments.shape
+    row_R = torch.arange(n_rows) if all_rows else torch.unique(reached // length)
+    new_row = torch.full((n_rows,), -1)
     new_row[row_R] = torch.arange(len(row_R))
     inject = inject_F.ge(0).nonzero().flatten()
     inject = inject[new_row[inject // length].ge(0)]
     return FullLayout(
-        row_R=row_R,
+        row_R=None if len(row_R) == n_rows else row_R,
         inject_position_J=new_row[inject // length] * length + inject % length,
         inject_segment_J=inject_F[inject],
         output_position_E=new_row[reached // length] * length + reached % length,
@@ -159,14 +162,14 @@ def suffix_layout(
 
 
 def weightless_layout(
-    segments: Segments, suffix: bool, position_ids: Tensor | None
+    segments: Segments, form: EchoForm, position_ids: Tensor | None
 ) -> tuple[FullLayout | SuffixLayout, Tensor]:
     """
     The smallest echo pass there is, for a process that routes nothing while others do.
 
     Args:
         segments: the answers of the batch, which need not hold any.
-        suffix: lay it out as a suffix of one token, else as one row.
+        form: of the pass; a suffix of one token, one row, or the batch.
         position_ids: as for `plan.make_plan`.
 
     Returns:
@@ -174,26 +177,23 @@ def weightless_layout(
     """
     first = int(segments.start_D[0]) if segments.n_documents else 0
     last = min(first + 1, int(segments.end_D[0]) - 1 if segments.n_documents else 0)
-    length = segments.shape[1]
     one = torch.zeros(1, dtype=torch.int64)
-    if suffix:
-        prefix = torch.arange(int(last > first))
-        layout = SuffixLayout(
-            token_RA=one[None] + last,
-            position_RA=_position_ids(segments, position_ids)[one[None] + last],
-            prefix_RP=one[None] + first,
-            mask_RK=torch.tensor([[len(prefix), 1]]),
-            real_token=one,
-            real_prefix=prefix,
-            inject_position_J=one,
-            inject_segment_J=one,
-            output_position_E=one,
-        )
-    else:
-        column = one + last % length
-        layout = FullLayout(
-            row_R=one + last // length, inject_position_J=column, inject_segment_J=one, output_position_E=column
-        )
+    if form is not EchoForm.SUFFIX:
+        inject_F = torch.full_like(segments.segment_F, -1)
+        inject_F[last] = 0
+        return full_layout(segments, inject_F, one + last, all_rows=form is EchoForm.BATCH), one + first
+    prefix = torch.arange(int(last > first))
+    layout = SuffixLayout(
+        token_RA=one[None] + last,
+        position_RA=_position_ids(segments, position_ids)[one[None] + last],
+        prefix_RP=one[None] + first,
+        mask_RK=torch.tensor([[len(prefix), 1]]),
+        real_token=one,
+        real_prefix=prefix,
+        inject_position_J=one,
+        inject_segment_J=one,
+        output_position_E=one,
+    )
     return layout, one + first
 
 

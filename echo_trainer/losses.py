@@ -97,9 +97,8 @@ def chunked_objective(
     Returns:
         The objective, a scalar of at least float32 with gradient, and statistics.
     """
-    weight, bias = head.weight, head.bias
     objective, *statistics = _ChunkedObjective.apply(
-        plain_Nd, echo_Ed, weight, bias, labels_N, plain_weight_N, reach_E, head, kd
+        plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, head, kd, *head.parameters
     )
     return objective, Statistics(*statistics)
 
@@ -113,41 +112,38 @@ class _ChunkedObjective(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, plain_Nd, echo_Ed, weight, bias, labels_N, plain_weight_N, reach_E, head, kd):
-        inputs = (plain_Nd, echo_Ed, weight, bias)
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:4]) if needed]
-        gradients: list[Tensor | None] = [None] * 4
-        for i in wanted:
-            # weight and bias sum over chunks, in at least float32
-            dtype = inputs[i].dtype if i < 2 else torch.promote_types(inputs[i].dtype, torch.float32)
-            gradients[i] = torch.zeros_like(inputs[i], dtype=dtype)
+    def forward(ctx, plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, head, kd, *parameters):
+        hidden = (plain_Nd, echo_Ed)
+        gradients = [torch.zeros_like(x) if ctx.needs_input_grad[i] else None for i, x in enumerate(hidden)]
+        # what is trained of the head sums over chunks, in at least float32
+        of_head = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         objective = plain_Nd.new_zeros((), dtype=torch.promote_types(plain_Nd.dtype, torch.float32))
         statistics = [objective.clone() for _ in Statistics._fields]
-        chunk = max(1, CHUNK_LOGITS // weight.shape[0])
+        chunk = max(1, CHUNK_LOGITS // head.vocabulary)
         reach = _split_reach(reach_E, len(labels_N), chunk) if echo_Ed is not None else None
         for number, start in enumerate(range(0, len(labels_N), chunk)):
             span_N = slice(start, min(start + chunk, len(labels_N)))
             span_E = reach[number] if reach is not None else slice(0, 0)
             leaves = [
-                None
-                if x is None
-                else (x if i >= 2 else x[span_E if i else span_N]).detach().requires_grad_(i in wanted)
-                for i, x in enumerate(inputs)
+                None if x is None else x[span].detach().requires_grad_(gradient is not None)
+                for x, span, gradient in zip(hidden, (span_N, span_E), gradients, strict=True)
             ]
             with torch.enable_grad():
                 loss, sums = _objective(
-                    leaves, labels_N[span_N], plain_weight_N[span_N], reach_E[span_E] - start, head, kd
+                    *leaves, labels_N[span_N], plain_weight_N[span_N], reach_E[span_E] - start, head, kd
                 )
-            used = [i for i in wanted if leaves[i] is not None and (i != 1 or leaves[1].numel())]
-            for i, gradient in zip(used, torch.autograd.grad(loss, [leaves[i] for i in used]), strict=True):
-                if i < 2:
-                    gradients[i][span_E if i else span_N] = gradient
-                else:
-                    gradients[i] += gradient
+            used = [i for i, leaf in enumerate(leaves) if gradients[i] is not None and leaf is not None and len(leaf)]
+            wanted = [*(leaves[i] for i in used), *parameters]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+            for i, gradient in zip(used, found, strict=False):
+                gradients[i][(span_N, span_E)[i]] = gradient
+            for total, gradient in zip(of_head, found[len(used) :], strict=True):
+                if gradient is not None:  # an adapter that is not the active one
+                    total += gradient
             objective += loss.detach()
             statistics = [total + value for total, value in zip(statistics, sums, strict=True)]
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.save_for_backward(*gradients, *of_head)
+        ctx.dtypes = [None if x is None else x.dtype for x in (*hidden, *parameters)]
         ctx.mark_non_differentiable(*statistics)
         return objective, *statistics
 
@@ -157,13 +153,11 @@ class _ChunkedObjective(torch.autograd.Function):
             None if gradient is None else (gradient * grad_objective).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*gradients, *[None] * 5)
+        return (*gradients[:2], *[None] * 5, *gradients[2:])
 
 
-def _objective(leaves, labels_N, plain_weight_N, reach_E, head, kd):
+def _objective(plain_nd, echo_ed, labels_N, plain_weight_N, reach_E, head, kd):
     """Objective and statistics of one chunk."""
-    plain_nd, echo_ed, weight, bias = leaves
-    head = LanguageModelHead(weight, bias, head.scale, head.softcap)
     plain_NV = head.logits(plain_nd)
     ce_plain_N = cross_entropy(plain_NV, labels_N)
     loss = (plain_weight_N * ce_plain_N).sum()

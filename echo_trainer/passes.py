@@ -16,17 +16,32 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .compat.cache import CachePlace, KeyValueRecord, PrefixCache, attach_cache
 from .injection import Injection
+from .layer_io import (
+    first_plane,
+    form_of,
+    forward_hook,
+    hidden_of,
+    input_hook,
+    input_of,
+    like,
+    planes_first,
+    tokens_first,
+    with_input,
+)
 from .layers import EchoSite, decoder_layers
 from .layouts import FullLayout, SuffixLayout
 from .modules import forward_replaced
 from .network import EchoNetworks
 from .plan import EchoPlan
 from .rows import take_rows
-from .suffix_cache import KeyValueRecord, PrefixCache, attach_cache
+
+# Inputs whose rows are the batch's rows. What else a batch may hold (images, lengths) belongs to it in another way.
+ROW_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class EchoSetup:
     """
     The parts of a model that take part in the echo.
@@ -36,12 +51,21 @@ class EchoSetup:
         networks: the echo networks.
         sites: target modules.
         source_layers: S, indices from 0.
+        layers_path: path of the decoder layers in the model, where they cannot be found.
+        cache: where the model takes a cache; found by the proof at the first step, None where it takes none.
     """
 
     model: nn.Module
     networks: EchoNetworks
     sites: list[EchoSite]
     source_layers: list[int]
+    layers_path: str | None = None
+    cache: CachePlace | None = None
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers; looked up anew, since engines replace modules."""
+        return decoder_layers(self.model, self.layers_path)
 
     @property
     def first_target(self) -> int:
@@ -59,6 +83,7 @@ class PlainState:
         source_SGd: hidden states of the source layers at the boundaries, without gradient.
         record: keys and values of every layer, where the layout of the echo pass is a suffix.
         entry_RAd: input of the first target layer at the suffix tokens, likewise.
+        layer_form: form of what a decoder layer returns, likewise.
         outputs: what the backbone returned.
     """
 
@@ -66,6 +91,7 @@ class PlainState:
     source_SGd: Tensor | None
     record: KeyValueRecord | None
     entry_RAd: Tensor | None
+    layer_form: Any
     outputs: Any
 
 
@@ -87,19 +113,23 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
         inputs: keyword arguments of the backbone, without labels.
         plan: the plan of the batch, on the model's device.
     """
-    layers = decoder_layers(setup.model)
+    layers = setup.layers
+    shape = inputs["input_ids"].shape
     sources: dict[int, Tensor] = {}
     entry: list[Tensor] = []
+    forms: list[Any] = []
     record = None
     with ExitStack() as stack:
         if plan.layout is not None:
             for index in setup.source_layers:
-                keep = _keep_rows(sources, index, plan.boundary_G)
-                stack.enter_context(_forward_hook(layers[index], keep))
+                keep = _keep_rows(sources, index, plan.boundary_G, shape)
+                stack.enter_context(forward_hook(layers[index], keep))
         if isinstance(plan.layout, SuffixLayout):
             record = KeyValueRecord(plan.layout, first_layer=setup.first_target)
-            stack.enter_context(attach_cache(layers, record))
-            stack.enter_context(_input_hook(layers[setup.first_target], _keep_entry(entry, plan.layout)))
+            stack.enter_context(attach_cache(layers, record, setup.cache))
+            first = layers[setup.first_target]
+            stack.enter_context(input_hook(first, _keep_entry(entry, plan.layout, shape)))
+            stack.enter_context(forward_hook(first, lambda module, args, output: forms.append(form_of(output))))
         outputs = setup.model.base_model(**inputs, use_cache=False)
     return PlainState(
         hidden_Nd=take_rows(outputs.last_hidden_state, plan.predict_N),
@@ -108,6 +138,7 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
         else None,
         record=record,
         entry_RAd=entry[0] if entry else None,
+        layer_form=forms[0] if forms else None,
         outputs=outputs,
     )
 
@@ -118,13 +149,12 @@ class FullEchoPass:
     def __call__(self, setup, inputs, plan, plain, delta):
         """See `EchoPass`."""
         layout: FullLayout = plan.layout
-        layers = decoder_layers(setup.model)
-        rows = inputs["input_ids"].shape[0]
-        selected, layout = _select_rows(inputs, layout, rows)
-        n_positions = selected["input_ids"].numel()
+        if layout.row_R is not None:
+            inputs = {**inputs, **{k: v.index_select(0, layout.row_R) for k, v in by_row(inputs).items()}}
+        n_positions = inputs["input_ids"].numel()
         injection = Injection(setup.sites, delta, layout.inject_position_J, layout.inject_segment_J, n_positions)
-        with injection.active(layers):
-            outputs = setup.model.base_model(**selected, use_cache=False)
+        with injection.active(setup.layers):
+            outputs = setup.model.base_model(**inputs, use_cache=False)
         return take_rows(outputs.last_hidden_state, layout.output_position_E), injection
 
 
@@ -134,24 +164,37 @@ class SuffixEchoPass:
     def __call__(self, setup, inputs, plan, plain, delta):
         """See `EchoPass`."""
         layout: SuffixLayout = plan.layout
-        layers = decoder_layers(setup.model)
+        layers = setup.layers
+        rows, width = layout.token_RA.shape
         cache = PrefixCache(plain.record, n_prefix=layout.prefix_RP.shape[1])
         injection = Injection(
-            setup.sites, delta, layout.inject_position_J, layout.inject_segment_J, layout.token_RA.numel()
+            setup.sites,
+            delta,
+            layout.inject_position_J,
+            layout.inject_segment_J,
+            n_positions=rows * width,
+            width=width,
+            n_prefix=cache.n_prefix,
         )
         with ExitStack() as stack:
             # The backbone gets the cache for its masks; GPT-2 does not hand it on to layers that are checkpointed.
-            stack.enter_context(attach_cache(layers, cache))
-            stack.enter_context(_start_at(layers, setup.first_target, plain.entry_RAd))
+            stack.enter_context(attach_cache(layers, cache, setup.cache))
+            stack.enter_context(_start_at(layers, setup.first_target, plain))
             stack.enter_context(injection.active(layers))
             outputs = setup.model.base_model(
                 input_ids=inputs["input_ids"].reshape(-1)[layout.token_RA],
                 attention_mask=layout.mask_RK,
                 position_ids=layout.position_RA,
-                past_key_values=cache,
                 use_cache=False,
+                **{setup.cache.backbone: cache},
             )
         return take_rows(outputs.last_hidden_state, layout.output_position_E), injection
+
+
+def by_row(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The inputs that hold one row for each row of the batch; position ids may be one row for all."""
+    rows = inputs["input_ids"].shape[0]
+    return {k: v for k, v in inputs.items() if k in ROW_INPUTS and isinstance(v, Tensor) and v.shape[0] == rows}
 
 
 def run_echo_pass(
@@ -162,73 +205,40 @@ def run_echo_pass(
     return echo_pass(setup, inputs, plan, plain, delta)
 
 
-def _select_rows(inputs: dict[str, Any], layout: FullLayout, rows: int) -> tuple[dict[str, Any], FullLayout]:
-    """The inputs of the routed rows; all rows where an input is not laid out by row (images, padding-free lengths)."""
-    if len(layout.row_R) == rows:
-        return inputs, layout
-    by_row = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
-    if all(value.dim() >= 1 and value.shape[0] == rows for value in by_row.values()):
-        return {**inputs, **{k: v.index_select(0, layout.row_R) for k, v in by_row.items()}}, layout
-    return inputs, layout.with_all_rows(inputs["input_ids"].shape[1])
-
-
-@contextmanager
-def _forward_hook(module: nn.Module, hook: Callable) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _input_hook(module: nn.Module, hook: Callable) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _keep_rows(store: dict[int, Tensor], key: int, index: Tensor) -> Callable:
+def _keep_rows(store: dict[int, Tensor], key: int, index: Tensor, shape: tuple[int, int]) -> Callable:
     """A hook that keeps rows of a layer's output, detached: memory for G rows, not for B*T."""
 
     def hook(module, args, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        store[key] = take_rows(hidden.detach(), index)
+        hidden = tokens_first(hidden_of(output).detach(), shape)
+        store[key] = first_plane(take_rows(hidden, index))
 
     return hook
 
 
-def _keep_entry(store: list[Tensor], layout: SuffixLayout) -> Callable:
+def _keep_entry(store: list[Tensor], layout: SuffixLayout, shape: tuple[int, int]) -> Callable:
     """A hook that keeps a layer's input at the suffix tokens, with gradient."""
 
     def hook(module, args, kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        store.append(take_rows(hidden, layout.token_RA, layout.real_token))
+        hidden = tokens_first(input_of(args, kwargs), shape)
+        store.append(planes_first(take_rows(hidden, layout.token_RA, layout.real_token)))
 
     return hook
 
 
 @contextmanager
-def _start_at(layers: nn.ModuleList, first: int, entry_RAd: Tensor) -> Iterator[None]:
+def _start_at(layers: nn.ModuleList, first: int, plain: PlainState) -> Iterator[None]:
     """
-    Let the backbone begin at layer `first` with `entry_RAd`; the layers below it pass through.
+    Let the backbone begin at layer `first` with what the plain pass gave it; the layers below it pass through.
 
     Below the first target layer the two passes agree, so what the plain pass computed there is used again.
     """
 
-    def replace_input(module, args, kwargs):
-        if args:
-            return (entry_RAd, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": entry_RAd}
+    def pass_through(*args, **kwargs):
+        return like(plain.layer_form, input_of(args, kwargs))
 
     with ExitStack() as stack:
         for layer in layers[:first]:
-            stack.enter_context(forward_replaced(layer, _pass_through))
-        stack.enter_context(_input_hook(layers[first], replace_input))
+            stack.enter_context(forward_replaced(layer, pass_through))
+        enter = input_hook(layers[first], lambda module, args, kwargs: with_input(args, kwargs, plain.entry_RAd))
+        stack.enter_context(enter)
         yield
-
-
-def _pass_through(hidden_states: Tensor, *args, **kwargs) -> Tensor:
-    return hidden_states

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .layouts import Indices, PassLayout, full_layout, suffix_layout, weightless_layout
+from .layouts import EchoForm, Indices, PassLayout, full_layout, suffix_layout, weightless_layout
 from .segments import Segments
 
 
@@ -75,7 +75,7 @@ def make_plan(
     routed_D: Sequence[bool],
     *,
     positions: str = "answer",
-    suffix: bool = False,
+    form: EchoForm = EchoForm.ROWS,
     position_ids: Tensor | None = None,
     probability: float = 0.0,
     lockstep: bool = False,
@@ -87,7 +87,7 @@ def make_plan(
         segments: the answers of the batch.
         routed_D: r_i of every document; documents without a boundary are never routed, whatever it says.
         positions: "answer" or "predicting" (see `EchoSFTConfig.echo_positions`).
-        suffix: lay the echo pass out as a suffix pass.
+        form: how the echo pass is laid out.
         position_ids: (1, T) or (B, T) position ids of the batch; None where they are column numbers.
         probability: p_k, kept for logging.
         lockstep: lay out an echo pass in any case; one of no weight where nothing is routed.
@@ -110,12 +110,12 @@ def make_plan(
     layout = None
     if len(reach_E):
         reached = predict_N[reach_E]
-        if suffix:
+        if form is EchoForm.SUFFIX:
             layout = suffix_layout(segments, inject_F, first_D, reached, position_ids)
         else:
-            layout = full_layout(segments, inject_F, reached)
+            layout = full_layout(segments, inject_F, reached, all_rows=form is EchoForm.BATCH)
     elif lockstep:
-        layout, boundary_G = weightless_layout(segments, suffix, position_ids)
+        layout, boundary_G = weightless_layout(segments, form, position_ids)
     answered_D = segments.answered_D
     return EchoPlan(
         predict_N=predict_N,
@@ -144,7 +144,3 @@ def _injections(segments: Segments, routed_S: Tensor, number_S: Tensor, position
         inject_F[segments.boundary_S[routed_S]] = number_S[routed_S]
     return inject_F
 
-
-def starts_at_column_zero(segments: Segments) -> bool:
-    """Whether every row's document starts at its first column, so that position ids are column numbers."""
-    return bool((segments.start_D % segments.shape[1]).eq(0).all())

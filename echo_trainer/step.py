@@ -10,33 +10,36 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from .head import with_head
+from .head import LanguageModelHead, with_head
 from .lockstep import touch
 from .losses import Distillation, chunked_objective
 from .memory import now_running
 from .passes import EchoSetup, run_echo_pass, run_plain_pass
 from .plan import EchoPlan
+from .proof import ProofTask, prove
 
 ECHO_MODULE = "echo_networks"
 
 
 def install_echo_forward(model: PeftModel, setup: EchoSetup, kd: Distillation) -> None:
     """
-    Teach `model(...)` the keyword `echo_plan`: with it, the forward is a whole Echo-LoRA step.
+    Teach `model(...)` two keywords: with `echo_plan` the forward is a whole Echo-LoRA step, with `echo_proof` it
+    compares the passes (see `proof.py`).
 
-    Must run before `accelerator.prepare`, which wraps the forward it finds. Without the keyword the forward is the
+    Must run before `accelerator.prepare`, which wraps the forward it finds. Without a keyword the forward is the
     original one, so evaluation and generation are those of the plain adapter.
     """
     original = model.forward
     attach_networks(model, setup)
 
     @functools.wraps(original)
-    def forward(self, *args, echo_plan: EchoPlan | None = None, **kwargs):
-        if echo_plan is None:
-            return original(*args, **kwargs)
-        return echo_step(setup, kd, kwargs, echo_plan)
+    def forward(self, *args, echo_plan: EchoPlan | None = None, echo_proof: ProofTask | None = None, **kwargs):
+        if echo_proof is not None:
+            return prove(setup, kwargs, echo_proof)
+        if echo_plan is not None:
+            return echo_step(setup, kd, kwargs, echo_plan)
+        return original(*args, **kwargs)
 
     # accelerate unwraps a model by following `__wrapped__`; it must stop here.
     del forward.__wrapped__
@@ -78,9 +81,9 @@ def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: 
         echo_Ed, injection = run_echo_pass(setup, inputs, plan, plain, delta)
         relative_delta = injection.mean_relative_delta()
     now_running("loss")
-    objective, statistics = with_head(
-        setup.model,
-        lambda head: chunked_objective(
+
+    def loss(head: LanguageModelHead):
+        objective = chunked_objective(
             plain.hidden_Nd,
             None if plan.weightless else echo_Ed,
             plan.labels_N,
@@ -88,8 +91,10 @@ def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: 
             plan.reach_E,
             head,
             kd,
-        ),
-    )
+        )
+        return *objective, _router_loss(head, plain.hidden_Nd, inputs)
+
+    objective, statistics, aux_loss = with_head(setup.model, plain.outputs, loss)
     if echo_Ed is None:
         # A step that routes nothing still has to give every parameter a gradient: DDP waits for each of them.
         objective = objective + touch(*setup.networks.parameters())
@@ -102,12 +107,14 @@ def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: 
         "gate": zero if gate is None else gate,
         "relative_delta": zero if relative_delta is None else relative_delta,
     }
-    if inputs.get("output_router_logits"):
-        output["aux_loss"] = _router_loss(setup, plain.outputs.router_logits, inputs.get("attention_mask"))
+    if aux_loss is not None:
+        output["aux_loss"] = aux_loss
     return output
 
 
-def _router_loss(setup: EchoSetup, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
-    """Load-balancing loss of a mixture of experts on the plain pass, as transformers and TRL compute it."""
-    config = setup.model.config.get_text_config()
-    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
+def _router_loss(head: LanguageModelHead, hidden_Nd: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+    """Load-balancing loss of a mixture of experts on the plain pass, as the model's own forward computes it."""
+    if not inputs.get("output_router_logits"):
+        return None
+    few = hidden_Nd[:1].detach()  # any state does: the loss is made of what the routers said
+    return head.run(few, output_router_logits=True, attention_mask=inputs.get("attention_mask")).aux_loss

@@ -23,7 +23,9 @@ from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from .checkpoint import EchoCheckpointMixin
+from .agreement import Agreement
 from .collator import PLAN_KEY, EchoCollator
+from .compat.checkpointing import require_replay
 from .config import EchoSFTConfig
 from .config_checks import CKA
 from .deferred import DeferredCollationMixin
@@ -35,12 +37,12 @@ from .losses import Distillation
 from .memory import now_running
 from .metrics import EchoMetrics
 from .network import EchoNetworks
+from .pass_choice import PassChoice
 from .passes import EchoSetup
 from .resume import base_fingerprint
 from .saving import EchoSavingMixin
 from .selection.use import layers_by_cka
 from .step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
-from .suffix_support import choose_suffix
 from .validation import check_arguments, check_dataset, check_model, warn_of_lost_answers
 
 logger = logging.getLogger(__name__)
@@ -104,13 +106,15 @@ class EchoSFTTrainer(
 
     def _build_echo(self) -> None:
         args = self.args
-        layers = decoder_layers(self.model)
+        layers = decoder_layers(self.model, args.echo_layers)
+        if args.gradient_checkpointing:
+            require_replay(layers)
         named = (args.echo_source_layers, args.echo_target_layers)
         if CKA in named:
             named = layers_by_cka(named, self.model, self.train_dataset, self.processing_class, args.seed)
         sources, targets = resolve_layers(*named, len(layers))
         base = self.model.get_base_model()
-        sites = find_sites(base, targets)
+        sites = find_sites(base, targets, args.echo_layers)
         networks = self.networks_class(
             sites,
             n_sources=len(sources),
@@ -119,23 +123,14 @@ class EchoSFTTrainer(
             aggregation=args.echo_aggregation,
             seed=args.resolved_echo_seed,
         ).to(args.device)
-        self.echo = EchoSetup(base, networks, sites, sources)
+        self.echo = EchoSetup(base, networks, sites, sources, args.echo_layers)
         self._distillation = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
         install_echo_forward(self.model, self.echo, self._distillation)
-        suffix = choose_suffix(base, args.echo_pass)
-        self.data_collator = EchoCollator(
-            self.data_collator,
-            args.echo_positions,
-            suffix,
-            strict=args.echo_pass == "suffix",
-            lockstep=needs_lockstep(self.accelerator, self.model),
-        )
+        in_step = needs_lockstep(self.accelerator, self.model)
+        self.data_collator = EchoCollator(self.data_collator, args.echo_positions, lockstep=in_step)
+        self.pass_choice = PassChoice(args.echo_pass, Agreement(), type(base).__name__, one_form=in_step)
         logger.info(
-            "Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s, %s echo pass.",
-            sources,
-            len(sites),
-            targets,
-            "suffix" if suffix else "full",
+            "Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s.", sources, len(sites), targets
         )
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):

@@ -6,8 +6,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from echo_trainer.collator import EchoCollator
 from echo_trainer.layers import decoder_layers, find_sites, resolve_layers
 from echo_trainer.losses import Distillation
+from echo_trainer.layouts import EchoForm
 from echo_trainer.network import EchoNetworks
 from echo_trainer.passes import EchoSetup
+from echo_trainer.proof import observe
+from echo_trainer.proof_rows import no_trace
 from echo_trainer.routing import RoutingSchedule
 from echo_trainer.step import echo_step
 
@@ -29,7 +32,10 @@ def echo_setup(model, sources=None, targets=None, bottleneck=8, aggregation="mea
                 parameter.data.fill_(0.5)
             if name.endswith("source_logits"):
                 parameter.data = torch.linspace(-1, 1, len(parameter)).to(parameter.dtype)
-    return EchoSetup(base, networks, sites, sources)
+    setup = EchoSetup(base, networks, sites, sources)
+    with no_trace(model):
+        observe(setup, torch.tensor([[2, 3, 4], [2, 3, 5]], device=base.device))
+    return setup
 
 
 def padded_collator():
@@ -67,7 +73,8 @@ def packed_example(examples):
 
 def planned_batch(examples, *, suffix, positions="answer", p=1.0, collator=None, seed=0, step=0):
     """A collated batch and its plan."""
-    echo = EchoCollator(collator or padded_collator(), positions, suffix)
+    form = EchoForm.SUFFIX if suffix else EchoForm.ROWS
+    echo = EchoCollator(collator or padded_collator(), positions, form=form)
     echo.schedule = RoutingSchedule(seed, p, p, total_steps=10, batch_size=len(examples))
     batch = echo(examples, step=step)
     plan = batch.pop("echo_plan")

@@ -70,20 +70,33 @@ def four_dimensional_mask(examples):
     return batch
 
 
-@pytest.mark.parametrize("collator", [left_padded, four_dimensional_mask])
-def test_batches_that_a_suffix_cannot_serve_fall_back_and_say_so(tmp_path, collator, caplog):
-    kwargs = {"trainer_kwargs": {"data_collator": collator}, "max_steps": 2}
+def test_left_padding_is_proved_and_served(tmp_path):
+    kwargs = {"trainer_kwargs": {"data_collator": left_padded}, "max_steps": 2}
+    trainer = echo_trainer(tmp_path / "auto", **kwargs)
+    trainer.train()
+    trainer.save_model()
+    record = json.loads((tmp_path / "auto" / "echo_run.json").read_text())
+    assert record["echo"]["pass"] == "suffix"
+    assert record["echo"]["proof"][0]["batches"] == "rows padded on the left"
+    full = echo_trainer(tmp_path / "full", echo_pass="full", **kwargs)
+    full.train()
+    torch.testing.assert_close(losses(trainer), losses(full), rtol=1e-5, atol=0)
+
+
+def test_a_mask_of_ones_own_runs_the_full_pass_and_says_so(tmp_path, caplog):
+    """It may mean something else in every batch, so no batch proves anything about the next."""
+    kwargs = {"trainer_kwargs": {"data_collator": four_dimensional_mask}, "max_steps": 2}
     trainer = echo_trainer(tmp_path / "auto", **kwargs)
     trainer.train()
     assert len([r for r in caplog.records if "runs whole sequences" in r.getMessage()]) == 1
     trainer.save_model()
     record = json.loads((tmp_path / "auto" / "echo_run.json").read_text())
-    assert record["echo"]["pass"].startswith("suffix; full for batches where")
+    assert record["echo"]["pass"] == "full"
     full = echo_trainer(tmp_path / "full", echo_pass="full", **kwargs)
     full.train()
     assert losses(trainer) == losses(full)
     strict = echo_trainer(tmp_path / "strict", echo_pass="suffix", **kwargs)
-    with pytest.raises(ValueError, match="cannot be exact for a batch"):
+    with pytest.raises(ValueError, match="echo_pass='suffix' is not exact .* attention mask of 4 dimensions"):
         strict.train()
 
 

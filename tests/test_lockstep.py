@@ -15,6 +15,7 @@ from steps import (
 
 from echo_trainer import step
 from echo_trainer.collator import EchoCollator
+from echo_trainer.layouts import EchoForm
 from echo_trainer.lockstep import touch
 from echo_trainer.routing import RoutingSchedule
 
@@ -31,7 +32,8 @@ BATCHES = {
 def locked_batch(name: str, suffix: bool, p: float):
     """A batch in lockstep and its plan."""
     collator, examples = BATCHES[name]
-    echo = EchoCollator(collator(), "answer", suffix, lockstep=True)
+    form = EchoForm.SUFFIX if suffix else EchoForm.ROWS
+    echo = EchoCollator(collator(), lockstep=True, form=form)
     echo.schedule = RoutingSchedule(0, p, p, total_steps=10, batch_size=len(examples))
     batch = echo(examples, step=0)
     plan = batch.pop("echo_plan")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import packed_example, padded_collator, padding_free_collator, random_examples
 
-from echo_trainer.layouts import FullLayout, SuffixLayout
+from echo_trainer.layouts import EchoForm, FullLayout, SuffixLayout
 from echo_trainer.plan import make_plan
 from echo_trainer.segments import find_segments, has_boundary
 
@@ -73,7 +73,7 @@ def test_labels_are_required():
 def test_plan_of_a_suffix_pass():
     examples = [example(0, 0, 1, 1, 1), example(0, 1, 1), example(0, 0, 0, 1)]
     segments = find_segments(padded_collator()(examples), examples)
-    plan = make_plan(segments, [True, False, True], suffix=True)
+    plan = make_plan(segments, [True, False, True], form=EchoForm.SUFFIX)
     assert plan.predict_N.tolist() == [1, 2, 3, 5, 6, 12]
     # Row 0 is routed; its first answer token is predicted before the echo. Row 2 has a single answer token: the echo
     # comes too late for it, so it counts twice and is not run again.
@@ -89,7 +89,7 @@ def test_plan_of_a_suffix_pass():
 def test_predicting_positions_reach_the_first_answer_token():
     examples = [example(0, 0, 1, 1), example(0, 0, 0, 1)]
     segments = find_segments(padded_collator()(examples), examples)
-    plan = make_plan(segments, [True, True], suffix=True, positions="predicting")
+    plan = make_plan(segments, [True, True], form=EchoForm.SUFFIX, positions="predicting")
     assert plan.plain_weight_N.tolist() == [1, 1, 1]
     assert plan.layout.token_RA[:, 0].tolist() == [1, 6]
     assert plan.layout.prefix_RP.tolist() == [[0, 0], [4, 5]]  # right-aligned: padding comes first
@@ -100,8 +100,8 @@ label_rows = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_s
 
 
 @settings(max_examples=300, deadline=None)
-@given(rows=label_rows, routes=st.integers(0, 31), free=st.booleans(), predicting=st.booleans(), suffix=st.booleans())
-def test_plans_of_random_batches(rows, routes, free, predicting, suffix):
+@given(rows=label_rows, routes=st.integers(0, 31), free=st.booleans(), predicting=st.booleans(), form=st.sampled_from(EchoForm))
+def test_plans_of_random_batches(rows, routes, free, predicting, form):
     """Whatever the labels: every plan is consistent, and no position receives an echo from a later boundary."""
     examples = [example(*row) for row in rows]
     batch = (padding_free_collator() if free else padded_collator())(examples)
@@ -111,7 +111,7 @@ def test_plans_of_random_batches(rows, routes, free, predicting, suffix):
         segments,
         routed,
         positions="predicting" if predicting else "answer",
-        suffix=suffix,
+        form=form,
         position_ids=batch.get("position_ids"),
     )
     assert plan.labels_N.ge(0).all() and len(plan.labels_N) == int(batch["labels"][:, 1:].ne(-100).sum())
@@ -126,7 +126,9 @@ def test_plans_of_random_batches(rows, routes, free, predicting, suffix):
     assert len(layout.output_position_E) == len(plan.reach_E)
     length = segments.shape[1]
     if isinstance(layout, FullLayout):
-        token = layout.row_R[:, None] * length + torch.arange(length)
+        row_R = torch.arange(segments.shape[0]) if layout.row_R is None else layout.row_R
+        assert len(row_R) == segments.shape[0] or form is EchoForm.ROWS
+        token = row_R[:, None] * length + torch.arange(length)
     else:
         token = layout.token_RA
     token = token.flatten()

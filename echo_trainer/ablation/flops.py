@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..layouts import FullLayout, SuffixLayout
+from ..layouts import EchoForm, FullLayout, SuffixLayout
 from ..losses import Distillation
 from ..passes import EchoSetup
 from ..plan import EchoPlan, make_plan
@@ -47,18 +47,19 @@ def step_sizes(rows: int, length: int, plan: EchoPlan) -> np.ndarray:
     if isinstance(layout, SuffixLayout):
         (echo_rows, own), keys = layout.token_RA.shape, layout.mask_RK.shape[1]
     elif isinstance(layout, FullLayout):
-        echo_rows, own, keys = len(layout.row_R), length, length
+        echo_rows = rows if layout.row_R is None else len(layout.row_R)
+        own, keys = length, length
     sizes[4:9] = 1, echo_rows * own, echo_rows * own * keys, len(plan.reach_E), len(plan.boundary_G)
     return sizes
 
 
-def count_coefficients(setup: EchoSetup, kd: Distillation, suffix: bool, positions: str, echo: bool) -> np.ndarray:
+def count_coefficients(setup: EchoSetup, kd: Distillation, form: EchoForm, positions: str, echo: bool) -> np.ndarray:
     """
     FLOPs per unit of each of `SIZES`, for forward and backward, by counting small random batches.
 
     Args:
         setup: the model and its echo parts (`plain_setup` where the echo is off).
-        kd, suffix, positions: as in training.
+        kd, form, positions: as in training.
         echo: whether to count echo passes.
 
     Returns:
@@ -70,7 +71,7 @@ def count_coefficients(setup: EchoSetup, kd: Distillation, suffix: bool, positio
     with torch.random.fork_rng():
         for number in range(_ECHO_BATCHES if echo else _BATCHES):
             examples = _random_examples(generator, setup.model.config.get_text_config().vocab_size)
-            inputs, plan = _batch(examples, generator, echo and number % 4 > 0, suffix, positions)
+            inputs, plan = _batch(examples, generator, echo and number % 4 > 0, form, positions)
             plan = plan.to(device)
             sizes = step_sizes(*inputs["input_ids"].shape, plan)
             with _Counter() as counter:
@@ -130,7 +131,7 @@ def _random_examples(generator: np.random.Generator, vocabulary: int) -> list[di
 
 
 def _batch(
-    examples: list[dict[str, Any]], generator: np.random.Generator, routed: bool, suffix: bool, positions: str
+    examples: list[dict[str, Any]], generator: np.random.Generator, routed: bool, form: EchoForm, positions: str
 ) -> tuple[dict[str, torch.Tensor], EchoPlan]:
     length = max(len(example["input_ids"]) for example in examples)
 
@@ -145,6 +146,6 @@ def _batch(
     routes = [routed and bool(generator.integers(2)) for _ in range(segments.n_documents)]
     if routed:
         routes[0] = True
-    plan = make_plan(segments, routes, positions=positions, suffix=suffix)
+    plan = make_plan(segments, routes, positions=positions, form=form)
     batch.pop("labels")
     return batch, plan

@@ -19,6 +19,7 @@ from trl import get_peft_config
 from .._version import __version__
 from ..cli.sft import make_parser
 from ..evaluation.evaluate import Record, Task, accuracy, evaluate_task
+from ..layouts import EchoForm
 from ..losses import Distillation
 from . import memory
 from .arms import ARMS
@@ -192,15 +193,21 @@ def _flops(bench: Workbench, adapter: str, trainer: AblationTrainer) -> dict[str
     if key not in bench.coefficients:  # whole numbers that depend on nothing else, so counted once
         setup = echo or plain_setup(trainer.model.get_base_model())
         kd = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
-        suffix = echo is not None and trainer.data_collator.suffix
+        form = _form(trainer)
         trainer.model.train()
-        bench.coefficients[key] = count_coefficients(setup, kd, suffix, args.echo_positions, echo is not None)
+        bench.coefficients[key] = count_coefficients(setup, kd, form, args.echo_positions, echo is not None)
     coefficients, sizes = bench.coefficients[key], trainer.sizes().sum(axis=0)
     return {
         "flops": float(sizes @ coefficients),
         "flops_sizes": dict(zip(SIZES, sizes.tolist(), strict=True)),
         "flops_coefficients": dict(zip(SIZES, coefficients.tolist(), strict=True)),
     }
+
+
+def _form(trainer: AblationTrainer) -> EchoForm:
+    """The form of the run's echo passes; whatever, where none ran."""
+    verdicts = trainer.pass_choice.verdicts if trainer.pass_choice is not None else {}
+    return next((verdict.form for verdict in verdicts.values()), EchoForm.ROWS)
 
 
 def _weights_hash(trainer: AblationTrainer) -> str:

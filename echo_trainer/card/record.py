@@ -47,6 +47,7 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
             "source_layers": trainer.echo.source_layers if trainer.echo else None,
             "target_layers": sorted({site.layer for site in trainer.echo.sites}) if trainer.echo else None,
             "pass": _echo_pass(trainer),
+            "proof": trainer.pass_choice.records() if trainer.pass_choice else None,
             **{name: getattr(args, name) for name in args.__dataclass_fields__ if name.startswith("echo_")},
         },
         "hyperparameters": hyperparameters(args),
@@ -138,13 +139,14 @@ def _adapter(config: Any) -> dict[str, Any] | None:
 
 
 def _echo_pass(trainer: Any) -> str | None:
-    """How the echo pass was computed."""
-    if trainer.echo is None:
+    """How the echo pass was computed; None with the echo off, and before the first step."""
+    if trainer.pass_choice is None or not trainer.pass_choice.verdicts:
         return None
-    if not trainer.data_collator.suffix:
-        return "full"
-    fallback = trainer.data_collator.fallback
-    return "suffix" if fallback is None else f"suffix; full for batches where {fallback}"
+    verdicts = trainer.pass_choice.verdicts.values()
+    forms = dict.fromkeys(str(verdict.form) for verdict in verdicts)
+    if len(forms) == 1:
+        return next(iter(forms))
+    return "; ".join(f"{verdict.form} for {verdict.kind}" for verdict in verdicts)
 
 
 def _compute(trainer: Any) -> dict[str, Any]:

@@ -11,16 +11,19 @@ that is all. Stage 2, only where a completion goes on after that, reads the rest
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..suffix_support import suffix_obstacle
+from ..compat.cache import cache_keyword
+from ..memory import is_out_of_memory
 from .generation import pad_token_id
 
+_sharing: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by model
 _WORTH_SHARING = 8  # tokens; below this another forward costs more than it saves
 
 
@@ -84,12 +87,53 @@ def score_rows(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     pad = pad_token_id(tokenizer)
-    long = [(b, o) for b, row in enumerate(rows) for o, ids in enumerate(row.sequences) if len(ids) > row.shared + 1]
-    sharing = suffix_obstacle(base) is None  # keys and values of a text do not depend on what follows it
-    if long and not sharing:
+    long = _long(rows)
+    if not long and _batch_prefix(rows) == 0:  # nothing to share
+        return _score_shared(model, base, pad, rows, long)
+    if not _shares_exactly(model, base, pad, rows):
         return _score_whole(model, base, pad, rows)
+    return _score_shared(model, base, pad, rows, long)
 
-    begin = _batch_prefix(rows) if sharing and not _slides(base) else 0
+
+def _shares_exactly(model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow]) -> bool:
+    """
+    Whether keys and values of a text may be used for what follows it: tried on the first rows that a model is given.
+
+    Scores with and without sharing must agree as far as rounding goes. Mixed states (linear attention), caches of
+    another kind and kernels of their own show here, whatever they are called.
+    """
+    if base not in _sharing:
+        few = [replace(row, sequences=row.sequences[:2]) for row in rows[:2]]
+        long = _long(few)
+        if not long and _batch_prefix(few) == 0:
+            return False  # nothing is shared in these, so they show nothing
+        whole = _score_whole(model, base, pad, few)
+        try:
+            shared = _score_shared(model, base, pad, few, long)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            _sharing[base] = False
+        else:
+            pairs = [pair for row in zip(shared, whole, strict=True) for pair in zip(*row, strict=True)]
+            roundoff = torch.finfo(base.dtype).eps / 2
+            _sharing[base] = all(
+                abs(a.log_likelihood - b.log_likelihood) <= 256 * roundoff * (b.n_tokens + abs(b.log_likelihood))
+                for a, b in pairs
+            )
+    return _sharing[base]
+
+
+def _long(rows: Sequence[TokenizedRow]) -> list[tuple[int, int]]:
+    """Completions that go on after the first token in which those of a row differ: (row, completion)."""
+    return [(b, o) for b, row in enumerate(rows) for o, ids in enumerate(row.sequences) if len(ids) > row.shared + 1]
+
+
+def _score_shared(
+    model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow], long: list[tuple[int, int]]
+) -> list[list[Score]]:
+    """The scores of a batch, each shared token computed once."""
+    begin = _batch_prefix(rows) if not _slides(base) else 0
     cache = DynamicCache() if long or begin else None
     if begin:
         ids_1P = torch.tensor([rows[0].sequences[0][:begin]], device=model.device)
@@ -209,7 +253,9 @@ def _logits(
 ) -> Tensor:
     """Logits of the last `keep` positions; the others are not computed where the model can leave them out."""
     known = inspect.signature(base.forward).parameters
-    options: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+    options: dict[str, Any] = {"use_cache": False}
+    if cache is not None:
+        options = {"use_cache": True, cache_keyword(base): cache}
     if "position_ids" in known:
         options["position_ids"] = position_ids
     if "logits_to_keep" in known:
