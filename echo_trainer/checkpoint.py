@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -36,26 +37,24 @@ class EchoCheckpointMixin:
     """Saving and loading for `EchoSFTTrainer`; relies on `self.echo` (an `EchoSetup`, or None with the echo off)."""
 
     echo: Any = None
-    _staging: str | None = None
-    _push_after_publishing = False
+    _push_after_publishing: Callable[[], None] | None = None
     _weights_of_step: int | None = None  # an earlier step than the last, where the best model was loaded
 
     # Checkpoints
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def write_checkpoint(self, write: Callable[[], None], run_dir: str) -> None:
         """Save a checkpoint into a staging folder, and rename it into its place once it is complete."""
-        run_dir = super()._get_output_dir(trial=trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging, final = os.path.join(run_dir, STAGING), os.path.join(run_dir, name)
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with clean_failure(staging, run_dir, final):
-            self._staging, self._push_after_publishing = staging, False
+            self.staging_folder, self._push_after_publishing = staging, None
             try:
-                super()._save_checkpoint(model, trial)
+                super().write_checkpoint(write, run_dir)
             finally:
-                self._staging = None
+                self.staging_folder = None
             self.state.best_model_checkpoint = self._best_checkpoint(run_dir, final)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -65,8 +64,8 @@ class EchoCheckpointMixin:
                 shutil.rmtree(staging)
                 rotate(run_dir, self.args.save_total_limit, [final, self.state.best_model_checkpoint])
         self.accelerator.wait_for_everyone()
-        if self._push_after_publishing:
-            self._push_from_checkpoint(final)
+        if self._push_after_publishing is not None:
+            self.push_checkpoint(final, self._push_after_publishing)
 
     def _best_checkpoint(self, run_dir: str, final: str) -> str | None:
         """The best checkpoint under its final name, also where the run's folder has another name than it had then."""
@@ -76,26 +75,21 @@ class EchoCheckpointMixin:
         named = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
         return named if named == final or os.path.isdir(named) else best
 
-    def _get_output_dir(self, trial: Any) -> str:
-        """The folder of the run; while a checkpoint is being saved, its staging folder."""
-        return self._staging or super()._get_output_dir(trial=trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def push_checkpoint(self, folder: str, push: Callable[[], None]) -> None:
         """Push a checkpoint; only after it has its final name."""
-        if self._staging:
-            self._push_after_publishing = True
+        if self.staging_folder:
+            self._push_after_publishing = push
         else:
-            super()._push_from_checkpoint(checkpoint_folder)
+            super().push_checkpoint(folder, push)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def wrote_optimizer(self, folder: str) -> None:
         """Save the echo networks with the optimizer state they belong to (skipped by `save_only_model`)."""
-        super()._save_optimizer_and_scheduler(output_dir)
         if self.echo is None:
             return
         state = whole_state(self.echo.networks)
         if self.args.should_save:
             metadata = {"echo": json.dumps(self._echo_options())}
-            save_file(state, os.path.join(output_dir, ECHO_WEIGHTS), metadata=metadata)
+            save_file(state, os.path.join(folder, ECHO_WEIGHTS), metadata=metadata)
 
     # Resuming
 
@@ -119,7 +113,7 @@ class EchoCheckpointMixin:
             raise ValueError(found[1])
         return found[0]
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def before_optimizer_loads(self, checkpoint: str | None) -> None:
         """Load the echo networks before the optimizer state that belongs to them."""
         if checkpoint is not None and self.accelerator.is_main_process:
             check_same_run(checkpoint, {"planned_steps": self.state.max_steps})
@@ -130,16 +124,15 @@ class EchoCheckpointMixin:
                 f"The checkpoint {checkpoint} was saved with the echo on, and this run has it off. Continue with the "
                 f"echo_* options of that run, or start a new run from its adapter."
             )
-        super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def run_epoch(self, run: Callable[[], None]) -> None:
         """Train an epoch; none where the run that is continued had already done its last step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        super().run_epoch(run)
 
-    def _load_best_model(self) -> None:
+    def load_best(self, load: Callable[[], None]) -> None:
         """Load the best adapter, and its echo networks where the checkpoint holds them; not a damaged one."""
         best = self.state.best_model_checkpoint
         why = [damage(best) if best and self.accelerator.is_main_process and os.path.isdir(best) else None]
@@ -151,7 +144,7 @@ class EchoCheckpointMixin:
                 why[0],
             )
             return
-        super()._load_best_model()
+        super().load_best(load)
         self._weights_of_step = self.state.best_global_step
         if self.echo is not None and best and os.path.isfile(os.path.join(best, ECHO_WEIGHTS)):
             self._load_echo_networks(best)

@@ -1,7 +1,6 @@
 """Collation at the moment of use: the trainer's side of the deferred collation that `collator.py` explains."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from .collator import PLAN_KEY, DeferredBatch, DraftPlan
@@ -22,19 +21,13 @@ class DeferredCollationMixin:
         """The training data loader; with the echo on it yields uncollated examples (see `collator.py`)."""
         if self.echo is None:
             return super().get_train_dataloader()
-        with self._uncollated():
-            return super().get_train_dataloader()
-
-    @contextmanager
-    def _uncollated(self) -> Iterator[None]:
-        collator, options = self.data_collator, self.accelerator.dataloader_config
-        self.data_collator, dispatch = DeferredBatch, options.dispatch_batches
-        if not dispatch:  # left out, accelerate would cut the batches of a stream up, and they are not tensors yet
-            options.dispatch_batches = False
+        collator, self.data_collator = self.data_collator, DeferredBatch
         try:
-            yield
+            # Left to itself, accelerate would cut the batches of a stream up, and they are not tensors yet.
+            with self.whole_batches():
+                return super().get_train_dataloader()
         finally:
-            self.data_collator, options.dispatch_batches = collator, dispatch
+            self.data_collator = collator
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, collated now, when the step is known, and planned."""
@@ -57,7 +50,7 @@ class DeferredCollationMixin:
             accumulation=args.gradient_accumulation_steps,
             world_size=args.world_size,
             rank=args.process_index,
-            batch_size=self._train_batch_size,
+            batch_size=self.state.train_batch_size,
         )
         for micro_batch, batch in enumerate(batches):
             draft = self.data_collator.draft(batch.examples, self.state.global_step, micro_batch)

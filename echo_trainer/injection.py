@@ -80,8 +80,8 @@ class Injection:
             if position_J is None:
                 raise ValueError(
                     f"The LoRA module {site.name!r} of layer {site.layer} returned {tuple(output.shape)} for "
-                    f"{min(self.position_by_count)} tokens, so an echo cannot be added token by token. Leave it out of "
-                    f"`target_modules`, or name other `echo_target_layers`."
+                    f"{min(self.position_by_count)} tokens, so an echo cannot be added token by token. Leave it out "
+                    f"of `target_modules`, or name other `echo_target_layers`."
                 )
             echo_Jo = self.delta[key].to(flat.dtype).index_select(0, self.segment_J)
             if key not in self.relative:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
+
+from .compat.peft import wraps_a_parameter
 
 # Share of the depth at which a 32-layer model has its source layers 24..27 and its target layers 4..7.
 SOURCE_DEPTHS = (24 / 32, 28 / 32)
@@ -83,7 +84,8 @@ def lora_sites(layer: nn.Module, index: int) -> list[EchoSite]:
         EchoSite(name, index, module, module.out_features)
         for name, module in layer.named_modules()
         if isinstance(module, LoraLayer)
-        and not isinstance(module, LoraEmbedding | ParamWrapper)
+        and not isinstance(module, LoraEmbedding)
+        and not wraps_a_parameter(module)
         and "experts" not in name.split(".")
         and any(adapter in module.lora_A for adapter in module.active_adapters)
     ]

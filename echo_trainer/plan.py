@@ -143,4 +143,3 @@ def _injections(segments: Segments, routed_S: Tensor, number_S: Tensor, position
     if positions == "predicting":
         inject_F[segments.boundary_S[routed_S]] = number_S[routed_S]
     return inject_F
-

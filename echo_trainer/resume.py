@@ -32,11 +32,12 @@ def run_facts(trainer: Any) -> dict[str, Any]:
     | `rows` | announced: another dataset |
     """
     args = trainer.args
+    batch = trainer.state.train_batch_size or args.train_batch_size
     return {
         "step": trainer.state.global_step,
         "planned_steps": trainer.state.max_steps,
         "processes": args.world_size,
-        "global_batch": args.world_size * trainer._train_batch_size * args.gradient_accumulation_steps,
+        "global_batch": args.world_size * batch * args.gradient_accumulation_steps,
         "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
         "adapter": _adapter(trainer.model),
         "learning_rate": args.learning_rate,

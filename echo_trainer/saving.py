@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ class EchoSavingMixin:
         if not self.is_fsdp_enabled or self.echo is None or (keeps_shards(self) and is_checkpoint(folder)):
             super().save_model(output_dir, _internal_call)
             return
-        self._save(folder, state_dict=whole_trainable_state(self.model))
+        self.save_state(folder, whole_trainable_state(self.model))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def write_model(self, output_dir: str, write: Callable[[str], None], state_dict: dict | None) -> None:
         """
         Save an ordinary PEFT adapter; outside checkpoints also the card and the record of the run.
 
@@ -40,11 +41,10 @@ class EchoSavingMixin:
             NonFiniteAdapterError: the adapter holds NaN or infinity; nothing was written.
             OSError: what was written is not what was trained.
         """
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
         adapters = trained_tensors(self.model, state_dict) if self.args.should_save else {}
         refuse_non_finite(adapters, self.args.output_dir)
         if is_checkpoint(output_dir):
-            super()._save(output_dir, state_dict=state_dict)
+            super().write_model(output_dir, write, state_dict)
             if self.args.should_save:
                 drop_pickle(output_dir)
             return
@@ -52,7 +52,7 @@ class EchoSavingMixin:
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         with clean_failure(staging, self.args.output_dir, output_dir):
-            super()._save(staging, state_dict=state_dict)
+            super().write_model(staging, write, state_dict)
             if not self.args.should_save:
                 return
             drop_pickle(staging)

@@ -9,7 +9,7 @@ import types
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from .head import LanguageModelHead, with_head
 from .lockstep import touch
@@ -55,7 +55,7 @@ def attach_networks(model: PeftModel, setup: EchoSetup) -> None:
 
 def detach_networks(model: object) -> None:
     """Take the echo networks off the model, so that it is the plain adapted model again."""
-    if ECHO_MODULE in getattr(model, "_modules", {}):
+    if isinstance(model, nn.Module) and hasattr(model, ECHO_MODULE):
         delattr(model, ECHO_MODULE)
 
 

@@ -22,10 +22,13 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from .checkpoint import EchoCheckpointMixin
 from .agreement import Agreement
+from .checkpoint import EchoCheckpointMixin
 from .collator import PLAN_KEY, EchoCollator
 from .compat.checkpointing import require_replay
+from .compat.identity import name_of
+from .compat.trainer import JointTrainer, require_joints
+from .compat.versions import warn_of_newer
 from .config import EchoSFTConfig
 from .config_checks import CKA
 from .deferred import DeferredCollationMixin
@@ -52,7 +55,7 @@ _NOT_FOR_THE_BACKBONE = ("labels", "shift_labels")
 
 
 class EchoSFTTrainer(
-    DeferredCollationMixin, GuardMixin, EchoCheckpointMixin, EchoSavingMixin, EchoHubMixin, SFTTrainer
+    DeferredCollationMixin, GuardMixin, EchoCheckpointMixin, EchoSavingMixin, EchoHubMixin, JointTrainer
 ):
     """
     Supervised fine-tuning with Echo-LoRA; a drop-in replacement for `trl.SFTTrainer`.
@@ -85,6 +88,8 @@ class EchoSFTTrainer(
     def __init__(self, *args: Any, **kwargs: Any):
         call = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         call.pop("self")
+        require_joints()
+        warn_of_newer()
         call["args"] = config = _as_echo_config(call.get("args"), call["model"])
         if config.echo_enabled:
             check_arguments(call["model"], call.get("peft_config"), call.get("compute_loss_func"))
@@ -129,16 +134,12 @@ class EchoSFTTrainer(
         in_step = needs_lockstep(self.accelerator, self.model)
         self.data_collator = EchoCollator(self.data_collator, args.echo_positions, lockstep=in_step)
         self.pass_choice = PassChoice(args.echo_pass, Agreement(), type(base).__name__, one_form=in_step)
-        logger.info(
-            "Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s.", sources, len(sites), targets
-        )
+        logger.info("Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s.", sources, len(sites), targets)
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Prepare a dataset as TRL does and say how many examples lost their answer to truncation."""
-        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if not packing and isinstance(dataset, Dataset):
-            warn_of_lost_answers(dataset_name, len(dataset), len(prepared), args.max_length)
-        return prepared
+    def dataset_prepared(self, name: str, given: Any, prepared: Any, packed: bool, max_length: int | None) -> None:
+        """Say how many examples lost their answer to truncation."""
+        if not packed and isinstance(given, Dataset):
+            warn_of_lost_answers(name, len(given), len(prepared), max_length)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """
@@ -177,7 +178,7 @@ class EchoSFTTrainer(
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plan = plan.to(inputs["input_ids"].device)
         backbone_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_BACKBONE}
-        if self.aux_loss_enabled:
+        if self.router_loss_weight is not None:
             backbone_inputs["output_router_logits"] = True
         output = model(**backbone_inputs, echo_plan=plan)
         if self._checks_loss_only() and plan.layout is not None:
@@ -190,12 +191,20 @@ class EchoSFTTrainer(
             loss = loss * self.accelerator.num_processes
         if "aux_loss" in output:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * output["aux_loss"] / steps
+            loss = loss + self.router_loss_weight * output["aux_loss"] / steps
         self._echo_metrics.add(output, plan, _input_tokens(inputs))
         if return_outputs:
             with torch.no_grad():
                 return loss, model(**backbone_inputs)
         return loss
+
+    @property
+    def router_loss_weight(self) -> float | None:
+        """Weight of the load-balancing loss of a mixture of experts, by TRL's rule; None where there is none."""
+        config = self.model.config.get_text_config()
+        weight = self.args.router_aux_loss_coef
+        weight = getattr(config, "router_aux_loss_coef", 0.0) if weight is None else weight
+        return weight if weight and hasattr(config, "output_router_logits") else None
 
     def create_optimizer(self, *args: Any, **kwargs: Any):
         """TRL's optimizer; with `echo_learning_rate` the echo networks get parameter groups of their own."""
@@ -220,8 +229,8 @@ class EchoSFTTrainer(
         if self.echo is not None and ("loss" in logs or "train_runtime" in logs):
             metrics = self._echo_metrics.drain(self.accelerator)
             if metrics:
-                self._total_train_tokens += int(metrics.pop("input_tokens"))
-                logs.update(metrics, num_tokens=self._total_train_tokens)
+                self.tokens_trained_on += int(metrics.pop("input_tokens"))
+                logs.update(metrics, num_tokens=self.tokens_trained_on)
         super().log(logs, start_time)
 
 
@@ -229,7 +238,7 @@ def _as_echo_config(args: Any, model: Any) -> EchoSFTConfig:
     if isinstance(args, EchoSFTConfig):
         return args
     if args is None:
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+        name = model if isinstance(model, str) else name_of(model.config) or "model"
         return EchoSFTConfig(f"{name.rstrip('/').split('/')[-1]}-Echo-SFT")
     if not isinstance(args, TrainingArguments):
         raise TypeError(

@@ -25,7 +25,7 @@ _SMALL: dict[str, Any] = {
     # Passes are compared, so nothing may be drawn.
     "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dropout": 0.0, "attention_dropout": 0.0,
     "hidden_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0,
-    "layerdrop": 0.0, "resid_dropout": 0.0, "embedding_dropout": 0.0, "embd_dropout": 0.0, "summary_first_dropout": 0.0,
+    "layerdrop": 0.0, "resid_dropout": 0.0, "embedding_dropout": 0.0, "embd_dropout": 0.0,
 }  # fmt: skip
 _MLA = {"num_key_value_heads": 4}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2, "mamba_n_groups": 1,

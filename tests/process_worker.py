@@ -20,6 +20,7 @@ from training import echo_trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from echo_trainer import passes, step
+from echo_trainer.compat.cache import PrefixCache
 from echo_trainer.gathering import whole_state
 from echo_trainer.routing import RoutingSchedule
 
@@ -50,11 +51,13 @@ def silent_rows(n: int, world: int) -> list[dict]:
 
 def settings_of(case: str, world: int, compared: int) -> dict:
     """Arguments of `training.echo_trainer` for a case, run by `world` processes, `compared` in the run it is for."""
-    if case == "equal":
+    if case in ("equal", "differs"):
         accumulation = 1 if world == 1 else 2
         return {
             **SHARED, "max_steps": 3, "optim": "sgd", "gradient_accumulation_steps": accumulation,
             "per_device_train_batch_size": 8 // accumulation // world,
+            # What the processes must do when the rows of one of them prove that the suffix pass is not exact.
+            **({"echo_pass": "full"} if case == "differs" and world == 1 else {}),
         }  # fmt: skip
     if case in ("silent", "fading"):
         return {
@@ -95,6 +98,8 @@ def run(case: str, output: Path, world: int, compared: int | None = None, **more
     folder = output / case
     seen = {"routes": {}, "echo_passes": 0, "saves": 0}
     undo = _watch(seen)
+    if case == "differs" and world > 1 and int(os.environ["RANK"]) == world - 1:
+        undo = _disturb(undo)
     try:
         trainer = build(case, folder, world, compared or world, **more)
         resume = (
@@ -102,6 +107,8 @@ def run(case: str, output: Path, world: int, compared: int | None = None, **more
         )
         trainer.train(resume_from_checkpoint=resume)
         seen["lockstep"] = trainer.data_collator.lockstep
+        seen["forms"] = [str(verdict.form) for verdict in trainer.pass_choice.verdicts.values()]
+        seen["against"] = [verdict.against for verdict in trainer.pass_choice.verdicts.values()]
         saves = seen["saves"]
         trainer.save_model(folder / "final")
         seen["saves"] -= saves
@@ -143,6 +150,23 @@ def _watch(seen: dict):
         RoutingSchedule.draw, step.run_echo_pass, PeftModel.save_pretrained = draw, run_echo_pass, save
 
     return undo
+
+
+def _disturb(undo):
+    """Make what the suffix pass reads wrong in this process; returns a function that undoes it, too."""
+    update = PrefixCache.update
+
+    def wrong(self, *args, **kwargs):
+        keys, values = update(self, *args, **kwargs)
+        return keys, values * 1.01
+
+    PrefixCache.update = wrong
+
+    def both():
+        undo()
+        PrefixCache.update = update
+
+    return both
 
 
 def pretend_accelerators() -> None:

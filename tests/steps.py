@@ -5,8 +5,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from echo_trainer.collator import EchoCollator
 from echo_trainer.layers import decoder_layers, find_sites, resolve_layers
-from echo_trainer.losses import Distillation
 from echo_trainer.layouts import EchoForm
+from echo_trainer.losses import Distillation
 from echo_trainer.network import EchoNetworks
 from echo_trainer.passes import EchoSetup
 from echo_trainer.proof import observe

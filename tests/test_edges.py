@@ -96,7 +96,7 @@ def test_a_mask_of_ones_own_runs_the_full_pass_and_says_so(tmp_path, caplog):
     full.train()
     assert losses(trainer) == losses(full)
     strict = echo_trainer(tmp_path / "strict", echo_pass="suffix", **kwargs)
-    with pytest.raises(ValueError, match="echo_pass='suffix' is not exact .* attention mask of 4 dimensions"):
+    with pytest.raises(ValueError, match=r"echo_pass='suffix' is not exact .* attention mask of 4 dimensions"):
         strict.train()
 
 

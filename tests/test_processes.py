@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 DEADLINE = process_worker.DEADLINE + 60
 
-DDP_CASES = ["equal", "stream", "silent", "uneven", "whole", "resumed"]
-SHARDED_CASES = ["equal", "fading", "whole-sharded", "resumed-sharded"]
-ALL_CASES = ["equal", "stream", "silent", "fading", "uneven", "whole", "resumed"]
+DDP_CASES = ["equal", "differs", "stream", "silent", "uneven", "whole", "resumed"]
+SHARDED_CASES = ["equal", "differs", "fading", "whole-sharded", "resumed-sharded"]
+ALL_CASES = ["equal", "differs", "stream", "silent", "fading", "uneven", "whole", "resumed"]
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 ENGINES = [
@@ -135,6 +135,17 @@ def assert_same_training(launch: Launch, alone, case: str) -> None:
 def test_equals_one_process(launch, alone):
     """Invariant 3: batch 8 = 2 processes x batch 2 x accumulation 2 (4 processes x batch 1 x accumulation 2)."""
     assert_same_training(launch, alone, launch.case("equal"))
+
+
+def test_one_process_whose_rows_differ_decides_for_all(launch, alone):
+    """The suffix pass is wrong in the last process only; every process runs the full pass, and says so alike."""
+    case = launch.case("differs")
+    ranks = launch.ranks(case)
+    assert [rank["forms"] for rank in ranks] == [["full"]] * launch.world
+    assert all(rank["against"] == ranks[0]["against"] for rank in ranks)
+    assert "final states differ by" in ranks[0]["against"][0][0]
+    assert [rank["forms"] for rank in launch.ranks("equal")] == [["suffix"]] * launch.world
+    assert_same_training(launch, alone, case)
 
 
 def test_stream_equals_one_process(launch, alone):

@@ -100,7 +100,13 @@ label_rows = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_s
 
 
 @settings(max_examples=300, deadline=None)
-@given(rows=label_rows, routes=st.integers(0, 31), free=st.booleans(), predicting=st.booleans(), form=st.sampled_from(EchoForm))
+@given(
+    rows=label_rows,
+    routes=st.integers(0, 31),
+    free=st.booleans(),
+    predicting=st.booleans(),
+    form=st.sampled_from(EchoForm),
+)
 def test_plans_of_random_batches(rows, routes, free, predicting, form):
     """Whatever the labels: every plan is consistent, and no position receives an echo from a later boundary."""
     examples = [example(*row) for row in rows]

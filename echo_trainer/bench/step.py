@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from ..compat.building import random_model as made_at_random
 from ..config import EchoSFTConfig
 from ..trainer import EchoSFTTrainer
 from .tokenizer import placeholder_tokenizer
@@ -111,9 +112,10 @@ class Stepper:
         trainer = self.trainer
         if options.checkpointing:
             trainer.model.activation_checkpointing_enable()
-        trainer.state.max_steps = options.rounds
+        trainer.state.max_steps, trainer.state.train_batch_size = options.rounds, options.batch
         trainer.create_optimizer()
         self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.model_wrapped = self.model
         trainer.current_gradient_accumulation_steps = 1
         self.examples = list(iter(trainer.get_train_dataloader()))
 
@@ -176,6 +178,5 @@ def random_model(options: BenchOptions, device: torch.device) -> LlamaForCausalL
     torch.manual_seed(0)
     length = options.prompt + options.answer
     config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=max(2048, length), pad_token_id=0)
-    with device:
-        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, options.dtype))
+    model = made_at_random(LlamaForCausalLM, config, device, getattr(torch, options.dtype))
     return model.requires_grad_(False)

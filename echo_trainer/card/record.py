@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..compat.identity import commit_of, fingerprint_of, name_of
 from ..config import TOKEN_FIELDS
 from ..hub.files import id_from_cache, is_local
 from .prompt_format import example, prompt_format
@@ -56,7 +57,7 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
             "n_train": _length(trainer.train_dataset),
             "n_eval": _length(trainer.eval_dataset),
             "max_length": args.max_length,
-            "fingerprint": getattr(trainer.train_dataset, "_fingerprint", None),
+            "fingerprint": fingerprint_of(trainer.train_dataset),
             "revision": _data_revision(trainer.train_dataset),
         },
         "prompt_format": None if args.card_prompt == "none" else prompt_format(*data),
@@ -96,12 +97,12 @@ def hyperparameters(args: Any) -> dict[str, Any]:
 def _base(model: Any) -> dict[str, Any]:
     from ..resources import QUICKSTART_BASE
 
-    name = getattr(model.config, "_name_or_path", "") or None
+    name = name_of(model.config)
     found = {"base_model": None, "base_model_type": model.config.model_type, "base_revision": None, "license": None,
              "base_is_quickstart": bool(name) and Path(name).resolve() == QUICKSTART_BASE}  # fmt: skip
     hub_id = id_from_cache(name) or (None if is_local(name) else name)
     if hub_id:
-        found |= {"base_model": hub_id, "base_revision": getattr(model.config, "_commit_hash", None)}
+        found |= {"base_model": hub_id, "base_revision": commit_of(model.config)}
     # The quickstart's base is part of this package.
     found["license"] = "apache-2.0" if found["base_is_quickstart"] else _license(hub_id, None if hub_id else name)
     return found

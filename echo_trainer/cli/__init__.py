@@ -17,6 +17,7 @@ _COMMANDS = {
     "push": (".push", "push a finished run to the Hub, and compare every checksum"),
     "ablate": (".ablate", "measure which part of Echo-LoRA makes a difference: arms x seeds, paired"),
     "recipes": (".recipe", "list the recipes that ship with the package"),
+    "env": (".env", "print versions, device and kernels: the first thing to paste into a report"),
 }
 
 _USAGE = """usage: echo-trainer COMMAND [options]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 CHECK = """\
 Say for each serving engine whether it will serve the adapter as it was trained, refuse it, or serve something else
@@ -47,7 +48,7 @@ examples:
 _BASE_HELP = "the base model: a folder, or a name on the Hub (default: the name in the adapter's config)"
 
 
-def add_check_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_check_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command ``check``; its handler returns the exit status."""
     parser = _parser(subparsers, "check", "will an engine serve this adapter as it was trained?", CHECK, CHECK_END)
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a PEFT adapter")
@@ -64,7 +65,7 @@ def add_check_parser(subparsers: argparse._SubParsersAction) -> argparse.Argumen
     return parser
 
 
-def add_export_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_export_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command ``export``; its handler returns the exit status."""
     parser = _parser(subparsers, "export", "write an adapter in a form that a server wants", EXPORT, EXPORT_END)
     parser.usage = "%(prog)s (--portable | --merged | --lora | --gguf) [options] ADAPTER OUT"

@@ -49,7 +49,7 @@ def within_recompute(layer: nn.Module, context: Callable[[], AbstractContextMana
 
 @contextmanager
 def cache_kept(layer: nn.Module) -> Iterator[None]:
-    """Let a checkpointed layer keep its cache, which it loses otherwise for fear of a second update; ours mind none."""
+    """Let a checkpointed layer keep its cache, which is taken from it for fear of a second update; ours mind none."""
     layer._can_checkpoint_with_cache = True
     try:
         yield

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..compat.identity import commit_of
+
 _SAMPLED_ABOVE = 1 << 30  # bytes; larger weight files are hashed in part
 _CHUNK = 1 << 20
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
@@ -176,7 +178,7 @@ def _digest(name: str, model: Any) -> dict[str, Any]:
     folder = Path(name)
     if not folder.is_dir():
         if model is not None:
-            return {"revision": getattr(model.config, "_commit_hash", None)}
+            return {"revision": commit_of(model.config)}
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(name, "adapter_config.json")  # .../snapshots/COMMIT/adapter_config.json

@@ -94,12 +94,13 @@ def use_timeout(seconds: float) -> None:
     """Give huggingface_hub's shared HTTP client, which waits for ever, a timeout. Stays in force in this process."""
     global _timeout_seconds
     from huggingface_hub import get_session, set_client_factory
-    from huggingface_hub.utils import _http
+
+    from ..compat.hub_client import client_factory
 
     first, _timeout_seconds = _timeout_seconds is None, seconds
     if first:
         # The factory as well: the library makes a new client after a refused connection.
-        make = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)  # perhaps the user's own
+        make = client_factory()  # perhaps the user's own
 
         def make_with_timeout() -> Any:
             client = make()

@@ -4,8 +4,8 @@ Overrides of `transformers.Trainer`, each for one reason:
 
 - `init_hf_repo`: a Hub that cannot be reached before training is a warning, not the end of the run.
 - `push_to_hub`: local save first, then `echo_trainer.hub.push.push_folder`.
-- `_push_from_checkpoint`: the same list of files and the same care, in the background.
-- `_finish_current_push`: says what became of the background pushes.
+- `push_checkpoint`: the same list of files and the same care, in the background.
+- `finish_pushes`: says what became of the background pushes.
 - `train`: leaves the newest adapter on the Hub, also with `hub_strategy="end"` or when a background push failed.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -94,7 +95,7 @@ class EchoHubMixin:
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self._finish_current_push()
+        self.finish_pushes(lambda: None)
 
         def push() -> Pushed:
             return push_folder(
@@ -134,7 +135,7 @@ class EchoHubMixin:
     def _hub_name(self) -> str:
         return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def push_checkpoint(self, checkpoint_folder: str, push: Callable[[], None]) -> None:
         """Push a checkpoint in the background; left out while another is on its way, unless `hub_always_push`."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
@@ -143,11 +144,11 @@ class EchoHubMixin:
             return  # `train` makes up for it in the end, if no later one does
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         try:
-            push = self._checkpoint_push(checkpoint_folder)
+            ours = self._checkpoint_push(checkpoint_folder)
         except PushError as error:
             logger.error("%s", error)
         else:
-            self._in_background(f"the push of {Path(checkpoint_folder).name}", push, checkpoint_folder)
+            self._in_background(f"the push of {Path(checkpoint_folder).name}", ours, checkpoint_folder)
 
     def _checkpoint_push(self, checkpoint_folder: str) -> Any:
         """
@@ -207,7 +208,7 @@ class EchoHubMixin:
         for note in pushed.notes:
             logger.warning("%s", note)
 
-    def _finish_current_push(self) -> None:
+    def finish_pushes(self, finish: Callable[[], None]) -> None:
         """Wait for the background pushes, and say again which of them failed."""
         jobs, self._hub_jobs = self._hub_jobs, ()
         if any(not job.done() for _, job in jobs):

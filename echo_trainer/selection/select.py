@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat.identity import name_of
 from .cka import consecutive_cka, is_constant
 from .representations import POOLINGS, base_model_of, collect_representations, find_blocks, is_encoder
 from .samples import draw_rows, encode_row, make_batches
@@ -248,5 +249,5 @@ def select_layers(
         representations, ratio=ratio, debiased=debiased, exclude=exclude, n_bootstrap=n_bootstrap, seed=seed
     )
     selection.pooling, selection.final_norm = pooling, final_norm
-    selection.blocks_path, selection.model = blocks.path, getattr(config, "_name_or_path", None) or None
+    selection.blocks_path, selection.model = blocks.path, name_of(config)
     return selection

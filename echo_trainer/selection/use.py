@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.peft import targets
 from ..layers import decoder_layers, lora_sites
 from .representations import base_model_of, find_blocks
 from .select import LayerSelection, select_layers
@@ -103,12 +104,11 @@ def _matches(name: str, targets: Sequence[str]) -> bool:
 def _reached(base: nn.Module, fields: dict[str, Any]) -> set[str]:
     """The modules that PEFT itself would adapt with these fields."""
     from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
 
     config = LoraConfig(**fields)
     wrapped = tuple(f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer"))
     names = [name for name, _ in base.named_modules() if not name.startswith(wrapped)]
-    return {name for name in names if check_target_module_exists(config, name)}
+    return {name for name in names if targets(config, name)}
 
 
 def echo_layers(selection: LayerSelection, *, adapted: Sequence[int] | None = None) -> tuple[list[int], list[int]]:

@@ -110,19 +110,19 @@ class Adapter:
 
     def targets(self, path: str) -> bool:
         """Whether PEFT, loading this config, adapts the module at ``path``."""
-        from peft.tuners.tuners_utils import check_target_module_exists
+        from ..compat.peft import targets
 
         names = ("exclude_modules", "modules_to_save", "target_parameters", "layers_to_transform", "layers_pattern")
         config = SimpleNamespace(**{name: self.config.get(name) for name in names})
         config.target_modules = self.config.get("target_modules") or []
-        return bool(check_target_module_exists(config, path))
+        return targets(config, path)
 
     def _by_pattern(self, pattern_name: str, default_name: str, module: LoraModule) -> Any:
-        from peft.utils.other import get_pattern_key
+        from ..compat.peft import pattern_key
 
         pattern = self.config.get(pattern_name) or {}
         # 8 is PEFT's default for both r and lora_alpha
-        return pattern.get(get_pattern_key(pattern.keys(), module.path), self.config.get(default_name, 8))
+        return pattern.get(pattern_key(pattern.keys(), module.path), self.config.get(default_name, 8))
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -228,12 +228,14 @@ def read_base(base: Any, download: bool = False) -> Base:
     """
     import torch
     import transformers
-    from transformers.modeling_utils import set_zero3_state
+
+    from ..compat.building import empty_model
+    from ..compat.identity import name_of
 
     if isinstance(base, torch.nn.Module):
         model = base.get_base_model() if hasattr(base, "get_base_model") else base
-        return _shapes_of(model, getattr(model.config, "_name_or_path", "") or type(model).__name__)
-    name = getattr(base, "_name_or_path", "") or type(base).__name__
+        return _shapes_of(model, name_of(model.config) or type(model).__name__)
+    name = name_of(base) or type(base).__name__
     if isinstance(base, str | Path):
         name = str(base)
         try:
@@ -243,12 +245,8 @@ def read_base(base: Any, download: bool = False) -> Base:
                 f"The config of the base model '{name}' cannot be read ({str(error).splitlines()[0]}). Give a folder "
                 f"with a config.json, or a name on the Hub that is reachable or already in the local cache."
             ) from error
-    architecture = (getattr(base, "architectures", None) or [""])[0]
-    build = getattr(getattr(transformers, architecture, None), "_from_config", None)
     try:
-        # In a run with ZeRO-3 transformers would build it on every process, and only the main process is here.
-        with torch.device("meta"), set_zero3_state():
-            model = build(base) if build else transformers.AutoModelForCausalLM.from_config(base)
+        model = empty_model(base)
     except ValueError as error:
         raise AdapterError(f"'{name}' is no causal language model that this transformers knows: {error}") from error
     return _shapes_of(model, name)

@@ -106,6 +106,8 @@ def with_adapter(model: Any, adapter: Adapter, **options: Any) -> Any:
     """
     from peft import PeftModel
 
+    from ..compat.identity import name_of
+
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # looked at below
@@ -113,7 +115,7 @@ def with_adapter(model: Any, adapter: Adapter, **options: Any) -> Any:
             # Once more, since only this call says which keys of the file found their place.
             loaded = model.load_adapter(adapter.folder, "default", **options)
     except (RuntimeError, ValueError, KeyError) as error:
-        base = getattr(model.config, "_name_or_path", "") or "this base"
+        base = name_of(model.config) or "this base"
         raise AdapterError(f"PEFT cannot load '{adapter.folder}' on {base}: {_in_a_line(error)} Give the base that "
                            f"the adapter was trained on, or save the adapter again.") from error  # fmt: skip
     refuse_partly_loaded(adapter, model, loaded.missing_keys, loaded.unexpected_keys)

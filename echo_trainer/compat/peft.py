@@ -1,0 +1,34 @@
+"""Which modules a LoRA configuration is about, as PEFT decides it.
+
+Not public, seen in peft 0.21: `tuners.lora.layer.ParamWrapper` (LoRA on a bare parameter, such as fused experts),
+`tuners.tuners_utils.check_target_module_exists` and `utils.other.get_pattern_key`. The last two decide what an adapter
+does to a model, so where they are gone the import fails by name. Without `ParamWrapper` no module is one.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+
+def wraps_a_parameter(module: nn.Module) -> bool:
+    """Whether a LoRA layer adapts a bare parameter: its inputs are not tokens in the order of the sequence."""
+    try:
+        from peft.tuners.lora.layer import ParamWrapper
+    except ImportError:
+        return False
+    return isinstance(module, ParamWrapper)
+
+
+def targets(config: Any, path: str) -> bool:
+    """Whether PEFT, with this LoRA configuration, adapts the module at `path`."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return bool(check_target_module_exists(config, path))
+
+
+def pattern_key(patterns: Iterable[str], path: str) -> str:
+    """The key of a rank or alpha pattern that is about the module at `path`; `path` itself where none is."""
+    from peft.utils.other import get_pattern_key
+
+    return get_pattern_key(patterns, path)

@@ -1,0 +1,163 @@
+"""`JointTrainer`: `trl.SFTTrainer` with public names for the private joints that this package needs.
+
+Each override below calls one method with a public name, whose default does what TRL does; `EchoSFTTrainer` overrides
+those. Seen in trl 1.16 with transformers 5.23 and 5.24. A joint that is gone is named when a trainer is built, since
+what hangs on it would be lost without a word; `_total_train_tokens` is the exception: without it `num_tokens` is
+counted by ourselves.
+
+| private | of | why there is no public way |
+|---|---|---|
+| `_save_checkpoint` | transformers | a checkpoint must appear whole; callbacks come after it is written |
+| `_get_output_dir` | transformers | where a checkpoint is written, for the staging folder |
+| `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler` | transformers | the echo networks belong to them |
+| `_load_best_model` | transformers | must not load a damaged checkpoint, and must load the echo networks |
+| `_run_epoch` | transformers | none may begin where a resumed run had done its last step |
+| `_push_from_checkpoint`, `_finish_current_push` | transformers | pushes only listed files, and says what failed |
+| `_save` | transformers | the final adapter is verified before it gets its name |
+| `_prepare_dataset` | trl | counts the examples that lose their answer |
+| `_total_train_tokens` | trl | `num_tokens` goes on where it was after a resume |
+| `accelerator.dataloader_config` | accelerate | an option that TrainingArguments cannot leave open for one loader |
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import transformers
+import trl
+from trl import SFTTrainer
+
+_JOINTS = (
+    "_save_checkpoint", "_get_output_dir", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler",
+    "_load_best_model", "_run_epoch", "_push_from_checkpoint", "_finish_current_push", "_save", "_prepare_dataset",
+)  # fmt: skip
+
+
+def require_joints(trainer_class: type = SFTTrainer) -> None:
+    """
+    Make sure that every private method that is overridden is still there to be called.
+
+    Raises:
+        RuntimeError: some are gone; the message names them and the installed versions.
+    """
+    gone = [name for name in _JOINTS if not callable(getattr(trainer_class, name, None))]
+    if gone:
+        raise RuntimeError(
+            f"This version of echo_trainer overrides {', '.join(gone)} of trl.SFTTrainer, which trl {trl.__version__} "
+            f"with transformers {transformers.__version__} does not have any more; checkpoints, adapters or pushes "
+            f"would go wrong without a word. Install the tested versions (`echo-trainer env` names them), or a newer "
+            f"echo_trainer."
+        )
+
+
+class JointTrainer(SFTTrainer):
+    """See the module's docstring."""
+
+    staging_folder: str | None = None
+    """Where the Trainer writes a checkpoint, in place of the run's folder; None outside of `write_checkpoint`."""
+
+    # What `EchoSFTTrainer` overrides
+
+    def write_checkpoint(self, write: Callable[[], None], run_dir: str) -> None:
+        """Write a checkpoint of the current step into `run_dir`; `write` does what the Trainer does."""
+        write()
+
+    def wrote_optimizer(self, folder: str) -> None:
+        """The optimizer's state was written into `folder`."""
+
+    def before_optimizer_loads(self, checkpoint: str | None) -> None:
+        """The optimizer's state is about to be loaded from `checkpoint` (None: training begins anew)."""
+
+    def after_optimizer_loaded(self, checkpoint: str | None) -> None:
+        """The optimizer's state was loaded."""
+
+    def load_best(self, load: Callable[[], None]) -> None:
+        """Load the best checkpoint; `load` does what the Trainer does."""
+        load()
+
+    def run_epoch(self, run: Callable[[], None]) -> None:
+        """Train an epoch; `run` does what the Trainer does."""
+        run()
+
+    def push_checkpoint(self, folder: str, push: Callable[[], None]) -> None:
+        """Push a checkpoint; `push` does what the Trainer does."""
+        push()
+
+    def finish_pushes(self, finish: Callable[[], None]) -> None:
+        """Wait for pushes in the background; `finish` does what the Trainer does."""
+        finish()
+
+    def write_model(self, folder: str, write: Callable[[str], None], state_dict: dict | None) -> None:
+        """Write model and tokenizer into `folder`; `write` does what the Trainer does, into the folder it is given."""
+        write(folder)
+
+    def dataset_prepared(self, name: str, given: Any, prepared: Any, packed: bool, max_length: int | None) -> None:
+        """TRL has tokenised a dataset. Called while the trainer is being built."""
+
+    def save_state(self, folder: str, state_dict: dict) -> None:
+        """Write a model whose tensors an engine has gathered; goes through `write_model`."""
+        self._save(folder, state_dict=state_dict)
+
+    @contextmanager
+    def whole_batches(self) -> Iterator[None]:
+        """Data loaders made inside hand batches on as they are, unless the user wants them dispatched."""
+        options = self.accelerator.dataloader_config
+        before = options.dispatch_batches
+        if not before:
+            options.dispatch_batches = False
+        try:
+            yield
+        finally:
+            options.dispatch_batches = before
+
+    @property
+    def tokens_trained_on(self) -> int:
+        """Real tokens of all steps so far, over all processes (`num_tokens` in the log)."""
+        return getattr(self, "_total_train_tokens", 0)
+
+    @tokens_trained_on.setter
+    def tokens_trained_on(self, count: int) -> None:
+        self._total_train_tokens = count
+
+    # The joints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = super()._get_output_dir(trial=trial)
+        self.write_checkpoint(partial(super()._save_checkpoint, model, trial), run_dir)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.staging_folder or super()._get_output_dir(trial=trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.wrote_optimizer(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.before_optimizer_loads(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.after_optimizer_loaded(checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.load_best(super()._load_best_model)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.run_epoch(partial(super()._run_epoch, *args, **kwargs))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.push_checkpoint(checkpoint_folder, partial(super()._push_from_checkpoint, checkpoint_folder))
+
+    def _finish_current_push(self) -> None:
+        self.finish_pushes(super()._finish_current_push)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        self.write_model(folder, partial(super()._save, state_dict=state_dict), state_dict)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_dataset(dataset, *args, **kwargs)
+        names = ("processing_class", "args", "packing", "formatting_func", "dataset_name")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        name, length = given.get("dataset_name", "train"), getattr(given.get("args"), "max_length", None)
+        self.dataset_prepared(name, dataset, prepared, bool(given.get("packing")), length)
+        return prepared

@@ -1,0 +1,345 @@
+"""The proof at the first step: what is exact is used, what is not is not, and the run does not notice."""
+
+import contextlib
+import json
+import logging
+
+import pytest
+import torch
+from made_up import made_up_model
+from models import DEPTH, adapted, conversation_rows, lora_config, prompt_completion_rows, tiny_model
+from steps import (
+    assert_same_gradients,
+    echo_setup,
+    packed_example,
+    padded_collator,
+    padding_free_collator,
+    planned_batch,
+    random_examples,
+    step_gradients,
+)
+from training import DATA_FORMS, adapter, all_parameters, assert_equal, echo_trainer, losses
+
+from echo_trainer.agreement import Agreement
+from echo_trainer.collator import EchoCollator
+from echo_trainer.layouts import EchoForm
+from echo_trainer.pass_choice import PassChoice, Verdict
+from echo_trainer.proof import ProofResult, observe, prove
+from echo_trainer.proof_rows import no_trace, proof_inputs
+from echo_trainer.routing import RoutingSchedule
+
+
+def made_up_trainer(folder, fault, **settings):
+    lora = lora_config(init_lora_weights=True, target_modules=["qkv_proj", "o_proj", "up_proj", "down_proj"])
+    return echo_trainer(folder, model=made_up_model(fault), lora=lora, gradient_checkpointing=False, **settings)
+
+
+def forms(trainer):
+    return [verdict.form for verdict in trainer.pass_choice.verdicts.values()]
+
+
+def test_a_renamed_cache_argument_is_served(tmp_path):
+    """Nothing knows `kv_store`, `blocks`, `to_words` or this family's rule for logits; the suffix pass is exact."""
+    trainer = made_up_trainer(tmp_path, "none")
+    trainer.train()
+    assert forms(trainer) == [EchoForm.SUFFIX]
+    assert trainer.echo.cache.layer == trainer.echo.cache.backbone == "kv_store"
+    full = made_up_trainer(tmp_path / "full", "none", echo_pass="full")
+    full.train()
+    assert forms(full) == [EchoForm.ROWS]
+    torch.testing.assert_close(losses(trainer), losses(full), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+def test_gradients_of_a_renamed_family(checkpointing):
+    model = adapted(made_up_model(), target_modules=["qkv_proj", "o_proj", "up_proj", "down_proj"]).double().train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.get_base_model().activation_checkpointing_enable()
+    setup = echo_setup(model)
+    gradients = [
+        step_gradients(model, setup, *planned_batch(random_examples(4, seed=2), suffix=suffix))[1]
+        for suffix in (False, True)
+    ]
+    assert_same_gradients(*gradients, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("ignores the cache", "final states differ by"),
+        ("wrong by 1e-2", "final states differ by"),
+        ("asks", "AttributeError: 'KeyValueRecord' object has no attribute 'running_average'"),
+        ("no cache, please", "NotImplementedError: this family has no use for a cache"),
+    ],
+)
+def test_faults_run_the_full_pass_and_say_why(tmp_path, caplog, fault, words):
+    trainer = made_up_trainer(tmp_path / "auto", fault)
+    trainer.train()
+    assert forms(trainer) == [EchoForm.ROWS]
+    said = [r.getMessage() for r in caplog.records if "runs whole sequences" in r.getMessage()]
+    assert len(said) == 1 and words in said[0]
+    full = made_up_trainer(tmp_path / "full", fault, echo_pass="full")
+    full.train()
+    assert losses(trainer) == losses(full)
+    assert_equal(adapter(trainer), adapter(full))
+    with pytest.raises(ValueError, match=r"echo_pass='suffix' is not exact for MadeUpForCausalLM on padded rows"):
+        made_up_trainer(tmp_path / "suffix", fault, echo_pass="suffix").train()
+
+
+def test_a_model_that_mixes_rows_runs_whole_batches(tmp_path):
+    """Its routed rows alone are other rows; only the batch as it was is the plain pass again."""
+    trainer = made_up_trainer(tmp_path, "mixes rows", max_steps=2)
+    trainer.train()
+    assert forms(trainer) == [EchoForm.BATCH]
+    assert trainer.state.log_history[0]["echo/kd"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("sees ahead", "MadeUpForCausalLM is no causal model"),
+        ("head by position", "The logits that MadeUpForCausalLM computes are not those of its output embeddings"),
+        ("random", "No echo pass is exact for MadeUpForCausalLM on padded rows"),
+    ],
+)
+def test_what_no_pass_can_serve_is_refused_by_name(tmp_path, fault, words):
+    trainer = made_up_trainer(tmp_path, fault)
+    before = all_parameters(trainer)
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+    assert_equal(before, all_parameters(trainer))
+    assert trainer.state.global_step == 0
+
+
+def test_models_that_see_both_ways_are_refused(tmp_path):
+    from families import family_model
+
+    for family in ("bert", "roberta"):
+        with pytest.raises(ValueError, match="is no causal model"):
+            echo_trainer(tmp_path, model=family_model(family), gradient_checkpointing=False).train()
+
+
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_packed_documents_that_a_model_mixes(tmp_path, caplog, form):
+    """OPT on sdpa builds its mask without position ids: in packed rows documents see each other, in plain SFT too."""
+    settings, rows = DATA_FORMS[form]
+    trainer = echo_trainer(tmp_path, model=tiny_model("opt"), rows=rows(), max_steps=2, **settings)
+    trainer.train()
+    text = " ".join(r.getMessage() for r in caplog.records)
+    assert trainer.state.log_history[0]["echo/kd"] == pytest.approx(0, abs=1e-6)
+    if form == "padded":
+        assert forms(trainer) == [EchoForm.SUFFIX] and "mixes" not in text
+    else:
+        assert forms(trainer) == [EchoForm.BATCH if trainer.data_collator.lockstep else EchoForm.ROWS]
+        assert "OPTForCausalLM itself mixes packed documents" in text and "in plain SFT as well" in text
+
+
+@pytest.mark.parametrize("form", DATA_FORMS)
+def test_the_run_does_not_notice(tmp_path, monkeypatch, form):
+    """Losses, routes and weights of a run with dropout are bit for bit those of a run without a proof."""
+    settings, rows = DATA_FORMS[form]
+    lora = lora_config(init_lora_weights=True, lora_dropout=0.2)
+
+    def run(folder, place=None):
+        trainer = echo_trainer(folder, rows=rows(), lora=lora, gradient_accumulation_steps=2, **settings)
+        trainer.echo.cache = place
+        trainer.train()
+        return trainer
+
+    proved = run(tmp_path / "proved")
+    assert forms(proved) == [EchoForm.SUFFIX]
+
+    def believe(self, drafts, prove, step):
+        for draft in drafts:
+            self.verdicts[draft.kind] = Verdict(draft.kind, EchoForm.SUFFIX, draft.length, measured(0.0), step)
+
+    monkeypatch.setattr(PassChoice, "settle", believe)
+    blind = run(tmp_path / "blind", place=proved.echo.cache)
+    assert blind.pass_choice.verdicts and losses(proved) == losses(blind)
+    assert_equal(all_parameters(proved), all_parameters(blind))
+
+
+def test_modes_and_random_numbers_are_put_back(tmp_path):
+    model = adapted(tiny_model(), lora_dropout=0.1).train()
+    frozen = model.get_base_model().model.layers[1]
+    frozen.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    with contextlib.suppress(RuntimeError), no_trace(model):
+        assert not any(module.training for module in model.modules())
+        torch.rand(100)
+        raise RuntimeError
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_longer_batch_is_proved_again(tmp_path, caplog):
+    """A rotary embedding that changes with the length of a batch: the suffix pass below it, the full pass beyond."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    rows = prompt_completion_rows(16) + [
+        {"prompt": " ".join(f"w{(7 * i + j) % 50}" for j in range(n)), "completion": " w3 w4 w5"}
+        for i, n in enumerate([60, 8, 70, 9] * 4)
+    ]
+    settings = {"rows": rows, "max_steps": 8, "train_sampling_strategy": "sequential", "shuffle_dataset": False}
+    model = {"rope_parameters": rope, "max_position_embeddings": 32}
+    trainer = echo_trainer(tmp_path / "auto", model=tiny_model("llama", **model), **settings)
+    trainer.train()
+    (verdict,) = trainer.pass_choice.verdicts.values()
+    assert verdict.form is EchoForm.ROWS and 10 < verdict.suffix_up_to <= 32 < verdict.length
+    assert f"for documents of more than {verdict.suffix_up_to} tokens" in caplog.text
+    full = echo_trainer(tmp_path / "full", model=tiny_model("llama", **model), echo_pass="full", **settings)
+    full.train()
+    torch.testing.assert_close(losses(trainer), losses(full), rtol=1e-5, atol=0)
+
+
+def test_record_and_log_say_what_was_measured(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="echo_trainer"):
+        trainer = echo_trainer(tmp_path, max_steps=2)
+        trainer.train()
+    assert "Echo pass: suffix. Compared with the plain pass on padded rows" in caplog.text
+    trainer.save_model()
+    echo = json.loads((tmp_path / "echo_run.json").read_text())["echo"]
+    (proof,) = echo["proof"]
+    assert echo["pass"] == proof["pass"] == "suffix" and proof["batches"] == "padded rows"
+    assert 0 <= proof["difference"] <= proof["allowed"] < 1e-4 and proof["logits_difference"] <= 1e-6
+    card = (tmp_path / "README.md").read_text()
+    assert "| echo pass | suffix |" in card and "with no echo the final states differ by" in card
+
+
+# What is allowed belongs to the dtype
+
+
+def proof_of(model, *, fault=None, form=EchoForm.SUFFIX, packed=False, autocast=False):
+    examples = random_examples(4, seed=2, low=8, high=14)
+    collator = padded_collator()
+    if packed:
+        examples, collator = [packed_example(examples)], padding_free_collator()
+    echo = EchoCollator(collator)
+    echo.schedule = RoutingSchedule(1, 1.0, 1.0, total_steps=10, batch_size=len(examples))
+    setup = echo_setup(model)
+    with no_trace(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        inputs, task = proof_inputs(echo.draft(examples, 0, 0), form, collator, "cpu")
+        return prove(setup, inputs, task)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_rounding_is_allowed(family, packed, dtype):
+    result = proof_of(adapted(tiny_model(family, dtype=dtype)), packed=packed)
+    assert result.agrees and result.head_agrees and result.sees_ahead <= result.allowed
+    assert result.allowed < (1.0 if dtype is torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_lost_prefix_is_caught_in_every_dtype(dtype):
+    model = adapted(made_up_model("ignores the cache").to(dtype), target_modules=["qkv_proj", "o_proj"])
+    assert not proof_of(model).agrees
+
+
+def test_autocast_does_not_hide_an_error_of_a_percent():
+    """Products of bfloat16 are coarse, but the weights are float32: the passes are compared without autocast, too."""
+    for fault, agrees in (("none", True), ("wrong by 1e-2", False)):
+        model = adapted(made_up_model(fault), target_modules=["qkv_proj", "o_proj"])
+        assert proof_of(model, autocast=True).agrees is agrees
+
+
+def test_nan_is_no_agreement():
+    """A maximum that skips NaN would call it one."""
+    result = proof_of(adapted(made_up_model("nan"), target_modules=["qkv_proj", "o_proj"]))
+    assert result.states == float("inf") and not result.agrees
+
+
+def test_positions_of_a_cache_are_observed():
+    """GPT-2 hands its cache over by position, Llama by keyword."""
+    gpt2, llama = (echo_setup(adapted(tiny_model(family))).cache for family in ("gpt2", "llama"))
+    assert gpt2.position == 1 and llama.position is None
+    setup = echo_setup(adapted(tiny_model("llama")))
+    setup.cache = None
+    why, moved, _ = observe(setup, torch.tensor([[2, 3, 4], [2, 3, 5]]))
+    assert why is None and moved == 0 and setup.cache == llama
+
+
+# Which form a batch gets
+
+
+def draft_of(rows, length=0):
+    examples = random_examples(rows, seed=1, low=8 + length, high=14 + length)
+    echo = EchoCollator(padded_collator())
+    echo.schedule = RoutingSchedule(1, 1.0, 1.0, total_steps=10, batch_size=rows)
+    return echo.draft(examples, 0, 0)
+
+
+def measured(states, **more):
+    return ProofResult(**{"logits": 0, "logits_allowed": 1, "sees_ahead": 0, "allowed": 1, "states": states, **more})
+
+
+def test_each_kind_is_proved_once_and_longer_ones_again():
+    choice, asked = PassChoice("auto", Agreement(), "Llama"), []
+
+    def prove(draft, form):
+        asked.append((draft.length, form))
+        return measured(2.0 if form is EchoForm.SUFFIX and draft.length > 40 else 0.5)
+
+    short, long, longer = draft_of(3), draft_of(3, length=40), draft_of(3, length=60)
+    for drafts in ([short], [short], [long], [short, long], [longer]):
+        choice.settle(drafts, prove, step=len(asked))
+    lengths = [length for length, _ in asked]
+    assert [form for _, form in asked] == [EchoForm.SUFFIX, EchoForm.SUFFIX, EchoForm.ROWS]
+    assert lengths == [short.length, long.length, long.length]
+    assert [choice.form(draft) for draft in (short, long, longer)] == [EchoForm.SUFFIX] + [EchoForm.ROWS] * 2
+
+
+def test_no_answer_needs_no_proof():
+    choice = PassChoice("auto", Agreement(), "Llama")
+    draft = draft_of(2)
+    echo = EchoCollator(padded_collator())
+    echo.schedule = RoutingSchedule(1, 1.0, 1.0, total_steps=10)
+    silent = echo.draft([{"input_ids": [3, 4, 5], "labels": [-100] * 3}], 0, 0)
+    choice.settle([silent], None, 0)
+    assert not choice.verdicts and choice.form(silent) is EchoForm.SUFFIX
+    choice.settle([silent, draft], lambda draft, form: measured(0.0), 1)
+    assert choice.verdicts[draft.kind].step == 1
+
+
+class Others(Agreement):
+    """Two processes in one, of which the other says what it is told to."""
+
+    def __init__(self, flag, values):
+        super().__init__()
+        self.flag, self.values = flag, list(values)
+
+    def any(self, flag):
+        return flag or self.flag
+
+    def gather(self, value):
+        return [value, self.values.pop(0)]
+
+
+def test_a_process_keeps_others_company():
+    """It has nothing to prove, and takes part; the other's result counts, its own does not."""
+    forms_seen = []
+    draft = draft_of(2)
+    kind = "rows of several documents (packed or padding-free)"
+    others = Others(True, [{kind: 30}, dict.fromkeys(EchoForm), (True, measured(3.0)), (True, measured(0.1))])
+    choice = PassChoice("auto", others, "Llama", one_form=True)
+    choice.verdicts[draft.kind] = Verdict(draft.kind, EchoForm.SUFFIX, 100, measured(0.0), 0)
+
+    def prove(draft, form):
+        forms_seen.append(form)
+        return measured(9.0)
+
+    choice.settle([draft], prove, step=1)
+    assert forms_seen == [EchoForm.SUFFIX, EchoForm.ROWS]
+    assert choice.verdicts[kind].form is EchoForm.ROWS
+    # where parameters are sharded, every process runs the same form from now on
+    assert choice.form(draft) is EchoForm.ROWS
+
+
+def test_multi_turn_rows_are_proved_like_others(tmp_path):
+    trainer = echo_trainer(tmp_path, rows=conversation_rows(20), assistant_only_loss=True, max_steps=1)
+    trainer.train()
+    assert forms(trainer) == [EchoForm.SUFFIX] and len(trainer.model.get_base_model().model.layers) == DEPTH
