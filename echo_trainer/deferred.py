@@ -5,6 +5,7 @@ from typing import Any
 
 from .collator import PLAN_KEY, DeferredBatch, DraftPlan
 from .layouts import EchoForm
+from .memory import explain_out_of_memory
 from .pass_choice import PassChoice
 from .proof import ProofResult
 from .proof_rows import no_trace, proof_inputs
@@ -61,4 +62,5 @@ class DeferredCollationMixin:
         model = self.model_wrapped
         with no_trace(model), self.compute_loss_context_manager():
             inputs, task = proof_inputs(draft, form, self.data_collator.collator, self.args.device)
-            return model(**inputs, echo_proof=task)
+            with explain_out_of_memory(inputs, task.plans[0], "comparison of the two passes"):
+                return model(**inputs, echo_proof=task)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from .collator import PLAN_KEY
+from .losses import NonFiniteLossError
 from .memory import explain_out_of_memory
 from .plan import EchoPlan
 
@@ -30,10 +31,6 @@ MAX_IN_A_ROW = 10
 
 MAX_SKIPPED_IN_A_ROW = 30
 """The run ends when the fp16 scaler skips so many optimizer steps in a row; each halves its scale, 2**16 at first."""
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss or its gradients are NaN or infinite, with a cause that another step cannot mend."""
 
 
 class GuardMixin:

@@ -57,7 +57,7 @@ class LanguageModelHead:
             return type(self.model).forward(self.model, input_ids=ids, use_cache=False, **inputs)
 
 
-def with_head(model: nn.Module, outputs: Any, use: Callable[[LanguageModelHead], T]) -> T:
+def with_head(model: nn.Module, backbone: nn.Module, outputs: Any, use: Callable[[LanguageModelHead], T]) -> T:
     """
     What `use` returns for the head of a causal language model of transformers.
 
@@ -65,7 +65,8 @@ def with_head(model: nn.Module, outputs: Any, use: Callable[[LanguageModelHead],
 
     Args:
         model: the causal language model.
-        outputs: what its backbone returned in the plain pass.
+        backbone: the part of it below the head.
+        outputs: what the backbone returned in the plain pass.
         use: called once.
     """
     module = model.get_output_embeddings()  # looked up anew, since PEFT and FSDP replace modules
@@ -79,7 +80,7 @@ def with_head(model: nn.Module, outputs: Any, use: Callable[[LanguageModelHead],
             project=own,
             parameters=tuple(p for p in module.parameters() if p.requires_grad),
             outputs=replace(outputs, last_hidden_state=None),
-            backbones=_places(model, _backbones(model)),
+            backbones=_places(model, _backbones(model, backbone)),
             heads=_places(model, [module]),
             vocabulary=_vocabulary(module),
         )
@@ -132,10 +133,10 @@ def _stand_in(places: list[_Place], forward: Callable) -> Iterator[None]:
             setattr(place.parent, place.name, place.child)
 
 
-def _backbones(model: nn.Module) -> list[nn.Module]:
+def _backbones(model: nn.Module, backbone: nn.Module) -> list[nn.Module]:
     """What the forward of a model may call to get its hidden states; OPT calls the decoder inside its backbone."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return [module for module in (model.base_model, decoder) if module is not model]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return [backbone] if decoder in (None, model) else [backbone, decoder]
 
 
 def _places(model: nn.Module, wanted: list[nn.Module]) -> list[_Place]:

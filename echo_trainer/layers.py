@@ -65,6 +65,21 @@ def decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
     )
 
 
+def backbone(model: nn.Module, layers: nn.ModuleList) -> nn.Module:
+    """
+    The part of a causal language model that turns tokens into final hidden states: its child that holds the layers.
+
+    Not `model.base_model`, which is the model itself where a family (Llama 4) names its backbone otherwise.
+    """
+    for child in model.children():
+        if any(module is layers for module in child.modules()):
+            return child
+    raise ValueError(
+        f"The decoder layers of {type(model).__name__} hang at the model itself and not at a backbone below its head, "
+        f"so its hidden states cannot be had without its logits. Echo-LoRA cannot train it."
+    )
+
+
 def _no_such_layers(model: nn.Module) -> str:
     lists = [f"{name} ({len(m)})" for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     return (

@@ -25,6 +25,10 @@ CHUNK_LOGITS = 2**26
 """Logits of one pass that may exist at a time (256 MiB in float32)."""
 
 
+class NonFiniteLossError(ArithmeticError):
+    """The loss or its gradients are NaN or infinite, with a cause that another step cannot mend."""
+
+
 @dataclass(frozen=True)
 class Distillation:
     """lambda_kd, tau and the direction of the distillation."""

@@ -17,15 +17,16 @@ def now_running(part: str) -> None:
 
 
 @contextmanager
-def explain_out_of_memory(inputs: dict[str, Any], plan: Any) -> Iterator[None]:
+def explain_out_of_memory(inputs: dict[str, Any], plan: Any, running: str = "plain pass") -> Iterator[None]:
     """
     Add a note to an out-of-memory error raised inside; its type and text stay, since accelerate looks for them.
 
     Args:
         inputs: the batch.
         plan: its `EchoPlan`.
+        running: what begins inside.
     """
-    now_running("plain pass")
+    now_running(running)
     try:
         yield
     except (RuntimeError, MemoryError) as error:

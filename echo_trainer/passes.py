@@ -30,7 +30,7 @@ from .layer_io import (
     tokens_first,
     with_input,
 )
-from .layers import EchoSite, decoder_layers
+from .layers import EchoSite, backbone, decoder_layers
 from .layouts import FullLayout, SuffixLayout
 from .modules import forward_replaced
 from .network import EchoNetworks
@@ -66,6 +66,11 @@ class EchoSetup:
     def layers(self) -> nn.ModuleList:
         """The decoder layers; looked up anew, since engines replace modules."""
         return decoder_layers(self.model, self.layers_path)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The part of the model below its head."""
+        return backbone(self.model, self.layers)
 
     @property
     def first_target(self) -> int:
@@ -130,7 +135,7 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
             first = layers[setup.first_target]
             stack.enter_context(input_hook(first, _keep_entry(entry, plan.layout, shape)))
             stack.enter_context(forward_hook(first, lambda module, args, output: forms.append(form_of(output))))
-        outputs = setup.model.base_model(**inputs, use_cache=False)
+        outputs = setup.backbone(**inputs, use_cache=False)
     return PlainState(
         hidden_Nd=take_rows(outputs.last_hidden_state, plan.predict_N),
         source_SGd=torch.stack([sources[s].to(plan.boundary_G.device) for s in setup.source_layers])
@@ -154,7 +159,7 @@ class FullEchoPass:
         n_positions = inputs["input_ids"].numel()
         injection = Injection(setup.sites, delta, layout.inject_position_J, layout.inject_segment_J, n_positions)
         with injection.active(setup.layers):
-            outputs = setup.model.base_model(**inputs, use_cache=False)
+            outputs = setup.backbone(**inputs, use_cache=False)
         return take_rows(outputs.last_hidden_state, layout.output_position_E), injection
 
 
@@ -181,7 +186,7 @@ class SuffixEchoPass:
             stack.enter_context(attach_cache(layers, cache, setup.cache))
             stack.enter_context(_start_at(layers, setup.first_target, plain))
             stack.enter_context(injection.active(layers))
-            outputs = setup.model.base_model(
+            outputs = setup.backbone(
                 input_ids=inputs["input_ids"].reshape(-1)[layout.token_RA],
                 attention_mask=layout.mask_RK,
                 position_ids=layout.position_RA,

@@ -24,23 +24,21 @@ makes float32 weights coarse, the passes are compared without it as well, with t
 kernels know no float32.
 """
 
-import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .compat.cache import CacheObserver, NoCacheError
 from .head import with_head
-from .layer_io import forward_hook, hidden_of
 from .layouts import EchoForm
+from .losses import NonFiniteLossError
 from .memory import is_out_of_memory
 from .network import site_key
 from .passes import EchoSetup, PlainState, run_echo_pass, run_plain_pass
 from .plan import EchoPlan
+from .rounding import relative, run_with_rounding, unit_roundoff
 from .rows import take_rows
 
 SAFETY = 8
@@ -134,7 +132,7 @@ def prove(setup: EchoSetup, inputs: dict[str, Any], task: ProofTask) -> ProofRes
 def _compare(setup: EchoSetup, inputs: dict[str, Any], task: ProofTask, roundoff: float) -> dict[str, Any]:
     """The fields of a `ProofResult` that compare states."""
     rounded = run_with_rounding(setup, inputs, roundoff)
-    hidden_BTd = setup.model.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden_BTd = setup.backbone(**inputs, use_cache=False).last_hidden_state
     states, error = 0.0, None
     for plan in task.plans:
         try:
@@ -146,10 +144,7 @@ def _compare(setup: EchoSetup, inputs: dict[str, Any], task: ProofTask, roundoff
         except Exception as reason:
             if is_out_of_memory(reason):
                 raise
-            words = str(reason).splitlines()[0] if str(reason) else "no reason given"
-            error = (
-                words if isinstance(reason, NoCacheError | RandomModelError) else f"{type(reason).__name__}: {words}"
-            )
+            error = _in_a_line(reason)
             break
     return {
         "states": states,
@@ -166,7 +161,7 @@ def _without_autocast(setup: EchoSetup, inputs: dict[str, Any], task: ProofTask)
         return None
     with torch.autocast(device, enabled=False):
         try:
-            hidden_BTd = setup.model.base_model(**inputs, use_cache=False).last_hidden_state
+            hidden_BTd = setup.backbone(**inputs, use_cache=False).last_hidden_state
         except Exception as reason:
             if is_out_of_memory(reason):
                 raise
@@ -177,75 +172,48 @@ def _without_autocast(setup: EchoSetup, inputs: dict[str, Any], task: ProofTask)
         return _compare(setup, inputs, task, roundoff)
 
 
-def unit_roundoff(setup: EchoSetup, dtype: torch.dtype) -> float:
-    """
-    u, half the machine epsilon of the coarsest dtype that takes part; at least that of float32.
-
-    Args:
-        setup: the model. Dtypes of 8 bits and less are those of quantised weights, not of a computation.
-        dtype: of the states the model computed.
-    """
-    device = setup.model.device.type
-    dtypes = {p.dtype for p in setup.model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    epsilon = max(torch.finfo(d).eps for d in (*dtypes, dtype, torch.float32))
-    if device == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        epsilon = max(epsilon, 2.0**-10)
-    return epsilon / 2
-
-
-def relative(states: Tensor, reference: Tensor) -> float:
-    """Root mean square over positions of |states - reference| / |reference|; infinite where one of them is NaN."""
-    if not states.numel():
-        return 0.0
-    reference, states = reference.double(), states.double()
-    distance = (states - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return float(distance.square().mean().sqrt().nan_to_num(nan=math.inf))
-
-
 def observe(setup: EchoSetup, tiny_ids: Tensor) -> tuple[str | None, float, torch.dtype]:
     """
     Run the tiny batch with a cache of the model's own, and see where it goes.
+
+    Raises:
+        NonFiniteLossError: the states are NaN or infinite.
 
     Returns:
         Why there can be no suffix pass (None where there can: `setup.cache` is then set), how far the earlier states
         of a row moved when its last token changed, and the dtype of the states.
     """
     observer = CacheObserver(setup.layers)
-    backbone = setup.model.base_model
-    with observer.watching():
-        outputs = backbone(input_ids=tiny_ids, use_cache=True)
+    backbone = setup.backbone
+    setup.cache, why = None, None
     try:
-        setup.cache, why = observer.place(backbone, outputs), None
+        with observer.watching():
+            outputs = backbone(input_ids=tiny_ids, use_cache=True)
+        setup.cache = observer.place(backbone, outputs)
     except NoCacheError as error:
-        setup.cache, why = None, str(error)
+        why = str(error)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        why = f"{type(backbone).__name__} does not run with a cache of its own: {_in_a_line(error)}"
+        outputs = backbone(input_ids=tiny_ids, use_cache=False)
+    if not torch.isfinite(outputs.last_hidden_state).all():
+        raise NonFiniteLossError(
+            f"The states of {type(setup.model).__name__} are NaN or infinite before the first step, without any echo: "
+            f"weights of the base or of the adapter are damaged, or overflow in {outputs.last_hidden_state.dtype}. No "
+            f"weight was changed. Load them anew, or use bf16 or float32 instead of fp16."
+        )
     one, other = outputs.last_hidden_state[:, :-1]
     return why, relative(one, other), one.dtype
 
 
 def compare_heads(setup: EchoSetup, tiny_ids: Tensor) -> float:
     """Relative difference of our logits and the model's own on the tiny batch."""
-    outputs = setup.model.base_model(input_ids=tiny_ids, use_cache=False)
+    outputs = setup.backbone(input_ids=tiny_ids, use_cache=False)
     own = setup.model(input_ids=tiny_ids, use_cache=False).logits
     hidden_Nd = outputs.last_hidden_state.flatten(0, 1)
-    ours = with_head(setup.model, outputs, lambda head: head.logits(hidden_Nd))
+    ours = with_head(setup.model, setup.backbone, outputs, lambda head: head.logits(hidden_Nd))
     return relative(ours, own.reshape(ours.shape))
-
-
-def run_with_rounding(setup: EchoSetup, inputs: dict[str, Any], roundoff: float) -> Tensor:
-    """Final states (B, T, d) of the plain pass with each layer's output multiplied by 1 + u or 1 - u at random."""
-    generator = torch.Generator(setup.model.device).manual_seed(0)
-
-    def disturb(module: nn.Module, args: tuple, output: Any) -> Any:
-        hidden = hidden_of(output)
-        sign = torch.empty(hidden.shape, device=hidden.device).bernoulli_(0.5, generator=generator) * 2 - 1
-        # In a coarse dtype 1 - u is a number and 1 + u is not: the product is rounded once, from float32.
-        moved = (hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * (1 + roundoff * sign)).to(hidden.dtype)
-        return type(output)([moved, *output[1:]]) if isinstance(output, tuple | list) else moved
-
-    with _on_all(setup.layers, disturb):
-        return setup.model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
 def _compare_passes(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan, plain: PlainState) -> float:
@@ -261,13 +229,11 @@ def _compare_passes(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan, pl
 def _alone(setup: EchoSetup, inputs: dict[str, Any], hidden_BTd: Tensor, alone_n: Tensor) -> float:
     """How far the states of a packed document are from those it has in a row of its own."""
     ids = inputs["input_ids"].reshape(-1)[alone_n]
-    states = setup.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
+    states = setup.backbone(input_ids=ids[None], use_cache=False).last_hidden_state
     return relative(states[0], take_rows(hidden_BTd, alone_n))
 
 
-@contextmanager
-def _on_all(modules: nn.ModuleList, hook: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(forward_hook(module, hook))
-        yield
+def _in_a_line(error: Exception) -> str:
+    """An error as a part of a sentence."""
+    words = str(error).splitlines()[0].rstrip(".") if str(error) else "no reason given"
+    return words if isinstance(error, NoCacheError | RandomModelError) else f"{type(error).__name__}: {words}"

@@ -94,7 +94,7 @@ def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: 
         )
         return *objective, _router_loss(head, plain.hidden_Nd, inputs)
 
-    objective, statistics, aux_loss = with_head(setup.model, plain.outputs, loss)
+    objective, statistics, aux_loss = with_head(setup.model, setup.backbone, plain.outputs, loss)
     if echo_Ed is None:
         # A step that routes nothing still has to give every parameter a gradient: DDP waits for each of them.
         objective = objective + touch(*setup.networks.parameters())

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
+from made_up import made_up_model
 from models import lora_config, prompt_completion_rows, tiny_model, tiny_tokenizer
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from training import echo_trainer
 from transformers import T5Config, T5ForConditionalGeneration
 
 from echo_trainer import EchoSFTConfig, EchoSFTTrainer
+from echo_trainer.losses import NonFiniteLossError
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,6 @@ def stream_of_texts():
     return IterableDataset.from_generator(lambda: ({"text": row["prompt"]} for row in prompt_completion_rows(8)))
 
 
-def dynamic_rope():
-    return tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
-
-
 DATA, LAYERS, ADAPTER, MODEL = "Data", "Layers of the echo", "Adapter to train", "Model"
 TRAINER = [
     (DATA, "rows with `text` only", {"rows": texts}, "no boundary"),
@@ -144,12 +142,6 @@ TRAINER = [
         {"trainer_kwargs": lambda: {"compute_loss_func": lambda *a, **k: 0}},
         "compute_loss_func",
     ),
-    (
-        MODEL,
-        "`echo_pass='suffix'` where it is not exact",
-        {"echo_pass": "suffix", "model": dynamic_rope},
-        "length of the sequence",
-    ),
     (MODEL, "a model of one layer", {"model": lambda: tiny_model(num_hidden_layers=1)}, "at least 2"),
 ]
 
@@ -159,6 +151,18 @@ def given_to_trainer(group, given, settings, message):
         echo_trainer(folder / "out", **{name: v() if callable(v) else v for name, v in settings.items()})
 
     return BadInput(group, given, give, message)
+
+
+FIRST_STEP = "Found at the first step"
+
+
+def made_up(fault, **settings):
+    def give(folder):
+        names = ["qkv_proj", "o_proj", "up_proj", "down_proj"]
+        settings.update(lora=lora_config(init_lora_weights=True, target_modules=names), gradient_checkpointing=False)
+        echo_trainer(folder / "out", model=made_up_model(fault), **settings).train()
+
+    return give
 
 
 def full_parameters(folder):
@@ -203,5 +207,23 @@ CASES = [
     BadInput(ADAPTER, "no `peft_config`", full_parameters, "without `peft_config`"),
     BadInput(ADAPTER, "a PeftModel whose adapter is frozen", frozen_adapter, "is_trainable=True"),
     BadInput(MODEL, "an encoder-decoder", layers_of_an_encoder_decoder, "encoder-decoder"),
+    BadInput(FIRST_STEP, "a model that sees later tokens", made_up("sees ahead"), "is no causal model"),
+    BadInput(FIRST_STEP, "a model whose logits are not those of its head", made_up("head by position"), "logits"),
+    BadInput(
+        FIRST_STEP, "a model that draws random numbers in evaluation", made_up("random"), "No echo pass is exact"
+    ),
+    BadInput(
+        FIRST_STEP,
+        "`echo_pass='suffix'` where it is not exact",
+        made_up("wrong by 1e-2", echo_pass="suffix"),
+        "echo_pass='suffix' is not exact",
+    ),
+    BadInput(
+        FIRST_STEP,
+        "a base with NaN in its weights",
+        made_up("nan in the base"),
+        "before the first step",
+        NonFiniteLossError,
+    ),
     BadInput("Options", "`args` as a dict", arguments_as_a_mapping, "EchoSFTConfig", TypeError),
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from models import VOCABULARY
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 DEPTH = 5
@@ -105,3 +105,28 @@ def _has(config: Any, name: str) -> bool:
         return hasattr(config, name)
     except Exception:  # a field that differs from layer to layer
         return False
+
+
+def vision_language_model(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A tiny vision-language model, for rows of text alone."""
+    text = {k: v for k, v in _SMALL.items() if k in _TEXT}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    configs = {
+        "llava": {"text_config": {"model_type": "llama", **text}, "vision_config": {"model_type": "clip_vision_model",
+                  **vision}, "image_token_index": 59},
+        "gemma3": {"text_config": {**text, "query_pre_attn_scalar": 8, "sliding_window": 24},
+                   "vision_config": vision, "mm_tokens_per_image": 4, "image_token_index": 59},
+        "qwen2_vl": {"text_config": {**text, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                     "mrope_section": [1, 1, 2]}}, "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32,
+                     "num_heads": 2, "mlp_ratio": 1, "patch_size": 8}, "image_token_id": 59, "video_token_id": 58},
+    }  # fmt: skip
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(family, **configs[family])
+    return AutoModelForImageTextToText.from_config(config, attn_implementation=attention).to(dtype)
+
+
+_TEXT = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+         "num_key_value_heads", "max_position_embeddings", "pad_token_id", "eos_token_id",
+         "initializer_range"}  # fmt: skip
+vision_language_model.families = ("llava", "gemma3", "qwen2_vl")

@@ -137,4 +137,7 @@ class MadeUpForCausalLM(MadeUpPreTrained, GenerationMixin):
 
 def made_up_model(fault="none"):
     torch.manual_seed(7)
-    return MadeUpForCausalLM(MadeUpConfig(fault=fault)).eval()
+    model = MadeUpForCausalLM(MadeUpConfig(fault=fault)).eval()
+    if fault == "nan in the base":
+        model.backbone.blocks[2].up_proj.weight.data[3, 4] = float("nan")
+    return model

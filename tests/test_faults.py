@@ -293,15 +293,15 @@ def test_a_poisoned_echo_gives_a_plain_step(tmp_path, harm, accumulation):
     poisoned.train()
 
     plain = echo_trainer(tmp_path / "b", **settings)
-    collate = plain._collate
+    collate = plain.get_batch_samples
 
-    def without_echo_in_step_1(batches):
-        for batch in collate(batches):
-            if plain.state.global_step == 1:
-                batch["echo_plan"] = batch["echo_plan"].without_echo()
-            yield batch
+    def without_echo_in_step_1(*args):
+        batches, n_items = collate(*args)
+        for batch in batches if plain.state.global_step == 1 else ():
+            batch["echo_plan"] = batch["echo_plan"].without_echo()
+        return batches, n_items
 
-    plain._collate = without_echo_in_step_1
+    plain.get_batch_samples = without_echo_in_step_1
     plain.train()
     assert_equal(adapter(poisoned), adapter(plain))
     assert losses(poisoned) == losses(plain)
@@ -354,11 +354,25 @@ def test_echo_networks_that_hold_nan_end_the_run_and_spare_the_adapter(tmp_path)
 
 def test_a_plain_loss_that_is_not_finite_ends_the_run(tmp_path):
     trainer = echo_trainer(tmp_path, max_steps=4)
-    with torch.no_grad():
-        trainer.model.get_base_model().model.norm.weight.fill_(float("inf"))
-    before = adapter(trainer)
-    before = {name: value.clone() for name, value in before.items()}
-    with pytest.raises(NonFiniteLossError, match="No weight was changed"):
+    before = {}
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                before.update({name: value.clone() for name, value in adapter(trainer).items()})
+                trainer.model.get_base_model().model.norm.weight.data.fill_(float("inf"))
+
+    trainer.add_callback(Break())
+    with pytest.raises(NonFiniteLossError, match=r"at step 1 .* No weight was changed"):
+        trainer.train()
+    assert_equal(adapter(trainer), before)
+
+
+def test_weights_that_are_not_finite_are_seen_before_the_first_step(tmp_path):
+    trainer = echo_trainer(tmp_path, max_steps=4)
+    trainer.model.get_base_model().model.norm.weight.data.fill_(float("inf"))
+    before = {name: value.clone() for name, value in adapter(trainer).items()}
+    with pytest.raises(NonFiniteLossError, match="before the first step"):
         trainer.train()
     assert_equal(adapter(trainer), before)
 
@@ -393,7 +407,7 @@ def test_what_was_written_is_read_back(tmp_path, monkeypatch):
 # Memory
 
 
-@pytest.mark.parametrize("part", ["plain pass", "echo pass", "backward pass"])
+@pytest.mark.parametrize("part", ["comparison of the two passes", "plain pass", "echo pass", "backward pass"])
 def test_out_of_memory_says_what_was_running(tmp_path, part):
     trainer = echo_trainer(tmp_path, max_steps=1, gradient_checkpointing=False, lora=lora_config())
     runs = []
@@ -401,17 +415,24 @@ def test_out_of_memory_says_what_was_running(tmp_path, part):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
+    compared = part == "comparison of the two passes"
+
     def hook(module, args, output):
+        if not module.training:
+            return fail() if compared else None
         runs.append(module)
         if len(runs) == {"plain pass": 1, "echo pass": 2}.get(part):
             fail()
         hidden = output[0] if isinstance(output, tuple) else output
         if part == "backward pass" and hidden.requires_grad:
             hidden.register_hook(fail)
+        return None
 
     trainer.model.get_base_model().model.layers[-1].register_forward_hook(hook)
     with pytest.raises(torch.OutOfMemoryError) as error:
         trainer.train()
     note = error.value.__notes__[0]
-    assert f"during the {part}" in note and "4 rows of" in note and "4 of 4 samples in the echo pass" in note
+    rows = 2 if compared else 4
+    assert f"during the {part}" in note and f"{rows} rows of" in note
+    assert f"{rows} of {rows} samples in the echo pass" in note
     assert "per_device_train_batch_size" in note and "echo_p_start" in note

@@ -105,12 +105,3 @@ def test_touch():
     assert zero.item() == 0.0
     (3 * zero).backward()
     assert torch.equal(broken.grad, torch.zeros(3)) and frozen.grad is None
-
-
-def test_kind_of_pass_may_not_depend_on_the_batch():
-    """Left padding in one process alone would make it run another kind of pass than the others."""
-    echo = EchoCollator(lambda examples: {**padded_collator()(examples), "images": torch.zeros(1)}, "answer", True,
-                        lockstep=True)  # fmt: skip
-    echo.schedule = RoutingSchedule(0, 1.0, 1.0, total_steps=10, batch_size=1)
-    with pytest.raises(ValueError, match=r"every process must run the same kind of pass.*echo_pass='full'"):
-        echo(random_examples(1), step=0)

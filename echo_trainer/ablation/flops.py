@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..compat.dispatch import TorchDispatchMode
 from ..layouts import EchoForm, FullLayout, SuffixLayout
 from ..losses import Distillation
 from ..passes import EchoSetup

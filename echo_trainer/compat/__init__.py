@@ -14,5 +14,6 @@ name of another library (`tests/test_compat.py` searches for them).
 | `identity` | transformers, datasets | where a model or a dataset came from | cards say less |
 | `peft` | peft | which modules a LoRA configuration is about | error by name |
 | `hub_client` | huggingface_hub | the factory of its HTTP clients | the class of its client |
+| `dispatch` | torch | a mode that sees every operation, for counting | error by name |
 | `versions` | | which releases were tested, and which are installed | |
 """
