@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
 from echo_trainer import cli
-from echo_trainer.bench.step import BASELINE, VARIANTS
+from echo_trainer.bench.compare import check_pass, run_bench
+from echo_trainer.bench.step import BASELINE, VARIANTS, BenchOptions
+from echo_trainer.compat.cache import PrefixCache
 
 
 def test_bench(tmp_path, capsys):
@@ -18,6 +22,20 @@ def test_bench(tmp_path, capsys):
     assert all(len(row["times_s"]) == 2 and row["tokens_per_s"] > 0 for row in rows.values())
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     assert "full, all" in capsys.readouterr().out
+
+
+def test_a_row_that_is_not_what_its_name_says_is_an_error(monkeypatch):
+    """With the suffix pass gone a benchmark once printed the full pass under its name."""
+    with pytest.raises(RuntimeError, match="'suffix, all routed' ran full echo pass"):
+        check_pass("suffix, all routed", "full")
+    for name, ran in ((BASELINE, "full"), ("echo off", "suffix"), ("full, all routed", None)):
+        with pytest.raises(RuntimeError):
+            check_pass(name, ran)
+    monkeypatch.setattr(PrefixCache, "update", lambda *args, **kwargs: 1 / 0)
+    arguments = "bench --shape tiny --prompt 8 --answer 4 --batch 2 --rounds 1 --warmup 0 --no_memory"
+    with pytest.raises(ValueError, match="echo_pass='suffix' is not exact"):
+        run_bench(BenchOptions(shape="tiny", prompt=8, answer=4, batch=2, rounds=1, warmup=0), measure_memory=False)
+    assert cli.main(arguments.split()) == 2
 
 
 def test_bench_refuses_an_answer_that_the_echo_cannot_reach(capsys):

@@ -101,12 +101,10 @@ def test_no_method_of_ours_overrides_a_private_one():
 
 
 def test_the_search_finds_what_it_should():
-    tree = ast.parse(
-        "import a\nx._hidden\ngetattr(x, '_name')\nfrom lib._inner import y\nfrom lib import _z\ny.ParamWrapper"
-    )
-    assert {name for _, name in touched(tree) if private(name)} == {
-        "_hidden", "_name", "_inner", "_z", "ParamWrapper",
-    }  # fmt: skip
+    lines = ("x._hidden", "getattr(x, '_name')", "from lib._inner import y", "from lib import _z", "y.ParamWrapper")
+    tree = ast.parse("\n".join(lines))
+    found = {name for _, name in touched(tree) if private(name)}
+    assert found == {"_hidden", "_name", "_inner", "_z", "ParamWrapper"}
 
 
 def test_every_module_of_compat_says_what_it_takes():

@@ -50,6 +50,8 @@ def run_bench(
                     times[name].append(seconds)
                     memory[name] = max(memory[name], peak)
         flops = {name: stepper.counted_step() for name, stepper in steppers.items()}
+        for name, stepper in steppers.items():
+            check_pass(name, stepper.ran())
     tokens = options.batch * (options.prompt + options.answer)
     rows = {
         name: {
@@ -77,6 +79,21 @@ def run_bench(
     for row in rows.values():
         row["share_of_matrix_rate"] = row["flops"] / row["median_s"] / rate
     return {"options": asdict(options), "machine": describe_machine(device, rate), "variants": rows}
+
+
+def check_pass(name: str, ran: str | None) -> None:
+    """
+    A row must be what its name says.
+
+    Raises:
+        RuntimeError: another pass ran than the row's name promises.
+    """
+    promised = next((form for form in ("suffix", "full") if name.startswith(form)), None)
+    if ran != promised:
+        raise RuntimeError(
+            f"The row {name!r} ran {ran or 'no'} echo pass, so its figures would be those of something else. Report "
+            f"this with the output of `echo-trainer env`."
+        )
 
 
 def _peak_alone(name: str, options: BenchOptions) -> int:

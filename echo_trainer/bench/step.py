@@ -72,8 +72,8 @@ class BenchOptions:
 VARIANTS: dict[str, tuple[type, type, dict[str, Any]]] = {
     BASELINE: (SFTTrainer, SFTConfig, {}),
     "echo off": (EchoSFTTrainer, EchoSFTConfig, {"echo_p_start": 0.0, "echo_p_end": 0.0}),
-    "suffix, all routed": (EchoSFTTrainer, EchoSFTConfig, {"echo_p_start": 1.0, "echo_p_end": 1.0}),
-    "suffix, p 1 to 0.2": (EchoSFTTrainer, EchoSFTConfig, {}),
+    "suffix, all routed": (EchoSFTTrainer, EchoSFTConfig, {"echo_p_end": 1.0, "echo_pass": "suffix"}),
+    "suffix, p 1 to 0.2": (EchoSFTTrainer, EchoSFTConfig, {"echo_pass": "suffix"}),
     "full, all routed": (EchoSFTTrainer, EchoSFTConfig, {"echo_p_end": 1.0, "echo_pass": "full"}),
 }
 
@@ -118,6 +118,12 @@ class Stepper:
         trainer.model_wrapped = self.model
         trainer.current_gradient_accumulation_steps = 1
         self.examples = list(iter(trainer.get_train_dataloader()))
+
+    def ran(self) -> str | None:
+        """The pass that ran in the echo steps so far: "suffix" or "full"; None where there is no echo."""
+        choice = getattr(self.trainer, "pass_choice", None)
+        forms = {str(verdict.form) for verdict in choice.verdicts.values()} if choice else set()
+        return " and ".join(sorted(forms)) or None
 
     def step(self, round_number: int) -> None:
         """One optimizer step on the round's batch; with the echo on, collation is part of it."""
