@@ -36,7 +36,7 @@ class DeferredCollationMixin:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches, n_items = super().get_batch_samples(self._drafts(epoch_iterator), num_batches, device)
         drafts = [batch[PLAN_KEY] for batch in batches]
-        self.pass_choice.settle(drafts, self._prove, self.state.global_step)
+        self.pass_choice.settle(drafts, self.compare_passes, self.state.global_step)
         for batch, draft in zip(batches, drafts, strict=True):
             batch[PLAN_KEY] = draft.plan(self.pass_choice.form(draft))
         return batches, n_items
@@ -57,7 +57,7 @@ class DeferredCollationMixin:
             draft = self.data_collator.draft(batch.examples, self.state.global_step, micro_batch)
             yield {**draft.batch, PLAN_KEY: draft}
 
-    def _prove(self, draft: DraftPlan, form: EchoForm) -> ProofResult:
+    def compare_passes(self, draft: DraftPlan, form: EchoForm) -> ProofResult:
         """Compare the passes on rows of a batch, as training would run them."""
         model = self.model_wrapped
         with no_trace(model), self.compute_loss_context_manager():

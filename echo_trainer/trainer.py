@@ -116,7 +116,8 @@ class EchoSFTTrainer(
             require_replay(layers)
         named = (args.echo_source_layers, args.echo_target_layers)
         if CKA in named:
-            named = layers_by_cka(named, self.model, self.train_dataset, self.processing_class, args.seed)
+            data = self.train_dataset, self.processing_class
+            named = layers_by_cka(named, self.model, *data, args.seed, args.echo_layers)
         sources, targets = resolve_layers(*named, len(layers))
         base = self.model.get_base_model()
         sites = find_sites(base, targets, args.echo_layers)

@@ -126,6 +126,7 @@ TRAINER = [
     (LAYERS, "a source the model does not have", {"echo_source_layers": [5]}, "outside the model"),
     (LAYERS, "a target the model does not have", {"echo_target_layers": [-6]}, "outside the model"),
     (LAYERS, "the same layer as 4 and as -1", {"echo_source_layers": [4, -1]}, "twice"),
+    (LAYERS, "`echo_layers` that names no list", {"echo_layers": "model.blocks"}, "model.layers (5)"),
     (LAYERS, "targets without LoRA", {"lora": lambda: lora_on_layers(3, 4)}, "hold no LoRA module"),
     (ADAPTER, "`bias='all'`", {"lora": lambda: lora_config(bias="all")}, "bias='none'"),
     (ADAPTER, "`bias='lora_only'`", {"lora": lambda: lora_config(bias="lora_only")}, "bias='none'"),

@@ -209,6 +209,21 @@ def test_record_and_log_say_what_was_measured(tmp_path, caplog):
     assert "| echo pass | suffix |" in card and "with no echo the final states differ by" in card
 
 
+def test_layers_that_cannot_be_found_are_named_by_hand(tmp_path):
+    """A config that counts its layers otherwise (LongCat-Flash counts two for each); the path leads to them."""
+    model = made_up_model()
+    model.config.num_hidden_layers = 10
+    names = ["qkv_proj", "o_proj", "up_proj", "down_proj"]
+    settings = {"model": model, "lora": lora_config(init_lora_weights=True, target_modules=names), "max_steps": 2}
+    with pytest.raises(ValueError, match=r"backbone\.blocks \(5\).*echo_layers"):
+        echo_trainer(tmp_path / "a", gradient_checkpointing=False, **settings)
+    settings["model"] = made_up_model()
+    settings["model"].config.num_hidden_layers = 10
+    trainer = echo_trainer(tmp_path / "b", gradient_checkpointing=False, echo_layers="backbone.blocks", **settings)
+    trainer.train()
+    assert forms(trainer) == [EchoForm.SUFFIX] and trainer.echo.source_layers == [4]
+
+
 # What is allowed belongs to the dtype
 
 

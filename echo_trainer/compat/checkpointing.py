@@ -10,7 +10,8 @@ own when a trainer is built, and ends with an error by name where one of them do
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -21,17 +22,42 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 @contextmanager
 def within_recompute(layer: nn.Module, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """
-    Run `layer`'s forward inside `context()`, now and whenever checkpointing replays it.
+    Run `layer`'s forward inside `context()`, now and whenever checkpointing replays it or a part of it.
 
     Args:
         layer: a decoder layer (`GradientCheckpointingLayer` of transformers).
         context: makes a fresh context manager for each run.
     """
-    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
-        with context():
-            yield
-        return
-    checkpoint = layer._gradient_checkpointing_func
+    once = _once(context)
+    with ExitStack() as stack:
+        parts = [part for part in _checkpointed(layer) if part.training and part.gradient_checkpointing]
+        if layer not in parts:
+            stack.enter_context(once())
+        for part in parts:
+            stack.enter_context(_replayed_within(part, once))
+        yield
+
+
+def _once(context: Callable[[], AbstractContextManager]) -> Callable[[], AbstractContextManager]:
+    """`context` that is entered by the outermost of several runs inside each other."""
+    running = 0
+
+    @contextmanager
+    def enter() -> Iterator[None]:
+        nonlocal running
+        running += 1
+        try:
+            with context() if running == 1 else nullcontext():
+                yield
+        finally:
+            running -= 1
+
+    return enter
+
+
+@contextmanager
+def _replayed_within(part: nn.Module, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    checkpoint = part._gradient_checkpointing_func
 
     def checkpoint_within(forward, *args, **kwargs):
         def forward_within(*inner_args, **inner_kwargs):
@@ -40,21 +66,42 @@ def within_recompute(layer: nn.Module, context: Callable[[], AbstractContextMana
 
         return checkpoint(forward_within, *args, **kwargs)
 
-    layer._gradient_checkpointing_func = checkpoint_within
+    part._gradient_checkpointing_func = checkpoint_within
     try:
         yield
     finally:
-        layer._gradient_checkpointing_func = checkpoint
+        part._gradient_checkpointing_func = checkpoint
 
 
 @contextmanager
 def cache_kept(layer: nn.Module) -> Iterator[None]:
     """Let a checkpointed layer keep its cache, which is taken from it for fear of a second update; ours mind none."""
-    layer._can_checkpoint_with_cache = True
-    try:
+
+    @contextmanager
+    def keeping() -> Iterator[None]:
+        parts = _checkpointed(layer)
+        for part in parts:
+            part._can_checkpoint_with_cache = True
+        try:
+            yield
+        finally:
+            for part in parts:
+                del part._can_checkpoint_with_cache
+
+    # A layer is asked before it is checkpointed, a layer inside it again when that one is replayed.
+    once = _once(keeping)
+    with once(), within_recompute(layer, once):
         yield
-    finally:
-        del layer._can_checkpoint_with_cache
+
+
+_parts: WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]] = WeakKeyDictionary()
+
+
+def _checkpointed(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """What transformers may checkpoint of a layer: itself, and layers inside it (the shared block of Zamba2)."""
+    if layer not in _parts:
+        _parts[layer] = tuple(part for part in layer.modules() if isinstance(part, GradientCheckpointingLayer))
+    return _parts[layer]
 
 
 def require_replay(layers: nn.ModuleList) -> None:
@@ -91,39 +138,43 @@ def require_replay(layers: nn.ModuleList) -> None:
 
 
 class _Probe(GradientCheckpointingLayer):
-    """A layer that notes whether its cache and its context are there."""
+    """A layer that notes, each time it runs, whether its context and its caches are there; it may hold another one."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: nn.Module | None = None) -> None:
         super().__init__()
-        self.inside, self.runs = False, []
+        self.inner = inner
+        self.inside, self.runs = [], []  # entries of the context under way; what each run saw
 
     def forward(self, hidden_states: Tensor, cache=None, past_key_values=None, layer_past=None) -> Tensor:
-        given = [x for x in (cache, past_key_values, layer_past) if x is not None]
-        self.runs.append((self.inside, len(given)))
-        return hidden_states * hidden_states
+        caches = {"cache": cache, "past_key_values": past_key_values, "layer_past": layer_past}
+        self.runs.append((len(self.inside), sum(value is not None for value in caches.values())))
+        hidden_states = hidden_states * hidden_states
+        return hidden_states if self.inner is None else self.inner(hidden_states, **caches)
 
 
 def _replays() -> bool:
-    """Whether a checkpointed layer runs twice, both times in its context and with its cache."""
-    layer = _Probe().train()
-    layer.gradient_checkpointing = True
+    """Whether checkpointed layers, one inside the other, run again, each time in the context and with their caches."""
+    layer = _Probe(inner=_Probe()).train()
+    layer.inner.inside = layer.inside
 
     def checkpoint(forward, *args):
         return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
 
-    layer._gradient_checkpointing_func = checkpoint
+    for part in (layer, layer.inner):
+        part.gradient_checkpointing, part._gradient_checkpointing_func = True, checkpoint
 
     @contextmanager
     def inside() -> Iterator[None]:
-        layer.inside = True
+        layer.inside.append(True)
         try:
             yield
         finally:
-            layer.inside = False
+            layer.inside.pop()
 
     x = torch.ones(1, requires_grad=True)
     names = ("cache", "past_key_values", "layer_past")
     with torch.enable_grad(), cache_kept(layer), within_recompute(layer, inside):
         y = layer(x, **dict.fromkeys(names, object()))
     y.backward()
-    return layer.runs == [(True, len(names))] * 2
+    runs = layer.runs + layer.inner.runs
+    return len(layer.runs) > 1 and len(layer.inner.runs) > 1 and set(runs) == {(1, len(names))}

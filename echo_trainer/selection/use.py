@@ -142,7 +142,7 @@ def echo_layers(selection: LayerSelection, *, adapted: Sequence[int] | None = No
 
 
 def layers_by_cka(
-    named: tuple[Any, Any], model: nn.Module, dataset: Any, processing_class: Any, seed: int
+    named: tuple[Any, Any], model: nn.Module, dataset: Any, processing_class: Any, seed: int, path: str | None = None
 ) -> tuple[list[int] | None, list[int] | None]:
     """
     Source and target layers as the user named them, with each "cka" replaced by what layer selection chooses.
@@ -152,9 +152,10 @@ def layers_by_cka(
         model: the model with its adapter.
         dataset, processing_class: training data and tokenizer.
         seed: seed of the samples that are looked at.
+        path: of the decoder layers in the model, where they cannot be found (`echo_layers`).
     """
-    selection = select_layers(model, dataset, processing_class=processing_class, seed=seed)
-    adapted = [index for index, layer in enumerate(decoder_layers(model)) if lora_sites(layer, index)]
+    selection = select_layers(model, dataset, processing_class=processing_class, seed=seed, blocks_path=path)
+    adapted = [index for index, layer in enumerate(decoder_layers(model, path)) if lora_sites(layer, index)]
     chosen = echo_layers(selection, adapted=adapted)
     return tuple(by_cka if name == "cka" else name for name, by_cka in zip(named, chosen, strict=True))
 
