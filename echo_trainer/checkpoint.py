@@ -88,7 +88,7 @@ class EchoCheckpointMixin:
             return
         state = whole_state(self.echo.networks)
         if self.args.should_save:
-            metadata = {"echo": json.dumps(self._echo_options())}
+            metadata = {"echo": json.dumps(self._echo_options()), "passes": json.dumps(self.pass_choice.state())}
             save_file(state, os.path.join(folder, ECHO_WEIGHTS), metadata=metadata)
 
     # Resuming
@@ -118,7 +118,7 @@ class EchoCheckpointMixin:
         if checkpoint is not None and self.accelerator.is_main_process:
             check_same_run(checkpoint, {"planned_steps": self.state.max_steps})
         if checkpoint is not None and self.echo is not None:
-            self._load_echo_networks(checkpoint)
+            self.pass_choice.begin(self._load_echo_networks(checkpoint))
         elif checkpoint is not None and os.path.isfile(os.path.join(checkpoint, ECHO_WEIGHTS)):
             raise ValueError(
                 f"The checkpoint {checkpoint} was saved with the echo on, and this run has it off. Continue with the "
@@ -149,7 +149,8 @@ class EchoCheckpointMixin:
         if self.echo is not None and best and os.path.isfile(os.path.join(best, ECHO_WEIGHTS)):
             self._load_echo_networks(best)
 
-    def _load_echo_networks(self, checkpoint: str) -> None:
+    def _load_echo_networks(self, checkpoint: str) -> dict[str, str]:
+        """Load the networks; the forms of the echo pass that had failed by then (`PassChoice.state`)."""
         path = os.path.join(checkpoint, ECHO_WEIGHTS)
         if not os.path.isfile(path):
             raise ValueError(
@@ -159,7 +160,8 @@ class EchoCheckpointMixin:
                 f"is_trainable=True)."
             )
         with safe_open(path, framework="pt") as file:
-            saved = json.loads((file.metadata() or {}).get("echo", "{}"))
+            metadata = file.metadata() or {}
+            saved = json.loads(metadata.get("echo", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         options = self._echo_options()
         changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in options.items() if saved.get(k) != v]
@@ -170,6 +172,7 @@ class EchoCheckpointMixin:
             )
         if not self.is_deepspeed_enabled:  # DeepSpeed's own checkpoint holds all that is trained and is loaded by now
             load_whole_state(self.echo.networks, state)
+        return json.loads(metadata.get("passes", "{}"))
 
     def _echo_options(self) -> dict[str, Any]:
         """What must not change between stop and resume, since the echo networks were trained for it."""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .layouts import EchoForm
 from .plan import EchoPlan, make_plan
 from .routing import RoutingSchedule
@@ -62,7 +64,7 @@ class DraftPlan:
             self.routed_D,
             positions=self.positions,
             form=form,
-            position_ids=self.batch.get("position_ids"),
+            position_ids=places_of(self.batch),
             probability=self.probability,
             lockstep=self.lockstep,
         )
@@ -70,7 +72,7 @@ class DraftPlan:
     @property
     def answered(self) -> bool:
         """Whether some document has an answer that an echo can reach."""
-        return bool(self.segments.routable_D.any())
+        return bool(len(reachable_documents(self.segments, self.positions)))
 
     @property
     def length(self) -> int:
@@ -109,10 +111,25 @@ class DraftPlan:
         """
         if form is not EchoForm.BATCH and self.other_inputs:
             return f"which tokens need {', '.join(self.other_inputs)} differs from batch to batch"
+        places = self.batch.get("position_ids")
+        if form is not EchoForm.BATCH and places is not None and places.dim() != 2:
+            return f"which position a token has is up to position ids of {places.dim()} dimensions"
         mask = self.batch.get("attention_mask")
         if form is EchoForm.SUFFIX and mask is not None and mask.dim() != 2:
             return f"which token sees which is up to an attention mask of {mask.dim()} dimensions"
         return None
+
+
+def places_of(batch: dict[str, Any]) -> torch.Tensor | None:
+    """Position ids of a batch, (1 or B, T); None where it has none, or some of another form."""
+    places = batch.get("position_ids")
+    return places if places is not None and places.dim() == 2 else None
+
+
+def reachable_documents(segments: Segments, positions: str) -> torch.Tensor:
+    """Documents in which an echo reaches a position that predicts an answer token, int64, in their order."""
+    plan = make_plan(segments, [True] * segments.n_documents, positions=positions)
+    return segments.document_F[plan.predict_N[plan.reach_E]].unique()
 
 
 class EchoCollator:

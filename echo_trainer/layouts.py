@@ -81,7 +81,8 @@ class SuffixLayout(PassLayout):
 
     Attributes:
         token_RA: int64 (R, A), position in F of each suffix token (padding repeats a valid one).
-        position_RA: int64 (R, A), position id of each suffix token.
+        position_RA: int64 (R, A), position id of each suffix token. At least one place of padding carries the largest
+            position id of the batch: some rotary embeddings depend on it, and the plain pass has seen it.
         prefix_RP: int64 (R, P), position in F of each prefix token (padding repeats a valid one).
         mask_RK: int64 (R, P + A), 1 for real prefix and suffix tokens.
         real_token, real_prefix: int64, where the flattened `token_RA` and `prefix_RP` are not padding.
@@ -95,18 +96,24 @@ class SuffixLayout(PassLayout):
     real_prefix: Tensor
 
 
-def full_layout(segments: Segments, inject_F: Tensor, reached: Tensor, all_rows: bool = False) -> FullLayout:
+def full_layout(
+    segments: Segments, inject_F: Tensor, reached: Tensor, position_ids: Tensor | None = None, all_rows: bool = False
+) -> FullLayout:
     """
-    The rows that hold a reached position, whole.
+    The rows that hold a reached position, whole, and the one with the largest position id (see `SuffixLayout`).
 
     Args:
         segments: the answers of the batch.
         inject_F: routed segment whose echo is added at each position, -1 where none, (F,).
         reached: positions in F that the echo reaches and that predict an answer token, (E,).
+        position_ids: as for `plan.make_plan`.
         all_rows: run every row.
     """
     n_rows, length = segments.shape
-    row_R = torch.arange(n_rows) if all_rows else torch.unique(reached // length)
+    rows = reached // length
+    if position_ids is not None and position_ids.shape[0] == n_rows:
+        rows = torch.cat([rows, position_ids.reshape(-1).argmax()[None] // length])
+    row_R = torch.arange(n_rows) if all_rows else torch.unique(rows)
     new_row = torch.full((n_rows,), -1)
     new_row[row_R] = torch.arange(len(row_R))
     inject = inject_F.ge(0).nonzero().flatten()
@@ -140,17 +147,21 @@ def suffix_layout(
     length_R = last_R - begin_R + 1
     prefix_R = begin_R - start_R
 
-    offset_A = torch.arange(int(length_R.max()))
+    place_F = _position_ids(segments, position_ids)
+    longest = int(length_R.max())
+    # A place of padding for the largest position id, where no row is shorter than the longest.
+    offset_A = torch.arange(longest + int(bool(length_R.eq(longest).all())))
     token_RA = torch.minimum(begin_R[:, None] + offset_A, last_R[:, None])
     n_prefix = max(int(prefix_R.max()), 1)  # a zero-width cache is a special case for no kernel
     prefix_RP = torch.maximum(begin_R[:, None] - n_prefix + torch.arange(n_prefix), start_R[:, None])
     real_prefix_RP = torch.arange(n_prefix).ge(n_prefix - prefix_R[:, None])
     real_token_RA = offset_A.lt(length_R[:, None])
+    position_RA = torch.where(real_token_RA, place_F[token_RA], place_F.max())
     inject_RA = inject_F[token_RA].masked_fill(~real_token_RA, -1).reshape(-1)
     inject = inject_RA.ge(0).nonzero().flatten()
     return SuffixLayout(
         token_RA=token_RA,
-        position_RA=_position_ids(segments, position_ids)[token_RA],
+        position_RA=position_RA,
         prefix_RP=prefix_RP,
         mask_RK=torch.cat([real_prefix_RP, real_token_RA], dim=1).long(),
         real_token=real_token_RA.reshape(-1).nonzero().flatten(),
@@ -181,7 +192,8 @@ def weightless_layout(
     if form is not EchoForm.SUFFIX:
         inject_F = torch.full_like(segments.segment_F, -1)
         inject_F[last] = 0
-        return full_layout(segments, inject_F, one + last, all_rows=form is EchoForm.BATCH), one + first
+        layout = full_layout(segments, inject_F, one + last, position_ids, all_rows=form is EchoForm.BATCH)
+        return layout, one + first
     prefix = torch.arange(int(last > first))
     layout = SuffixLayout(
         token_RA=one[None] + last,

@@ -2,7 +2,9 @@
 
 Before the first step with a kind of batch that was not seen yet (packed after padded, images after text), and when a
 batch is longer than any proved before (sliding windows and some rotary embeddings begin to matter at a length), the
-passes are compared (`proof.py`): the suffix pass first, then the full pass. What agrees is used; nothing else is.
+passes are compared (`proof.py`): the suffix pass first, then the full pass. What agrees is used; nothing else is. A
+form that failed for a kind is not tried again in the run, also after a resume: what a run does may not depend on
+where it was interrupted.
 
 The proof is a collective act: every process takes part in each, with rows of its own, and all come to one verdict.
 """
@@ -35,7 +37,6 @@ class Verdict:
         kind: of the batch, in words.
         form: of the echo pass.
         length: tokens of the longest document it was proved with.
-        suffix_up_to: documents up to this length may run the suffix pass although longer ones may not.
         result: what was measured for `form`.
         against: why each cheaper form is not used.
         step: optimizer step at which it was proved.
@@ -47,7 +48,6 @@ class Verdict:
     result: ProofResult
     step: int
     against: list[str] = field(default_factory=list)
-    suffix_up_to: int = 0
 
     def record(self) -> dict[str, Any]:
         """JSON values for the record of the run."""
@@ -80,6 +80,21 @@ class PassChoice:
         self.model_name = model_name
         self.one_form = one_form
         self.verdicts: dict[str, Verdict] = {}
+        self.failed: dict[str, EchoForm] = {}
+
+    def begin(self, failed: dict[str, str] | None = None) -> None:
+        """
+        Forget every verdict: a run begins, perhaps with another model than the one before.
+
+        Args:
+            failed: by kind, the dearest form that had failed in the run that is continued (`state`).
+        """
+        self.verdicts = {}
+        self.failed = {kind: EchoForm(form) for kind, form in (failed or {}).items()}
+
+    def state(self) -> dict[str, str]:
+        """What a run that is continued must know: by kind, the dearest form that failed."""
+        return {kind: str(form) for kind, form in self.failed.items()}
 
     def settle(
         self, drafts: Sequence[DraftPlan], prove: Callable[[DraftPlan, EchoForm], ProofResult], step: int
@@ -95,13 +110,12 @@ class PassChoice:
         Raises:
             ValueError: neither pass is exact for the model, it sees later tokens, or `wanted` cannot be had.
         """
-        unproved = {d.kind: d.length for d in drafts if d.answered and not self._proved(d)}
+        unproved = [(draft.kind, draft.length) for draft in drafts if not self._proved(draft) and draft.answered]
         if not self.agreement.any(bool(unproved)):
             return
         lengths: dict[str, int] = {}
-        for kinds in self.agreement.gather(unproved):
-            for kind, length in kinds.items():
-                lengths[kind] = max(length, lengths.get(kind, 0))
+        for kind, length in (pair for pairs in self.agreement.gather(unproved) for pair in pairs):
+            lengths[kind] = max(length, lengths.get(kind, 0))
         for kind in sorted(lengths):
             own = [draft for draft in drafts if draft.kind == kind and draft.answered]
             # A process without such a batch keeps the others company with another one.
@@ -114,9 +128,7 @@ class PassChoice:
             forms = [verdict.form for verdict in self.verdicts.values()]
             return max(forms, key=list(EchoForm).index, default=CANDIDATES[self.wanted][0])
         verdict = self.verdicts.get(draft.kind)
-        if verdict is None:  # no answer, so nothing will run
-            return CANDIDATES[self.wanted][0]
-        return EchoForm.SUFFIX if draft.length <= verdict.suffix_up_to else verdict.form
+        return verdict.form if verdict else CANDIDATES[self.wanted][0]  # without one nothing will run
 
     def records(self) -> list[dict[str, Any]]:
         """The verdicts as JSON values."""
@@ -124,9 +136,7 @@ class PassChoice:
 
     def _proved(self, draft: DraftPlan) -> bool:
         verdict = self.verdicts.get(draft.kind)
-        if verdict is None:
-            return False
-        return draft.length <= verdict.length or verdict.form is not EchoForm.SUFFIX
+        return verdict is not None and (draft.length <= verdict.length or verdict.form is EchoForm.BATCH)
 
     def _decide(
         self,
@@ -137,26 +147,40 @@ class PassChoice:
         prove: Callable[[DraftPlan, EchoForm], ProofResult],
         step: int,
     ) -> None:
-        before, against = self.verdicts.get(kind), []
+        before, against = self.verdicts.get(kind), list(self._earlier(kind))
         reasons = self.agreement.gather({f: draft.unprovable(f) if own else None for f in CANDIDATES[self.wanted]})
-        for form in CANDIDATES[self.wanted]:
+        for form in self._candidates(kind):
             why_not = next((found[form] for found in reasons if found[form]), None)
-            if why_not is not None:
-                against.append(f"{form}: {why_not}")
-                continue
-            everybody = self.agreement.gather((own, prove(draft, form)))
-            results = [result for counts, result in everybody if counts]
-            worst = max(results, key=lambda r: (r.error is not None, r.states / r.allowed))
-            self._refuse_the_model(worst, results)
-            if worst.agrees:
-                proved = max(length, before.length if before else 0)
-                short = before.length if before and before.form is EchoForm.SUFFIX else 0
-                verdict = Verdict(kind, form, proved, worst, step, against, short)
-                self.verdicts[kind] = verdict
-                self._say(verdict, before)
-                return
-            against.append(f"{form}: {_difference(worst)}{self._mixing(worst)}")
+            if why_not is None:
+                everybody = self.agreement.gather((own, prove(draft, form)))
+                results = [result for counts, result in everybody if counts]
+                worst = max(results, key=lambda r: (r.error is not None, r.states / r.allowed))
+                self._refuse_the_model(worst, results)
+                if not any(result.compared for result in results) and worst.error is None:
+                    return  # nothing was compared, so nothing is known
+                mixing = next((r for r in results if r.mixes_documents), None)
+                if worst.agrees and not (mixing and form is EchoForm.SUFFIX):
+                    length = max(length, before.length if before else 0)
+                    self.verdicts[kind] = Verdict(kind, form, length, worst, step, against)
+                    self._say(self.verdicts[kind], before)
+                    return
+                why_not = f"{_difference(worst)}{self._mixing(mixing)}"
+            against.append(f"{form}: {why_not}")
+            self.failed[kind] = form
         raise ValueError(self._no_pass(kind, against))
+
+    def _candidates(self, kind: str) -> list[EchoForm]:
+        """The forms to try: none that failed before."""
+        failed = list(EchoForm).index(self.failed[kind]) if kind in self.failed else -1
+        return [form for form in CANDIDATES[self.wanted] if list(EchoForm).index(form) > failed]
+
+    def _earlier(self, kind: str) -> list[str]:
+        """Why forms are not tried that failed before."""
+        if kind not in self.failed:
+            return []
+        if kind in self.verdicts:
+            return self.verdicts[kind].against
+        return [f"{self.failed[kind]}: it was not exact before the run was interrupted"]
 
     def _refuse_the_model(self, worst: ProofResult, results: list[ProofResult]) -> None:
         ahead = max(results, key=lambda result: result.sees_ahead)
@@ -183,11 +207,12 @@ class PassChoice:
             f"{verdict.result.logits:.1e}."
         )
         if verdict.against and self.wanted == "auto":
-            reach = f" for documents of more than {verdict.suffix_up_to} tokens" if verdict.suffix_up_to else ""
+            if before is not None and before.form is verdict.form:
+                return
             logger.warning(
-                "The echo pass runs whole sequences%s (about twice the price of LoRA), since the cheaper one is not "
-                "exact for this model here. %s. %s",
-                reach,
+                "The echo pass runs whole sequences from here on (about twice the price of LoRA), since the cheaper "
+                "one is not exact for this model on %s. %s. %s",
+                verdict.kind,
                 "; ".join(verdict.against),
                 measured,
             )
@@ -207,8 +232,8 @@ class PassChoice:
             f"echo_p_start=0 and echo_p_end=0."
         )
 
-    def _mixing(self, result: ProofResult) -> str:
-        if result.mixes is None or result.mixes <= result.allowed:
+    def _mixing(self, result: ProofResult | None) -> str:
+        if result is None:
             return ""
         return (
             f" - {self.model_name} itself mixes packed documents on this attention kernel (a document's states differ "

@@ -113,7 +113,7 @@ def make_plan(
         if form is EchoForm.SUFFIX:
             layout = suffix_layout(segments, inject_F, first_D, reached, position_ids)
         else:
-            layout = full_layout(segments, inject_F, reached, all_rows=form is EchoForm.BATCH)
+            layout = full_layout(segments, inject_F, reached, position_ids, all_rows=form is EchoForm.BATCH)
     elif lockstep:
         layout, boundary_G = weightless_layout(segments, form, position_ids)
     answered_D = segments.answered_D

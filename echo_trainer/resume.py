@@ -70,7 +70,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
         if parameter.numel() and not parameter.is_meta:
             flat = parameter.reshape(-1)
             some = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-            values.update(f"{some.dtype} {some.double().tolist()}\n".encode())
+            values.update(f"{some.dtype} {some.cpu().double().tolist()}\n".encode())
     return {"base_shapes": shapes.hexdigest(), "base_values": values.hexdigest()}
 
 

@@ -161,6 +161,7 @@ class EchoSFTTrainer(
         attach_networks(self.model, self.echo)
         self._echo_metrics = EchoMetrics()  # those of a run that was interrupted would be counted here
         self._reset_guard()
+        self.pass_choice.begin()
         try:
             return super().train(resume, *args, **kwargs)
         finally:

@@ -40,6 +40,8 @@ class Attention(nn.Module):
         if self.config.fault == "ignores the cache" and k.shape[2] > length:
             k, v, allowed = *own, allowed[..., -length:]
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        if self.config.fault == "wrong when long" and k.shape[2] > max(length, 24):
+            out = out * 1.01
         if self.config.fault == "nan" and k.shape[2] > length:
             out = out * float("nan")
         if self.config.fault == "wrong by 1e-2" and k.shape[2] > length:

@@ -80,9 +80,11 @@ def test_plan_of_a_suffix_pass():
     assert plan.plain_weight_N.tolist() == [2, 1, 1, 1, 1, 2]
     assert plan.reach_E.tolist() == [1, 2]
     assert isinstance(plan.layout, SuffixLayout)
-    assert plan.layout.token_RA.tolist() == [[2, 3]]
+    # A place of padding at the end carries the largest position of the batch, which the plain pass has seen.
+    assert plan.layout.token_RA.tolist() == [[2, 3, 3]]
+    assert plan.layout.position_RA.tolist() == [[2, 3, 4]]
     assert plan.layout.prefix_RP.tolist() == [[0, 1]]
-    assert plan.layout.mask_RK.tolist() == [[1, 1, 1, 1]]
+    assert plan.layout.mask_RK.tolist() == [[1, 1, 1, 1, 0]]
     assert (plan.n_samples, plan.n_routed, plan.n_unroutable, plan.n_routed_tokens) == (3, 2, 0, 4)
 
 

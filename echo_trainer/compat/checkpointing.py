@@ -11,7 +11,7 @@ own when a trainer is built, and ends with an error by name where one of them do
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import transformers
@@ -94,14 +94,14 @@ def cache_kept(layer: nn.Module) -> Iterator[None]:
         yield
 
 
-_parts: WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]] = WeakKeyDictionary()
+_parts: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()  # weak: a layer is a part of itself
 
 
-def _checkpointed(layer: nn.Module) -> tuple[nn.Module, ...]:
+def _checkpointed(layer: nn.Module) -> list[nn.Module]:
     """What transformers may checkpoint of a layer: itself, and layers inside it (the shared block of Zamba2)."""
     if layer not in _parts:
-        _parts[layer] = tuple(part for part in layer.modules() if isinstance(part, GradientCheckpointingLayer))
-    return _parts[layer]
+        _parts[layer] = WeakSet(part for part in layer.modules() if isinstance(part, GradientCheckpointingLayer))
+    return list(_parts[layer])
 
 
 def require_replay(layers: nn.ModuleList) -> None:

@@ -12,18 +12,17 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat.cache import cache_keyword
-from ..memory import is_out_of_memory
 from .generation import pad_token_id
+from .sharing import How, how_to_score
 
-_sharing: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by model
 _WORTH_SHARING = 8  # tokens; below this another forward costs more than it saves
 
 
@@ -87,41 +86,16 @@ def score_rows(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     pad = pad_token_id(tokenizer)
-    long = _long(rows)
-    if not long and _batch_prefix(rows) == 0:  # nothing to share
-        return _score_shared(model, base, pad, rows, long)
-    if not _shares_exactly(model, base, pad, rows):
-        return _score_whole(model, base, pad, rows)
-    return _score_shared(model, base, pad, rows, long)
-
-
-def _shares_exactly(model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow]) -> bool:
-    """
-    Whether keys and values of a text may be used for what follows it: tried on the first rows that a model is given.
-
-    Scores with and without sharing must agree as far as rounding goes. Mixed states (linear attention), caches of
-    another kind and kernels of their own show here, whatever they are called.
-    """
-    if base not in _sharing:
-        few = [replace(row, sequences=row.sequences[:2]) for row in rows[:2]]
-        long = _long(few)
-        if not long and _batch_prefix(few) == 0:
-            return False  # nothing is shared in these, so they show nothing
-        whole = _score_whole(model, base, pad, few)
-        try:
-            shared = _score_shared(model, base, pad, few, long)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            _sharing[base] = False
-        else:
-            pairs = [pair for row in zip(shared, whole, strict=True) for pair in zip(*row, strict=True)]
-            roundoff = torch.finfo(base.dtype).eps / 2
-            _sharing[base] = all(
-                abs(a.log_likelihood - b.log_likelihood) <= 256 * roundoff * (b.n_tokens + abs(b.log_likelihood))
-                for a, b in pairs
-            )
-    return _sharing[base]
+    shared, whole = (partial(score, model, base, pad) for score in (_score_shared, _score_whole))
+    begin, uneven = _batch_prefix(rows) > 0 and not _slides(base), len({row.shared for row in rows}) > 1
+    # Behind a common beginning rows of unequal length have padding inside their text.
+    form = (begin, uneven, bool(_long(rows)))
+    how = how_to_score(base, form, rows, shared, whole)
+    if how is How.SHARED:
+        return shared(rows)
+    if how is How.WHOLE:
+        return whole(rows)
+    return [[whole([replace(row, sequences=[ids])])[0][0] for ids in row.sequences] for row in rows]
 
 
 def _long(rows: Sequence[TokenizedRow]) -> list[tuple[int, int]]:
@@ -129,10 +103,9 @@ def _long(rows: Sequence[TokenizedRow]) -> list[tuple[int, int]]:
     return [(b, o) for b, row in enumerate(rows) for o, ids in enumerate(row.sequences) if len(ids) > row.shared + 1]
 
 
-def _score_shared(
-    model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow], long: list[tuple[int, int]]
-) -> list[list[Score]]:
+def _score_shared(model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow]) -> list[list[Score]]:
     """The scores of a batch, each shared token computed once."""
+    long = _long(rows)
     begin = _batch_prefix(rows) if not _slides(base) else 0
     cache = DynamicCache() if long or begin else None
     if begin:
