@@ -3,8 +3,8 @@
     python tests/make_families.py            every family (about ten minutes)
     python tests/make_families.py llama opt  these only
 
-Run it with each release of transformers that the package is tested with: a result that stays the same keeps the
-oldest release it was seen with; one that changed begins anew.
+Run it with each release of transformers that the package is tested with; the results of each are kept beside those of
+the others, and "since" is the oldest release from which on they are the same.
 """
 
 import json
@@ -41,13 +41,13 @@ could not be made small enough to try ({names}).
 
 
 def known_outcome(family: str, layout: str) -> str | None:
-    """The form that the results give for a family and a layout; None where they have none."""
-    found = read().get(family, {}).get(layout)
+    """The form that the results give for a family and a layout with this release; None where they have none."""
+    found = read().get(family, {}).get(layout, {}).get(transformers.__version__)
     return found["form"] if found else None
 
 
 def read() -> dict:
-    """The results so far."""
+    """The results so far: by family, layout and release."""
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
 
@@ -66,10 +66,8 @@ def main(families: list[str]) -> None:
                 results.setdefault(family, {}).setdefault("not tried", str(error))
                 break
             results.setdefault(family, {}).pop("not tried", None)
-            before = results[family].get(layout, {})
-            since = before.get("since", release) if before.get("form") == outcome.form else release
-            since = min(since, release, key=Version)
-            results[family][layout] = {"form": outcome.form, "why": outcome.why, "since": since}
+            found = results[family].setdefault(layout, {})
+            found[release] = {"form": outcome.form, "why": outcome.why}
             print(f"{family:24} {layout:13} {outcome.form}", flush=True)
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     PAGE.parent.mkdir(exist_ok=True)
@@ -83,11 +81,23 @@ def render(results: dict) -> str:
     for family, found in sorted(results.items()):
         if "padded" not in found:
             continue
-        packed = {found[layout]["form"] for layout in ("packed", "padding-free")}
-        since = max((entry["since"] for entry in found.values()), key=Version)
-        why = "; ".join(dict.fromkeys(_short(entry["why"]) for entry in found.values() if entry["why"]))
-        rows.append(f"| {family} | {found['padded']['form']} | {' or '.join(sorted(packed))} | {since} | {why} |\n")
+        newest = {layout: found[layout][max(found[layout], key=Version)] for layout in found}
+        packed = {newest[layout]["form"] for layout in ("packed", "padding-free")}
+        since = max((_since(releases) for releases in found.values()), key=Version)
+        why = "; ".join(dict.fromkeys(_short(entry["why"]) for entry in newest.values() if entry["why"]))
+        rows.append(f"| {family} | {newest['padded']['form']} | {' or '.join(sorted(packed))} | {since} | {why} |\n")
     return HEAD.format(missing=len(missing), names=", ".join(missing)) + "".join(rows)
+
+
+def _since(releases: dict) -> str:
+    """The oldest release from which on the form is that of the newest."""
+    order = sorted(releases, key=Version, reverse=True)
+    since = order[0]
+    for release in order:
+        if releases[release]["form"] != releases[order[0]]["form"]:
+            break
+        since = release
+    return since
 
 
 def _short(why: str) -> str:
