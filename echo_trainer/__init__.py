@@ -33,12 +33,12 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .collator import EchoCollator
     from .config import EchoSFTConfig
+    from .run.collate import EchoCollator
     from .trainer import EchoSFTTrainer
 
 # Loaded on first use: importing the package itself must not import torch.
-_LAZY = {"EchoCollator": "collator", "EchoSFTConfig": "config", "EchoSFTTrainer": "trainer"}
+_LAZY = {"EchoCollator": "run.collate", "EchoSFTConfig": "config", "EchoSFTTrainer": "trainer"}
 
 __all__ = ["EchoCollator", "EchoSFTConfig", "EchoSFTTrainer", "__version__"]
 

@@ -9,18 +9,17 @@ from typing import Any
 
 from trl import SFTConfig
 
-from .config_checks import (
+from .options import (
     AGGREGATIONS,
     CARD_PROMPTS,
     PASSES,
     POSITIONS,
     TEACHERS,
+    TOKEN_FIELDS,
     check_echo_fields,
     layer_list,
     refuse_options_without_an_echo,
 )
-
-TOKEN_FIELDS = ("hub_token", "push_to_hub_token")
 
 
 @dataclass

@@ -22,31 +22,32 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from .agreement import Agreement
-from .checkpoint import EchoCheckpointMixin
-from .collator import PLAN_KEY, EchoCollator
 from .compat.checkpointing import require_replay
 from .compat.identity import name_of
 from .compat.trainer import JointTrainer, require_joints
 from .compat.versions import warn_of_newer
 from .config import EchoSFTConfig
-from .config_checks import CKA
-from .deferred import DeferredCollationMixin
-from .guard import GuardMixin
-from .hub.mixin import EchoHubMixin
-from .layers import decoder_layers, find_sites, resolve_layers
-from .lockstep import checkpoint_without_reentry, needs_lockstep
-from .losses import Distillation
-from .memory import now_running
-from .metrics import EchoMetrics
-from .network import EchoNetworks
-from .pass_choice import PassChoice
-from .passes import EchoSetup
-from .resume import base_fingerprint
-from .saving import EchoSavingMixin
+from .method.depth import resolve_layers
+from .method.losses import Distillation
+from .method.network import EchoNetworks
+from .options import CKA
+from .passes.layers import decoder_layers, find_sites
+from .passes.memory import now_running
+from .passes.setup import EchoSetup
+from .passes.step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
+from .run.agreement import Agreement
+from .run.checkpoint import EchoCheckpointMixin
+from .run.collate import PLAN_KEY, EchoCollator
+from .run.deferred import DeferredCollationMixin
+from .run.guard import GuardMixin
+from .run.hub_mixin import EchoHubMixin
+from .run.lockstep import checkpoint_without_reentry, needs_lockstep
+from .run.metrics import EchoMetrics
+from .run.pass_choice import PassChoice
+from .run.resume import base_fingerprint
+from .run.saving import EchoSavingMixin
+from .run.validation import check_arguments, check_dataset, check_model, warn_of_lost_answers
 from .selection.use import layers_by_cka
-from .step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
-from .validation import check_arguments, check_dataset, check_model, warn_of_lost_answers
 
 logger = logging.getLogger(__name__)
 

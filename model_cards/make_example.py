@@ -12,10 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from echo_trainer.card.folder import update_record
-from echo_trainer.card.render import render_card
 from echo_trainer.evaluation.results import wilson
 from echo_trainer.quickstart import run as quickstart
+from echo_trainer.report.folder import update_record
+from echo_trainer.report.render import render_card
 
 EXAMPLE = Path(__file__).resolve().parent / "example"
 

@@ -16,7 +16,7 @@ from training import echo_trainer
 from transformers import T5Config, T5ForConditionalGeneration
 
 from echo_trainer import EchoSFTConfig, EchoSFTTrainer
-from echo_trainer.losses import NonFiniteLossError
+from echo_trainer.method.losses import NonFiniteLossError
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def arguments_as_a_mapping(folder):
 
 
 def layers_of_an_encoder_decoder(folder):
-    from echo_trainer.layers import decoder_layers
+    from echo_trainer.passes.layers import decoder_layers
 
     decoder_layers(encoder_decoder())
 

@@ -13,8 +13,8 @@ from models import tiny_model
 from training import echo_trainer
 
 from echo_trainer import cli
-from echo_trainer.checkpoint_files import checkpoints
 from echo_trainer.resources import QUICKSTART_BASE
+from echo_trainer.run.checkpoint_files import checkpoints
 
 CHECKPOINTS, ADAPTERS, RECIPES, COMMANDS = "Resuming", "Adapters on disk", "Recipes", "Command line"
 

@@ -17,13 +17,13 @@ from steps import (
     step_gradients,
 )
 
-from echo_trainer.agreement import Agreement
-from echo_trainer.collator import EchoCollator
-from echo_trainer.layouts import EchoForm
-from echo_trainer.pass_choice import PassChoice
-from echo_trainer.proof import prove
-from echo_trainer.proof_rows import no_trace, proof_inputs
-from echo_trainer.routing import RoutingSchedule
+from echo_trainer.method.layouts import EchoForm
+from echo_trainer.method.routing import RoutingSchedule
+from echo_trainer.passes.proof import prove
+from echo_trainer.run.agreement import Agreement
+from echo_trainer.run.collate import EchoCollator
+from echo_trainer.run.pass_choice import PassChoice
+from echo_trainer.run.proof_rows import no_trace, proof_inputs
 
 # Modules that PEFT refuses or cannot run a LoRA on, in plain SFT as well.
 NO_LORA = {"out_proj", "conv1d", "router", "gate"}

@@ -17,7 +17,7 @@ from models import lora_config
 from safetensors.torch import load_file
 from training import DATA_FORMS, echo_trainer, losses
 
-from echo_trainer.routing import RoutingSchedule
+from echo_trainer.method.routing import RoutingSchedule
 
 RESULTS = Path(__file__).parent / "data" / "golden.json"
 RUNS = {

@@ -25,7 +25,7 @@ from models import lora_config
 from training import echo_trainer
 from transformers import TrainerCallback, logging
 
-from echo_trainer.checkpoint_files import STAGING, checkpoints, damage
+from echo_trainer.run.checkpoint_files import STAGING, checkpoints, damage
 
 WAYS = ("SIGKILL", "SIGKILL in a save", "SIGTERM", "Ctrl-C", "disk full")
 SETTINGS = {

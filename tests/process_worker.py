@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from training import echo_trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from echo_trainer import passes, step
 from echo_trainer.compat.cache import PrefixCache
-from echo_trainer.gathering import whole_state
-from echo_trainer.routing import RoutingSchedule
+from echo_trainer.method.routing import RoutingSchedule
+from echo_trainer.passes import echo, step
+from echo_trainer.run.gathering import whole_state
 
 DEADLINE = 400
 """Seconds after which a process that hangs says where it does and ends."""
@@ -129,7 +129,7 @@ def run(case: str, output: Path, world: int, compared: int | None = None, **more
 
 def _watch(seen: dict):
     """Count draws, echo passes and saves; returns a function that stops it."""
-    draw, run_echo_pass, save = RoutingSchedule.draw, passes.run_echo_pass, PeftModel.save_pretrained
+    draw, run_echo_pass, save = RoutingSchedule.draw, echo.run_echo_pass, PeftModel.save_pretrained
 
     def drawn(self, step, micro_batch, row, document=0):
         routed = draw(self, step, micro_batch, row, document)

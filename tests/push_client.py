@@ -91,7 +91,7 @@ def train(folder: str, base: str, token: str, **options: object) -> dict:
     from transformers import AutoModelForCausalLM
 
     from echo_trainer.hub.client import Patience
-    from echo_trainer.hub.mixin import EchoHubMixin
+    from echo_trainer.run.hub_mixin import EchoHubMixin
 
     EchoHubMixin.hub_patience = Patience(attempts=2, wait=0.05, timeout=5.0)
     after, arguments, resume = options.pop("after", None), options.pop("arguments", {}), options.pop("resume", None)

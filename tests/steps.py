@@ -3,16 +3,17 @@
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from echo_trainer.collator import EchoCollator
-from echo_trainer.layers import decoder_layers, find_sites, resolve_layers
-from echo_trainer.layouts import EchoForm
-from echo_trainer.losses import Distillation
-from echo_trainer.network import EchoNetworks
-from echo_trainer.passes import EchoSetup
-from echo_trainer.proof import observe
-from echo_trainer.proof_rows import no_trace
-from echo_trainer.routing import RoutingSchedule
-from echo_trainer.step import echo_step
+from echo_trainer.method.depth import resolve_layers
+from echo_trainer.method.layouts import EchoForm
+from echo_trainer.method.losses import Distillation
+from echo_trainer.method.network import EchoNetworks
+from echo_trainer.method.routing import RoutingSchedule
+from echo_trainer.passes.layers import decoder_layers, find_sites
+from echo_trainer.passes.proof import observe
+from echo_trainer.passes.setup import EchoSetup
+from echo_trainer.passes.step import echo_step
+from echo_trainer.run.collate import EchoCollator
+from echo_trainer.run.proof_rows import no_trace
 
 
 def echo_setup(model, sources=None, targets=None, bottleneck=8, aggregation="mean", alive=True) -> EchoSetup:

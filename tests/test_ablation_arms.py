@@ -15,9 +15,9 @@ from echo_trainer.ablation.flops import count_coefficients, plain_setup, step_si
 from echo_trainer.ablation.plan import Run
 from echo_trainer.ablation.run_one import Workbench, build_trainer
 from echo_trainer.ablation.schedule import matched_run
-from echo_trainer.layers import find_sites
-from echo_trainer.layouts import EchoForm
-from echo_trainer.network import EchoNetworks
+from echo_trainer.method.layouts import EchoForm
+from echo_trainer.method.network import EchoNetworks
+from echo_trainer.passes.layers import find_sites
 from echo_trainer.quiet import quiet_libraries
 
 

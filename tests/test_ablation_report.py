@@ -9,9 +9,10 @@ import pytest
 from ablation_cases import tiny_recipe
 
 from echo_trainer import cli
-from echo_trainer.ablation.files import ITEMS, RESULT, write_json
+from echo_trainer.ablation.files import ITEMS, RESULT
 from echo_trainer.ablation.plan import Run, run_folder
 from echo_trainer.ablation.write import write_report
+from echo_trainer.files import write_json
 
 N_ITEMS = 400
 

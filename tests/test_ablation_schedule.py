@@ -17,7 +17,7 @@ from echo_trainer import cli
 from echo_trainer.ablation.arms import ARMS
 from echo_trainer.ablation.choice import NotChosenError, choose_rates
 from echo_trainer.ablation.data import fingerprints
-from echo_trainer.ablation.files import ERROR, ITEMS, RESULT, write_json
+from echo_trainer.ablation.files import ERROR, ITEMS, RESULT
 from echo_trainer.ablation.plan import (
     Run,
     changed_parts,
@@ -29,6 +29,7 @@ from echo_trainer.ablation.plan import (
 )
 from echo_trainer.ablation.results import load_items, load_result
 from echo_trainer.ablation.schedule import CHOICE, Progress, run_all
+from echo_trainer.files import write_json
 
 
 class Watch(Progress):

@@ -16,10 +16,10 @@ from huggingface_hub import ModelCard
 from models import lora_config, prompt_completion_rows, tiny_model
 from training import echo_trainer
 
-from echo_trainer.card.folder import update_record
-from echo_trainer.card.record import _data_revision, _git, _license, hyperparameters
-from echo_trainer.card.render import render_card
 from echo_trainer.evaluation.generation import greedy_answers
+from echo_trainer.report.folder import update_record
+from echo_trainer.report.record import _data_revision, _git, _license, hyperparameters
+from echo_trainer.report.render import render_card
 
 EXAMPLE = Path(__file__).parents[1] / "model_cards" / "example"
 GAPS = re.compile(

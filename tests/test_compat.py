@@ -14,7 +14,7 @@ from echo_trainer import EchoSFTTrainer, cli
 from echo_trainer.compat import checkpointing, hub_client, versions
 from echo_trainer.compat.cache import NoCacheError, PrefixCache
 from echo_trainer.compat.trainer import _JOINTS, require_joints
-from echo_trainer.layers import decoder_layers
+from echo_trainer.passes.layers import decoder_layers
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "echo_trainer"

@@ -13,13 +13,7 @@ from models import conversation_rows, prompt_completion_rows, tiny_tokenizer
 
 from echo_trainer.evaluation.answers import CHOICES, first_match, last_number
 from echo_trainer.evaluation.data import instruction_row
-from echo_trainer.evaluation.tasks import (
-    COMMONSENSE,
-    commonsense_task,
-    gsm8k_task,
-    load_tasks,
-    prompt_completion_task,
-)
+from echo_trainer.evaluation.tasks import COMMONSENSE, commonsense_task, gsm8k_task, load_tasks, prompt_completion_task
 from echo_trainer.templates import alpaca
 
 DATA = Path(__file__).parent / "data" / "commonsense"

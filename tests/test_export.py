@@ -14,15 +14,15 @@ import pytest
 import torch
 from adapter_cases import ALL
 
-from echo_trainer.card.folder import saved_facts, update_record
-from echo_trainer.card.render import render_card
+from echo_trainer.adapter.check import check_adapter
+from echo_trainer.adapter.folder import AdapterError
+from echo_trainer.adapter.logit_error import ExportError, probe_ids
 from echo_trainer.cli import serving as cli_serving
-from echo_trainer.serving import export
-from echo_trainer.serving.adapter import AdapterError
-from echo_trainer.serving.check import check_adapter
-from echo_trainer.serving.export import export_lora, export_merged, export_portable
-from echo_trainer.serving.export_gguf import export_gguf
-from echo_trainer.serving.logit_error import ExportError, probe_ids
+from echo_trainer.export import forms as export
+from echo_trainer.export.forms import export_lora, export_merged, export_portable
+from echo_trainer.export.gguf import export_gguf
+from echo_trainer.report.folder import saved_facts, update_record
+from echo_trainer.report.render import render_card
 
 FULL = {"r": 4, "target_modules": ["q_proj", "o_proj"]}  # modules that a LoRA of rank 32 can replace exactly
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

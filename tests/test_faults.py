@@ -18,17 +18,10 @@ from models import lora_config, prompt_completion_rows, tiny_model
 from training import adapter, assert_equal, echo_trainer, losses
 from transformers import TrainerCallback
 
-from echo_trainer.checkpoint_files import (
-    DELETED,
-    MANIFEST,
-    STAGING,
-    checkpoints,
-    damage,
-    last_whole_checkpoint,
-    rotate,
-)
-from echo_trainer.final_save import NonFiniteAdapterError
-from echo_trainer.guard import MAX_IN_A_ROW, MAX_SKIPPED_IN_A_ROW, NonFiniteLossError
+from echo_trainer.manifest import MANIFEST
+from echo_trainer.run.checkpoint_files import DELETED, STAGING, checkpoints, damage, last_whole_checkpoint, rotate
+from echo_trainer.run.final_save import NonFiniteAdapterError
+from echo_trainer.run.guard import MAX_IN_A_ROW, MAX_SKIPPED_IN_A_ROW, NonFiniteLossError
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -191,7 +184,7 @@ def test_a_deletion_that_is_killed_leaves_no_half_checkpoint(tmp_path, monkeypat
 
     again = echo_trainer(tmp_path, max_steps=6, save_total_limit=2, **SAVING)
     with monkeypatch.context() as patch:
-        patch.setattr("echo_trainer.checkpoint_files.shutil", SimpleNamespace(rmtree=killed))
+        patch.setattr("echo_trainer.run.checkpoint_files.shutil", SimpleNamespace(rmtree=killed))
         with pytest.raises(KeyboardInterrupt):
             again.train(resume_from_checkpoint=True)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-4"]

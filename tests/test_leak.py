@@ -5,7 +5,8 @@ import torch
 from models import adapted, tiny_model
 from steps import echo_setup, packed_example, padding_free_collator, planned_batch, random_examples
 
-from echo_trainer.passes import run_echo_pass, run_plain_pass
+from echo_trainer.passes.echo import run_echo_pass
+from echo_trainer.passes.plain import run_plain_pass
 
 
 def echo_states(model, setup, examples, suffix, collator, positions):

@@ -13,11 +13,11 @@ from steps import (
     step_gradients,
 )
 
-from echo_trainer import step
-from echo_trainer.collator import EchoCollator
-from echo_trainer.layouts import EchoForm
-from echo_trainer.lockstep import touch
-from echo_trainer.routing import RoutingSchedule
+from echo_trainer.method.layouts import EchoForm
+from echo_trainer.method.routing import RoutingSchedule
+from echo_trainer.method.silence import touch
+from echo_trainer.passes import step
+from echo_trainer.run.collate import EchoCollator
 
 UNPREDICTED = [{"input_ids": [5, 6, 7], "labels": [5, -100, -100]}, {"input_ids": [8, 9], "labels": [-100, -100]}]
 ONE_TOKEN = [{"input_ids": [5], "labels": [5]}]

@@ -14,7 +14,7 @@ from steps import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from echo_trainer.layouts import FullLayout, SuffixLayout
+from echo_trainer.method.layouts import FullLayout, SuffixLayout
 
 # Sums of float64 in another order; most families normalise in float32 whatever the model's dtype.
 TOLERANCE = {"gpt2": 1e-9, "opt": 1e-9, "gpt_neox": 1e-9}

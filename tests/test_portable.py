@@ -10,10 +10,10 @@ import torch
 from adapter_cases import ALL
 from safetensors.torch import load_file
 
-from echo_trainer.serving import portable_write
-from echo_trainer.serving.adapter import AdapterError
-from echo_trainer.serving.check import check_adapter
-from echo_trainer.serving.portable import NotPortableError, make_portable
+from echo_trainer.adapter import write as portable_write
+from echo_trainer.adapter.check import check_adapter
+from echo_trainer.adapter.folder import AdapterError
+from echo_trainer.adapter.portable import NotPortableError, make_portable
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}  # of logits computed in float64: only folding into float32 tensors may round
 

@@ -9,8 +9,8 @@ from tokenizers.models import BPE
 from training import echo_trainer
 from transformers import PreTrainedTokenizerFast
 
-from echo_trainer.card.prompt_format import MAX_CHARACTERS, N_LEAST, example, prompt_format
-from echo_trainer.card.render import render_card, usage
+from echo_trainer.report.prompt_format import MAX_CHARACTERS, N_LEAST, example, prompt_format
+from echo_trainer.report.render import render_card, usage
 from echo_trainer.templates import ALPACA
 
 CHATML = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -20,13 +20,13 @@ from steps import (
 )
 from training import DATA_FORMS, adapter, all_parameters, assert_equal, echo_trainer, losses
 
-from echo_trainer.agreement import Agreement
-from echo_trainer.collator import EchoCollator
-from echo_trainer.layouts import EchoForm
-from echo_trainer.pass_choice import PassChoice, Verdict
-from echo_trainer.proof import ProofResult, observe, prove
-from echo_trainer.proof_rows import no_trace, proof_inputs
-from echo_trainer.routing import RoutingSchedule
+from echo_trainer.method.layouts import EchoForm
+from echo_trainer.method.routing import RoutingSchedule
+from echo_trainer.passes.proof import ProofResult, observe, prove
+from echo_trainer.run.agreement import Agreement
+from echo_trainer.run.collate import EchoCollator
+from echo_trainer.run.pass_choice import PassChoice, Verdict
+from echo_trainer.run.proof_rows import no_trace, proof_inputs
 
 
 def made_up_trainer(folder, fault, **settings):
@@ -406,7 +406,7 @@ def test_mixed_documents_are_seen_in_bfloat16(family):
 
 def test_where_nothing_can_be_refined_two_right_computations_set_the_bound(monkeypatch):
     """Quantised or sharded weights stay coarse: 4 times what a document alone differs from itself in its row."""
-    from echo_trainer import proof
+    from echo_trainer.passes import proof
 
     monkeypatch.setattr(proof, "can_refine", lambda setup: False)
     result = proof_of(adapted(tiny_model("llama", dtype=torch.bfloat16)))
@@ -426,7 +426,7 @@ def test_tf32_widens_the_bound_however_it_was_switched_on(way):
     """transformers uses the newer switch, after which torch refuses to read the older one."""
     from types import SimpleNamespace
 
-    from echo_trainer.rounding import unit_roundoff
+    from echo_trainer.passes.rounding import unit_roundoff
 
     before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     try:

@@ -10,7 +10,7 @@ from hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, Fault, Hub, http
 from peft import PeftModel
 from push_client import Client
 
-from echo_trainer.hub.files import id_from_cache, is_local
+from echo_trainer.files import id_from_cache, is_local
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 

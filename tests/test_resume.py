@@ -12,7 +12,8 @@ from peft import get_peft_model
 from training import SETTINGS, adapter, assert_equal, echo_trainer
 
 from echo_trainer import EchoSFTConfig, EchoSFTTrainer
-from echo_trainer.checkpoint_files import MANIFEST, REPLACED, bring_back, checkpoints, damage, publish
+from echo_trainer.manifest import MANIFEST
+from echo_trainer.run.checkpoint_files import REPLACED, bring_back, checkpoints, damage, publish
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -29,7 +30,7 @@ def test_datasets_of_any_format_are_saved(tmp_path, form):
 def test_a_card_that_cannot_be_written_does_not_cost_the_adapter(tmp_path, monkeypatch, caplog):
     trainer = echo_trainer(tmp_path, max_steps=1)
     trainer.train()
-    monkeypatch.setattr("echo_trainer.saving.write_run_folder", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("echo_trainer.run.saving.write_run_folder", lambda *a, **k: 1 / 0)
     trainer.save_model()
     assert (tmp_path / "adapter_model.safetensors").exists() and "could not be written" in caplog.text
 

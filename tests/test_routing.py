@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from echo_trainer.routing import RoutingSchedule, uniform
+from echo_trainer.method.routing import RoutingSchedule, uniform
 
 
 def test_probability_is_linear_from_start_to_end():

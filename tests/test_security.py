@@ -13,7 +13,7 @@ from models import lora_config, prompt_completion_rows, tiny_model, tiny_tokeniz
 from training import SETTINGS, echo_trainer
 
 from echo_trainer import EchoSFTConfig, EchoSFTTrainer
-from echo_trainer.checkpoint_files import MANIFEST, write_manifest
+from echo_trainer.manifest import MANIFEST, write_manifest
 
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import packed_example, padded_collator, padding_free_collator, random_examples
 
-from echo_trainer.layouts import EchoForm, FullLayout, SuffixLayout
-from echo_trainer.plan import make_plan
-from echo_trainer.segments import find_segments, has_boundary
+from echo_trainer.method.layouts import EchoForm, FullLayout, SuffixLayout
+from echo_trainer.method.plan import make_plan
+from echo_trainer.method.segments import find_segments, has_boundary
 
 PROMPT = -100
 

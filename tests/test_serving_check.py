@@ -14,10 +14,10 @@ from adapter_cases import ALL, add, config, drop, rename, reshape, value
 from peft import AdaLoraConfig, IA3Config
 from rich.console import Console
 
-from echo_trainer.serving.adapter import AdapterError
-from echo_trainer.serving.check import check_adapter
-from echo_trainer.serving.portable import make_portable
-from echo_trainer.serving.rules import ENGINES, RULES, UNREADABLE
+from echo_trainer.adapter.check import check_adapter
+from echo_trainer.adapter.folder import AdapterError
+from echo_trainer.adapter.portable import make_portable
+from echo_trainer.adapter.rules import ENGINES, RULES, UNREADABLE
 
 SIGNS = {"serves": "✓", "refuses": "✗", "silently-wrong": "∅", "unknown": "?"}
 Q0 = "model.layers.0.self_attn.q_proj"

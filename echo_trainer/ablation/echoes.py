@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..network import EchoNetworks
+from ..method.network import EchoNetworks
 
 
 class ControlledNetworks(EchoNetworks):

@@ -17,12 +17,12 @@ from torch import nn
 from torch.utils.flop_counter import flop_registry
 
 from ..compat.dispatch import TorchDispatchMode
-from ..layouts import EchoForm, FullLayout, SuffixLayout
-from ..losses import Distillation
-from ..passes import EchoSetup
-from ..plan import EchoPlan, make_plan
-from ..segments import find_segments
-from ..step import echo_step
+from ..method.layouts import EchoForm, FullLayout, SuffixLayout
+from ..method.losses import Distillation
+from ..method.plan import EchoPlan, make_plan
+from ..method.segments import find_segments
+from ..passes.setup import EchoSetup
+from ..passes.step import echo_step
 
 SIZES = (
     "passes", "tokens", "attention", "scored",

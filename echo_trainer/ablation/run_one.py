@@ -19,12 +19,13 @@ from trl import get_peft_config
 from .._version import __version__
 from ..cli.sft import make_parser
 from ..evaluation.evaluate import Record, Task, accuracy, evaluate_task
-from ..layouts import EchoForm
-from ..losses import Distillation
+from ..files import write_json
+from ..method.layouts import EchoForm
+from ..method.losses import Distillation
 from . import memory
 from .arms import ARMS
 from .data import held_out_task, load_examples, load_tests
-from .files import ITEMS, RESULT, write_json
+from .files import ITEMS, RESULT
 from .flops import SIZES, count_coefficients, plain_setup
 from .plan import Run, digest, run_folder
 from .recipe import AblationRecipe

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json, write_text
 from .arms import ARMS, BASELINE
 from .choice import choose_rates
-from .files import ERROR, write_json, write_text
+from .files import ERROR
 from .plan import Run, family_of, final_runs, selection_runs, specification
 from .recipe import AblationRecipe
 from .results import is_finished, load_result

@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
+from ..files import write_json, write_text
 from .arms import ADAPTERS, ARMS
 from .choice import NotChosenError, choose_rates
 from .comparison import summarise
-from .files import RESULT, write_json, write_text
+from .files import RESULT
 from .plot import forest_plot
 from .recipe import AblationRecipe
 from .report import render

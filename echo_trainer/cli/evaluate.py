@@ -89,10 +89,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
 
     from ..evaluation.model import load_for_evaluation, load_tokenizer
-    from ..evaluation.records import write_atomically
     from ..evaluation.results import add_to_run
     from ..evaluation.run import harness_command, run_evaluation
     from ..evaluation.tasks import load_tasks
+    from ..files import write_text
     from ..quiet import quiet_libraries
 
     console = Console()
@@ -122,7 +122,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     results = [*summary["results"], *([summary["average"]] if summary["average"] else [])]
     console.print(f"Records and results: {folder}", soft_wrap=True)
     if file is not None:
-        write_atomically(file, (folder / f"results.{options.mode}.json").read_text(encoding="utf-8"))
+        write_text(file, (folder / f"results.{options.mode}.json").read_text(encoding="utf-8"))
         console.print(f"Results: {file}", soft_wrap=True)
     written = add_to_run(Path(options.model), results) if Path(options.model).is_dir() else None
     if written:

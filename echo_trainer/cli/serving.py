@@ -94,8 +94,8 @@ def add_export_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Handle ``echo-trainer check``."""
-    from ..serving.adapter import AdapterError
-    from ..serving.check import check_adapter
+    from ..adapter.check import check_adapter
+    from ..adapter.folder import AdapterError
 
     try:
         report = check_adapter(arguments.adapter, arguments.engine, arguments.base, not arguments.headers_only)
@@ -112,9 +112,9 @@ def run_export(arguments: argparse.Namespace) -> int:
     """Handle ``echo-trainer export``."""
     if arguments.form is None:
         raise ValueError("No form was named. Give one of --portable, --merged, --lora and --gguf.")
-    from ..serving import export
-    from ..serving.adapter import AdapterError
-    from ..serving.export_gguf import export_gguf
+    from ..adapter.folder import AdapterError
+    from ..export import forms as export
+    from ..export.gguf import export_gguf
 
     adapter, out, base, rank = arguments.adapter, arguments.out, arguments.base, arguments.rank
     try:

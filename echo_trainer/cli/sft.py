@@ -17,7 +17,7 @@ from trl import (
 )
 
 from ..config import EchoSFTConfig
-from ..config_checks import CKA
+from ..options import CKA
 from ..selection.select import number_of_layers, select_layers
 from ..selection.use import baseline_layers, lora_config_kwargs
 from ..templates import TEMPLATES

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..layouts import SuffixLayout
-from ..rows import take_rows
+from ..method.layouts import SuffixLayout
+from ..method.rows import take_rows
 from .checkpointing import cache_kept
 
 

@@ -53,7 +53,7 @@ def load_for_evaluation(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ..serving.logit_error import with_adapter
+    from ..adapter.logit_error import with_adapter
 
     device = _device(device)
     if dtype == "auto":
@@ -134,8 +134,8 @@ def _adapter_files(adapter: str) -> Any:
     """
     from huggingface_hub import snapshot_download
 
-    from ..serving.adapter import read_adapter
-    from ..serving.refuse import refuse_broken
+    from ..adapter.folder import read_adapter
+    from ..adapter.refuse import refuse_broken
 
     folder = adapter if Path(adapter).is_dir() else snapshot_download(adapter, allow_patterns="adapter_*")
     files = read_adapter(folder)

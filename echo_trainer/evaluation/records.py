@@ -72,14 +72,6 @@ class RecordFile:
             )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, finds the old text or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
 def items_digest(task: Task) -> str:
     """Digest of the questions of a task, as text."""
     digest = hashlib.sha256()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..card.folder import RUN_RECORD, update_record
+from ..report.folder import RUN_RECORD, update_record
 from .evaluate import Record, Task, accuracy
 
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution

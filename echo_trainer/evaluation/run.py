@@ -1,6 +1,5 @@
 """Run an evaluation with its records in a folder: resumable, one file for each task and mode."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -9,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..files import write_json
 from .evaluate import Record, Task, evaluate_task
 from .model import Loaded
-from .records import RecordFile, items_digest, write_atomically
+from .records import RecordFile, items_digest
 from .results import macro_average, task_result
 
 # Names of the same data in lm-evaluation-harness. Its prompts differ, so its figures are not the same.
@@ -101,7 +101,7 @@ def run_evaluation(
         },
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_atomically(folder / f"results.{mode}.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_json(folder / f"results.{mode}.json", summary, indent=2, allow_nan=False)
     return summary
 
 

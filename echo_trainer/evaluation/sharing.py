@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..memory import is_out_of_memory
+from ..passes.memory import is_out_of_memory
 
 Scorer = Callable[[Sequence[Any]], list[list[Any]]]
 

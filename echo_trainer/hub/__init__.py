@@ -3,5 +3,4 @@ Pushing a finished run to the Hub.
 
     which files, and nothing else       [files]
     one upload, tried again, verified   [push, client]
-    as part of the trainer              [mixin]
 """

@@ -12,11 +12,11 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-from ..serving.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapter
+from ..adapter.folder import CONFIG_NAME, WEIGHTS_NAME, AdapterError, adapter_folder, read_adapter
+from ..files import id_from_cache, is_local
+from ..manifest import MANIFEST, read_manifest, write_manifest
 
-MANIFEST = "echo_checkpoint.json"  # as in checkpoint_files.py, which takes long to import
 ADAPTER = (CONFIG_NAME, WEIGHTS_NAME)
 MODEL = ("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
          "model.safetensors.index.json")  # fmt: skip
@@ -33,31 +33,6 @@ RESUME = ("echo_networks.safetensors", "optimizer.pt", "scheduler.pt", "scaler.p
 
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 _TEXTS = {".json", ".md", ".jinja", ".yaml", ".txt"}
-
-
-def adapter_folder(folder: str | Path) -> Path:
-    """
-    Where the adapter's files lie: the folder itself, or its one sub-folder that PEFT named after the adapter.
-
-    Raises:
-        AdapterError: there is no adapter, or there are several.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise AdapterError(f"'{folder}' is not a folder. Give the folder of a finished run.")
-    if (folder / CONFIG_NAME).is_file() or (folder / WEIGHTS_NAME).is_file():
-        return folder
-    named = [path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
-    found = [path for path in named if not path.name.startswith("checkpoint-")]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise AdapterError(f"'{folder}' holds several adapters: {', '.join(p.name for p in found)}. Push one of these "
-                           f"folders.")  # fmt: skip
-    hint = f" It holds checkpoints; push one of them, such as '{named[-1]}'." if named else ""
-    if (folder / "config.json").is_file():
-        hint = " It holds a whole model: add --model to push that."
-    raise AdapterError(f"'{folder}' holds no adapter: there is no {CONFIG_NAME} and no {WEIGHTS_NAME} in it.{hint}")
 
 
 def copy_listed(folder: Path, out: Path, patterns: tuple[str, ...]) -> list[str]:
@@ -115,26 +90,6 @@ def require_finite(folder: Path) -> None:
                     )
 
 
-def is_local(name: str | None) -> bool:
-    """Whether a model name is a path of this machine and not an id on the Hub."""
-    if not name:
-        return False
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return True
-    return Path(name).exists()
-
-
-def id_from_cache(path: str | None) -> str | None:
-    """The id of a model that was loaded from a folder of the Hub's cache (`.../models--org--name/snapshots/...`)."""
-    match = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", path or "")
-    return f"{match[1]}/{match[2]}" if match else None
-
-
 def clean_copy(folder: Path, base_model: str | None) -> list[str]:
     """
     Take local paths out of a copy made by `copy_run`.
@@ -173,8 +128,6 @@ def clean_copy(folder: Path, base_model: str | None) -> list[str]:
 
 def _list_again(checkpoint: Path) -> None:
     """Bring the list of a checkpoint's files in line with the copy, so that a resume from it finds no damage."""
-    from ..checkpoint_files import read_manifest, write_manifest
-
     facts = read_manifest(checkpoint)
     del facts["files"], facts["format"]
     write_manifest(checkpoint, facts)
@@ -213,9 +166,3 @@ def require_no_token(folder: Path, tokens: tuple[str, ...]) -> None:
         if found or (path.suffix in _TEXTS and _TOKEN.search(data)):
             raise AdapterError(f"{path.relative_to(folder)} holds an access token, so nothing is pushed. Remove it "
                                f"from that file, and make a new token if the file was ever shared.")  # fmt: skip
-
-
-def record_of(folder: Path) -> dict[str, Any] | None:
-    """The record of the run, if the folder holds one."""
-    path = folder / "echo_run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

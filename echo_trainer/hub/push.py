@@ -20,7 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..serving.adapter import AdapterError
+from ..adapter.folder import AdapterError
+from ..report.folder import update_record
 from .client import Patience, PushError, in_words, passes, patiently, status_of
 from .files import clean_copy, copy_run, require_finite, require_no_token
 
@@ -114,8 +115,6 @@ def push_copy(
     patience: Patience,
 ) -> Pushed:
     """Push a folder of which every file may be uploaded; its files are changed. See `push_folder`."""
-    from ..card.folder import update_record
-
     require_finite(copy)
     target = preflight(repo_id, private, token, patience, revision)
     notes = clean_copy(copy, base_model)

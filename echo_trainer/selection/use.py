@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..compat.peft import targets
-from ..layers import decoder_layers, lora_sites
+from ..passes.layers import decoder_layers, lora_sites
 from .representations import base_model_of, find_blocks
 from .select import LayerSelection, select_layers
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_server import complete_with, load_peft, serve
 
 from echo_trainer import EchoSFTConfig, EchoSFTTrainer
-from echo_trainer.serving.export import export_merged
+from echo_trainer.export.forms import export_merged
 
 pytestmark = pytest.mark.skipif(not os.environ.get("VLLM_PYTHON"), reason="set VLLM_PYTHON (see make_env.sh)")
 

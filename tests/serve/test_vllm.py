@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vllm_server import complete_with, load_peft, serve
 
-from echo_trainer.serving.check import check_adapter
-from echo_trainer.serving.export import export_merged
-from echo_trainer.serving.portable import make_portable
+from echo_trainer.adapter.check import check_adapter
+from echo_trainer.adapter.portable import make_portable
+from echo_trainer.export.forms import export_merged
 
 pytestmark = pytest.mark.skipif(not os.environ.get("VLLM_PYTHON"), reason="set VLLM_PYTHON (see make_env.sh)")
 

@@ -1,0 +1,219 @@
+"""Cross-entropy of both passes and masked distillation, in chunks of positions (steps 4, 5 and 7 of the method).
+
+Shapes: N positions that predict an answer token, E of them that the echo reaches, V vocabulary, d hidden size.
+
+    objective = sum_n w_n CE(plain_n) + sum_e [ CE(echo_e) + lambda_kd KD_e ]
+    KD = tau^2 KL(teacher || student) at temperature tau, the teacher without gradient
+
+The sums are not divided by N here; the trainer divides by the answer tokens of the global batch.
+
+Pure functions of logits define the loss. `chunked_objective` applies them to hidden states chunk by chunk and keeps
+only the gradient with respect to the hidden states, so at no time do more than `CHUNK_LOGITS` logits of a pass exist.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_LOGITS = 2**26
+"""Logits of one pass that may exist at a time (256 MiB in float32)."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or its gradients are NaN or infinite, with a cause that another step cannot mend."""
+
+
+class Head(Protocol):
+    """
+    The language-model head as the loss needs it.
+
+    Attributes:
+        parameters: those of it that are trained.
+        vocabulary: V.
+    """
+
+    parameters: tuple[Tensor, ...]
+    vocabulary: int
+
+    def logits(self, hidden_Nd: Tensor) -> Tensor:
+        """Logits (N, V) for hidden states (N, d)."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """lambda_kd, tau and the direction of the distillation."""
+
+    weight: float
+    temperature: float
+    teacher: str
+
+
+class Statistics(NamedTuple):
+    """Sums over positions, without gradient; each a scalar."""
+
+    ce_plain: Tensor
+    entropy: Tensor
+    correct: Tensor
+    ce_plain_routed: Tensor
+    ce_echo: Tensor
+    kd: Tensor
+    agreement: Tensor
+
+
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Negative log-likelihood per position, (N,)."""
+    return F.cross_entropy(logits_NV, labels_N, reduction="none")
+
+
+def distillation(plain_EV: Tensor, echo_EV: Tensor, temperature: float, teacher: str) -> Tensor:
+    """
+    KD per position, (E,): tau^2 KL(teacher || student), both softened by the temperature tau.
+
+    Args:
+        plain_EV, echo_EV: logits of the plain and of the echo pass at the same positions.
+        temperature: tau.
+        teacher: "echo", "plain", or "mutual" (both terms are added). A teacher gets no gradient.
+    """
+
+    def divergence(teacher_EV: Tensor, student_EV: Tensor) -> Tensor:
+        teacher_log = F.log_softmax(teacher_EV.detach() / temperature, dim=-1)
+        student_log = F.log_softmax(student_EV / temperature, dim=-1)
+        return temperature**2 * F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
+
+    if teacher == "echo":
+        return divergence(echo_EV, plain_EV)
+    if teacher == "plain":
+        return divergence(plain_EV, echo_EV)
+    return divergence(echo_EV, plain_EV) + divergence(plain_EV, echo_EV)
+
+
+def chunked_objective(
+    plain_Nd: Tensor,
+    echo_Ed: Tensor | None,
+    labels_N: Tensor,
+    plain_weight_N: Tensor,
+    reach_E: Tensor,
+    head: Head,
+    kd: Distillation,
+) -> tuple[Tensor, Statistics]:
+    """
+    The objective above and its statistics.
+
+    Args:
+        plain_Nd: final hidden states of the plain pass at the predicting positions.
+        echo_Ed: those of the echo pass at the positions it reaches, None where no echo pass ran.
+        labels_N: the tokens to predict.
+        plain_weight_N: weight of CE_plain per position.
+        reach_E: increasing indices into N of the positions of `echo_Ed`.
+        head: the language-model head.
+        kd: distillation options.
+
+    Returns:
+        The objective, a scalar of at least float32 with gradient, and statistics.
+    """
+    objective, *statistics = _ChunkedObjective.apply(
+        plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, head, kd, *head.parameters
+    )
+    return objective, Statistics(*statistics)
+
+
+class _ChunkedObjective(torch.autograd.Function):
+    """
+    Computes the gradient in forward, where the logits of a chunk exist, and scales it in backward.
+
+    So each position is projected once and its gradient is projected back once: no logits are kept, none are computed
+    twice.
+    """
+
+    @staticmethod
+    def forward(ctx, plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, head, kd, *parameters):
+        hidden = (plain_Nd, echo_Ed)
+        gradients = [torch.zeros_like(x) if ctx.needs_input_grad[i] else None for i, x in enumerate(hidden)]
+        # what is trained of the head sums over chunks, in at least float32
+        of_head = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        objective = plain_Nd.new_zeros((), dtype=torch.promote_types(plain_Nd.dtype, torch.float32))
+        statistics = [objective.clone() for _ in Statistics._fields]
+        chunk = max(1, CHUNK_LOGITS // head.vocabulary)
+        reach = _split_reach(reach_E, len(labels_N), chunk) if echo_Ed is not None else None
+        for number, start in enumerate(range(0, len(labels_N), chunk)):
+            span_N = slice(start, min(start + chunk, len(labels_N)))
+            span_E = reach[number] if reach is not None else slice(0, 0)
+            leaves = [
+                None if x is None else x[span].detach().requires_grad_(gradient is not None)
+                for x, span, gradient in zip(hidden, (span_N, span_E), gradients, strict=True)
+            ]
+            with torch.enable_grad():
+                loss, sums = _objective(
+                    *leaves, labels_N[span_N], plain_weight_N[span_N], reach_E[span_E] - start, head, kd
+                )
+            used = [i for i, leaf in enumerate(leaves) if gradients[i] is not None and leaf is not None and len(leaf)]
+            wanted = [*(leaves[i] for i in used), *parameters]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+            for i, gradient in zip(used, found, strict=False):
+                gradients[i][(span_N, span_E)[i]] = gradient
+            for total, gradient in zip(of_head, found[len(used) :], strict=True):
+                if gradient is not None:  # an adapter that is not the active one
+                    total += gradient
+            objective += loss.detach()
+            statistics = [total + value for total, value in zip(statistics, sums, strict=True)]
+        ctx.save_for_backward(*gradients, *of_head)
+        ctx.dtypes = [None if x is None else x.dtype for x in (*hidden, *parameters)]
+        ctx.mark_non_differentiable(*statistics)
+        return objective, *statistics
+
+    @staticmethod
+    def backward(ctx, grad_objective, *_):
+        gradients = [
+            None if gradient is None else (gradient * grad_objective).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*gradients[:2], *[None] * 5, *gradients[2:])
+
+
+def _objective(plain_nd, echo_ed, labels_N, plain_weight_N, reach_E, head, kd):
+    """Objective and statistics of one chunk."""
+    plain_NV = head.logits(plain_nd)
+    ce_plain_N = cross_entropy(plain_NV, labels_N)
+    loss = (plain_weight_N * ce_plain_N).sum()
+    with torch.no_grad():
+        log_NV = F.log_softmax(plain_NV, dim=-1)
+        entropy = -(log_NV.exp() * log_NV).sum()
+        top_N = plain_NV.argmax(-1)
+        correct = top_N.eq(labels_N).float().sum()
+        # Where the echo cannot reach, the plain terms are the terms of both passes.
+        unreached = ((plain_weight_N - 1.0) * ce_plain_N).sum()
+        agreement = (plain_weight_N - 1.0).sum()
+        zero = torch.zeros_like(agreement)
+    if echo_ed is None or not len(echo_ed):
+        return loss, Statistics(ce_plain_N.detach().sum(), entropy, correct, unreached, unreached, zero, agreement)
+    plain_EV = plain_NV.index_select(0, reach_E)
+    echo_EV = head.logits(echo_ed)
+    ce_echo = cross_entropy(echo_EV, labels_N.index_select(0, reach_E)).sum()
+    with torch.set_grad_enabled(kd.weight > 0):  # logged in any case
+        kd_sum = distillation(plain_EV, echo_EV, kd.temperature, kd.teacher).sum()
+    loss = loss + ce_echo + kd.weight * kd_sum
+    with torch.no_grad():
+        ce_plain_routed = unreached + ce_plain_N.index_select(0, reach_E).sum()
+        agreement = agreement + echo_EV.argmax(-1).eq(top_N.index_select(0, reach_E)).float().sum()
+    return loss, Statistics(
+        ce_plain_N.detach().sum(),
+        entropy,
+        correct,
+        ce_plain_routed,
+        unreached + ce_echo.detach(),
+        kd_sum.detach(),
+        agreement,
+    )
+
+
+def _split_reach(reach_E: Tensor, n: int, chunk: int) -> list[slice]:
+    """The slice of E that falls into each chunk of N. One chunk, the usual case, needs no look at the data."""
+    if n <= chunk:
+        return [slice(0, len(reach_E))]
+    edges = torch.arange(0, n + chunk, chunk, device=reach_E.device).clamp(max=n)
+    cuts = torch.searchsorted(reach_E, edges).tolist()
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]

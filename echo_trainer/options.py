@@ -1,0 +1,115 @@
+"""Values that options of `EchoSFTConfig` can have; everything else is refused with what to write instead."""
+
+from typing import Any
+
+AGGREGATIONS = ("mean", "weighted")
+POSITIONS = ("answer", "predicting")
+TEACHERS = ("echo", "plain", "mutual")
+PASSES = ("auto", "suffix", "full")
+CARD_PROMPTS = ("none", "format", "example")
+CKA = "cka"
+TOKEN_FIELDS = ("hub_token", "push_to_hub_token")
+
+
+def check_echo_fields(config: Any) -> None:
+    """Refuse a value of a field of ours outside its range, with a ValueError. Layers are read by `layer_list`."""
+    _require_choice("echo_aggregation", config.echo_aggregation, AGGREGATIONS)
+    _require_choice("echo_positions", config.echo_positions, POSITIONS)
+    _require_choice("echo_teacher", config.echo_teacher, TEACHERS)
+    _require_choice("echo_pass", config.echo_pass, PASSES)
+    _require_choice("card_prompt", config.card_prompt, CARD_PROMPTS)
+    for name in ("echo_p_start", "echo_p_end"):
+        value = getattr(config, name)
+        if not _is_number(value) or not 0.0 <= value <= 1.0:
+            raise ValueError(
+                f"`{name}` is a probability, and {value!r} is not in [0, 1]. Write a number such as 1.0 (every "
+                f"sample gets an echo pass) or 0.2 (one in five)."
+            )
+    if not _is_number(config.echo_kd_temperature) or config.echo_kd_temperature <= 0:
+        raise ValueError(
+            f"`echo_kd_temperature` divides the logits, so {config.echo_kd_temperature!r} cannot work: write a "
+            f"number above 0, such as 2.0."
+        )
+    if not _is_number(config.echo_kd_weight) or config.echo_kd_weight < 0:
+        raise ValueError(
+            f"`echo_kd_weight` is {config.echo_kd_weight!r}; a negative weight would push the two passes apart. "
+            f"Write 0 (no distillation) or a positive number such as 1.0."
+        )
+    if not _is_integer(config.echo_bottleneck) or config.echo_bottleneck < 1:
+        raise ValueError(
+            f"`echo_bottleneck` is the width of a layer, and {config.echo_bottleneck!r} is not a whole number of "
+            f"at least 1. Write for example 64."
+        )
+    if config.echo_learning_rate is not None and not (
+        _is_number(config.echo_learning_rate) and config.echo_learning_rate > 0
+    ):
+        raise ValueError(
+            f"`echo_learning_rate` is {config.echo_learning_rate!r}. Write a positive number, or leave it out to "
+            f"use `learning_rate`. To train without an echo set echo_p_start=0 and echo_p_end=0."
+        )
+    if config.echo_seed is not None and (not _is_integer(config.echo_seed) or config.echo_seed < 0):
+        raise ValueError(f"`echo_seed` is {config.echo_seed!r}; write a whole number of at least 0, or leave it out.")
+
+
+def refuse_options_without_an_echo(config: Any) -> None:
+    """Refuse options of `SFTConfig` that cannot work with the echo, with a ValueError."""
+    off = "or switch the echo off with echo_p_start=0 and echo_p_end=0"
+    if config.loss_type != "nll":
+        raise ValueError(
+            f"`loss_type={config.loss_type!r}` re-weights the cross-entropy, and Echo-LoRA defines its loss on "
+            f"plain cross-entropy. Set loss_type='nll', {off}."
+        )
+    if config.label_smoothing_factor:
+        raise ValueError(
+            f"`label_smoothing_factor={config.label_smoothing_factor}` changes the targets of both passes, which "
+            f"Echo-LoRA does not define. Set it to 0, {off}."
+        )
+    if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "`gradient_checkpointing_kwargs={'use_reentrant': True}` drops the gradients that reach the echo "
+            "networks from inside a checkpointed layer. Leave `use_reentrant` out (non-reentrant is the default), "
+            f"{off}."
+        )
+    if config.torch_compile:
+        raise ValueError(
+            "`torch_compile=True` cannot work: the echo pass adds and removes hooks in every step, so the model "
+            f"would be compiled again each time. Set torch_compile=False, {off}."
+        )
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}. It can be one of {', '.join(map(repr, choices))}.")
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != float("inf")
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def layer_list(name: str, value: Any) -> list[int] | str | None:
+    """Accept None, "cka", one index or a list of them (as text, from the command line); refuse everything else."""
+    if value is None or value in (CKA, [CKA]):
+        return None if value is None else CKA
+    items = list(value) if isinstance(value, list | tuple | range) else [value]
+    try:
+        indices = [int(item) if isinstance(item, str) else item for item in items]
+    except ValueError:
+        indices = []
+    if not indices or not all(_is_integer(index) for index in indices):
+        raise ValueError(
+            f"`{name}` is {value!r}. Write a list of layer indices, such as [4, 5, 6, 7] or [-8, -7, -6, -5] "
+            f"(negative counts from the end), 'cka' to choose them by layer selection, or leave it out to choose them "
+            f"by the model's depth."
+        )
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"`{name}` names a layer twice: {indices}. Name each layer once.")
+    return indices

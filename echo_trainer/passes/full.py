@@ -1,0 +1,36 @@
+"""The full echo pass: whole rows again, from the embedding on.
+
+Shapes: R rows of the batch, E positions that the echo reaches, d hidden size.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..method.layouts import FullLayout
+from ..method.rows import take_rows
+from .injection import Injection
+
+# Inputs whose rows are the batch's rows. What else a batch may hold (images, lengths) belongs to it in another way.
+ROW_INPUTS = {"input_ids", "attention_mask", "position_ids"}
+
+
+class FullEchoPass:
+    """Run the rows that hold routed samples again, from the embedding on."""
+
+    def __call__(self, setup, inputs, plan, plain, delta):
+        """See `EchoPass`."""
+        layout: FullLayout = plan.layout
+        if layout.row_R is not None:
+            inputs = {**inputs, **{k: v.index_select(0, layout.row_R) for k, v in by_row(inputs).items()}}
+        n_positions = inputs["input_ids"].numel()
+        injection = Injection(setup.sites, delta, layout.inject_position_J, layout.inject_segment_J, n_positions)
+        with injection.active(setup.layers):
+            outputs = setup.backbone(**inputs, use_cache=False)
+        return take_rows(outputs.last_hidden_state, layout.output_position_E), injection
+
+
+def by_row(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The inputs that hold one row for each row of the batch; position ids may be one row for all."""
+    rows = inputs["input_ids"].shape[0]
+    return {k: v for k, v in inputs.items() if k in ROW_INPUTS and isinstance(v, Tensor) and v.shape[0] == rows}

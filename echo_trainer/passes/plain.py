@@ -1,0 +1,110 @@
+"""The plain pass: the ordinary forward, which keeps on its way what the echo pass needs.
+
+Shapes: B rows, T tokens, F = B*T; N predicting positions; S source layers, G routed segments, d hidden size; in the
+echo pass R rows of A tokens after P prefix tokens.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat.cache import KeyValueRecord, attach_cache
+from ..method.layouts import SuffixLayout
+from ..method.plan import EchoPlan
+from ..method.rows import take_rows
+from .layer_io import (
+    first_plane,
+    form_of,
+    forward_hook,
+    hidden_of,
+    input_hook,
+    input_of,
+    planes_first,
+    tokens_first,
+)
+from .setup import EchoSetup
+
+
+@dataclass
+class PlainState:
+    """
+    What the plain pass leaves behind.
+
+    Attributes:
+        hidden_Nd: final hidden states at the predicting positions, with gradient.
+        source_SGd: hidden states of the source layers at the boundaries, without gradient.
+        record: keys and values of every layer, where the layout of the echo pass is a suffix.
+        entry_RAd: input of the first target layer at the suffix tokens, likewise.
+        layer_form: form of what a decoder layer returns, likewise.
+        outputs: what the backbone returned.
+    """
+
+    hidden_Nd: Tensor
+    source_SGd: Tensor | None
+    record: KeyValueRecord | None
+    entry_RAd: Tensor | None
+    layer_form: Any
+    outputs: Any
+
+
+def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> PlainState:
+    """
+    Ordinary forward of the adapted backbone that keeps, on the way, what the echo pass needs.
+
+    Args:
+        setup: the model and its echo parts.
+        inputs: keyword arguments of the backbone, without labels.
+        plan: the plan of the batch, on the model's device.
+    """
+    layers = setup.layers
+    shape = inputs["input_ids"].shape
+    sources: dict[int, Tensor] = {}
+    entry: list[Tensor] = []
+    forms: list[Any] = []
+    record = None
+    with ExitStack() as stack:
+        if plan.layout is not None:
+            for index in setup.source_layers:
+                keep = _keep_rows(sources, index, plan.boundary_G, shape)
+                stack.enter_context(forward_hook(layers[index], keep))
+        if isinstance(plan.layout, SuffixLayout):
+            record = KeyValueRecord(plan.layout, first_layer=setup.first_target)
+            stack.enter_context(attach_cache(layers, record, setup.cache))
+            first = layers[setup.first_target]
+            stack.enter_context(input_hook(first, _keep_entry(entry, plan.layout, shape)))
+            stack.enter_context(forward_hook(first, lambda module, args, output: forms.append(form_of(output))))
+        outputs = setup.backbone(**inputs, use_cache=False)
+    return PlainState(
+        hidden_Nd=take_rows(outputs.last_hidden_state, plan.predict_N),
+        source_SGd=torch.stack([sources[s].to(plan.boundary_G.device) for s in setup.source_layers])
+        if sources
+        else None,
+        record=record,
+        entry_RAd=entry[0] if entry else None,
+        layer_form=forms[0] if forms else None,
+        outputs=outputs,
+    )
+
+
+def _keep_rows(store: dict[int, Tensor], key: int, index: Tensor, shape: tuple[int, int]) -> Callable:
+    """A hook that keeps rows of a layer's output, detached: memory for G rows, not for B*T."""
+
+    def hook(module, args, output):
+        hidden = tokens_first(hidden_of(output).detach(), shape)
+        store[key] = first_plane(take_rows(hidden, index))
+
+    return hook
+
+
+def _keep_entry(store: list[Tensor], layout: SuffixLayout, shape: tuple[int, int]) -> Callable:
+    """A hook that keeps a layer's input at the suffix tokens, with gradient."""
+
+    def hook(module, args, kwargs):
+        hidden = tokens_first(input_of(args, kwargs), shape)
+        store.append(planes_first(take_rows(hidden, layout.token_RA, layout.real_token)))
+
+    return hook

@@ -1,0 +1,122 @@
+"""One training step as one forward of the wrapped model: plain pass, echo pass, losses.
+
+Everything happens inside a single call of the PeftModel's `forward`, so autocast, DDP, FSDP2 and DeepSpeed see one
+forward a step, whatever the step does inside.
+"""
+
+import functools
+import types
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..method.losses import Distillation, chunked_objective
+from ..method.plan import EchoPlan
+from ..method.silence import touch
+from .echo import run_echo_pass
+from .head import LanguageModelHead, with_head
+from .memory import now_running
+from .plain import run_plain_pass
+from .proof import ProofTask, prove
+from .setup import EchoSetup
+
+ECHO_MODULE = "echo_networks"
+
+
+def install_echo_forward(model: PeftModel, setup: EchoSetup, kd: Distillation) -> None:
+    """
+    Teach `model(...)` two keywords: with `echo_plan` the forward is a whole Echo-LoRA step, with `echo_proof` it
+    compares the passes (see `proof.py`).
+
+    Must run before `accelerator.prepare`, which wraps the forward it finds. Without a keyword the forward is the
+    original one, so evaluation and generation are those of the plain adapter.
+    """
+    original = model.forward
+    attach_networks(model, setup)
+
+    @functools.wraps(original)
+    def forward(self, *args, echo_plan: EchoPlan | None = None, echo_proof: ProofTask | None = None, **kwargs):
+        if echo_proof is not None:
+            return prove(setup, kwargs, echo_proof)
+        if echo_plan is not None:
+            return echo_step(setup, kd, kwargs, echo_plan)
+        return original(*args, **kwargs)
+
+    # accelerate unwraps a model by following `__wrapped__`; it must stop here.
+    del forward.__wrapped__
+    forward.echo_setup = setup
+    model.forward = types.MethodType(forward, model)
+
+
+def attach_networks(model: PeftModel, setup: EchoSetup) -> None:
+    """Make the echo networks a part of the model, at its root, where optimizers and distributed engines find them."""
+    if getattr(model, ECHO_MODULE, None) is not setup.networks:
+        setattr(model, ECHO_MODULE, setup.networks)
+
+
+def detach_networks(model: object) -> None:
+    """Take the echo networks off the model, so that it is the plain adapted model again."""
+    if isinstance(model, nn.Module) and hasattr(model, ECHO_MODULE):
+        delattr(model, ECHO_MODULE)
+
+
+def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: EchoPlan) -> dict[str, Tensor]:
+    """
+    Plain pass, echo pass and losses of one micro-batch.
+
+    Args:
+        setup: the model and its echo parts.
+        kd: distillation options.
+        inputs: keyword arguments of the backbone (no labels; the plan holds them).
+        plan: the plan of the batch, on the model's device.
+
+    Returns:
+        "objective" (sum over answer tokens, with gradient), the fields of [`losses.Statistics`] (sums), "gate" and
+        "relative_delta" (means), and "aux_loss" for a mixture of experts.
+    """
+    plain = run_plain_pass(setup, inputs, plan)
+    echo_Ed, gate, relative_delta = None, None, None
+    if plan.layout is not None:
+        now_running("echo pass")
+        delta, gate = setup.networks(plain.source_SGd, weightless=plan.weightless)
+        echo_Ed, injection = run_echo_pass(setup, inputs, plan, plain, delta)
+        relative_delta = injection.mean_relative_delta()
+    now_running("loss")
+
+    def loss(head: LanguageModelHead):
+        objective = chunked_objective(
+            plain.hidden_Nd,
+            None if plan.weightless else echo_Ed,
+            plan.labels_N,
+            plan.plain_weight_N,
+            plan.reach_E,
+            head,
+            kd,
+        )
+        return *objective, _router_loss(head, plain.hidden_Nd, inputs)
+
+    objective, statistics, aux_loss = with_head(setup.model, setup.backbone, plain.outputs, loss)
+    if echo_Ed is None:
+        # A step that routes nothing still has to give every parameter a gradient: DDP waits for each of them.
+        objective = objective + touch(*setup.networks.parameters())
+    elif plan.weightless:
+        objective = objective + touch(echo_Ed)
+    zero = objective.detach().new_zeros(())
+    output = {
+        "objective": objective,
+        **statistics._asdict(),
+        "gate": zero if gate is None else gate,
+        "relative_delta": zero if relative_delta is None else relative_delta,
+    }
+    if aux_loss is not None:
+        output["aux_loss"] = aux_loss
+    return output
+
+
+def _router_loss(head: LanguageModelHead, hidden_Nd: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+    """Load-balancing loss of a mixture of experts on the plain pass, as the model's own forward computes it."""
+    if not inputs.get("output_router_logits"):
+        return None
+    few = hidden_Nd[:1].detach()  # any state does: the loss is made of what the routers said
+    return head.run(few, output_router_logits=True, attention_mask=inputs.get("attention_mask")).aux_loss

@@ -1,0 +1,143 @@
+"""Refuse what cannot work, before training starts and before anything is written, in plain words.
+
+Each check says what was received, why it cannot work and what to write instead.
+"""
+
+import itertools
+import logging
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from peft.utils import PeftType
+from torch import nn
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TEXT_COLLATOR
+
+from ..method.segments import has_boundary
+
+logger = logging.getLogger(__name__)
+
+STREAM_PROBE = 1000
+"""Examples of a stream that are looked at for an answer after a prompt."""
+
+OFF = "or switch the echo off with echo_p_start=0 and echo_p_end=0"
+
+
+def check_arguments(model: Any, peft_config: Any, compute_loss_func: Any) -> None:
+    """
+    What can be refused before a model is loaded.
+
+    Raises:
+        ValueError: full-parameter training, an adapter that is not LoRA, trained biases, or a loss function.
+    """
+    if compute_loss_func is not None:
+        raise ValueError(
+            "`compute_loss_func` was given, but Echo-LoRA computes its own loss from two passes, so the function "
+            f"would never be called for them. Leave it out, {OFF}."
+        )
+    if peft_config is None and not isinstance(model, PeftModel):
+        name = model if isinstance(model, str) else type(model).__name__
+        raise ValueError(
+            f"The model {name!r} came without `peft_config`, which means training all of its parameters. Echo-LoRA "
+            f"trains LoRA or DoRA adapters: pass peft_config=LoraConfig(r=16, lora_alpha=32, "
+            f"target_modules='all-linear'), or a PeftModel, {OFF}."
+        )
+    if isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            _check_adapter(config)
+    elif peft_config is not None:
+        _check_adapter(peft_config)
+
+
+def _check_adapter(config: Any) -> None:
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        raise ValueError(
+            f"The adapter is configured by {type(config).__name__}; Echo-LoRA adds the echo to LoRA modules (LoRA, "
+            f"DoRA and rsLoRA). Use a LoraConfig, {OFF}."
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "`alora_invocation_tokens` makes an activated LoRA, whose position PEFT looks up in a forward of its own. "
+            f"Echo-LoRA runs the model's layers directly, so the adapter would never be active. Leave it out, {OFF}."
+        )
+    if config.bias != "none":
+        raise ValueError(
+            f"`bias={config.bias!r}` of the LoraConfig trains biases: with 'all' those of the echo networks would end "
+            f"up in the saved adapter, and no serving engine loads trained biases. Use bias='none', {OFF}."
+        )
+
+
+def check_model(model: nn.Module, accelerator: Any) -> None:
+    """
+    What can be refused once model and accelerator exist.
+
+    Raises:
+        ValueError: no trainable adapter, FSDP1, activation checkpointing by FSDP, sharded sequences or matrices.
+    """
+    if not any("lora_" in name and parameter.requires_grad for name, parameter in model.named_parameters()):
+        raise ValueError(
+            "The PeftModel has no trainable LoRA parameter. Load it with PeftModel.from_pretrained(model, adapter, "
+            "is_trainable=True)."
+        )
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.activation_checkpointing:
+        raise ValueError(
+            "`fsdp_activation_checkpointing` replays layers without the echo that was added to them, which gives "
+            "wrong gradients. Set it to false in the accelerate config and use `gradient_checkpointing=True` of the "
+            "training arguments."
+        )
+    if fsdp is not None and fsdp.fsdp_version == 1:
+        raise ValueError(
+            "`fsdp_version: 1` flattens the frozen base, the adapter and the echo networks into common parameters, "
+            "with which Echo-LoRA was never run. Write `fsdp_version: 2` in the accelerate config "
+            "(recipes/accelerate/fsdp2.yaml is one)."
+        )
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if parallelism is not None:
+        for option in ("cp_enabled", "sp_enabled", "tp_enabled"):
+            if getattr(parallelism, option, False):
+                raise ValueError(
+                    f"The parallelism config has {option.removesuffix('_enabled')!r} enabled. It splits sequences or "
+                    f"matrices over processes, and the echo needs the boundary of a prompt and its answer in one "
+                    f"place. Use data parallelism (DDP, FSDP2, DeepSpeed ZeRO), {OFF}."
+                )
+
+
+def check_dataset(dataset: Any, collator: Any) -> None:
+    """
+    Refuse a prepared dataset in which no answer follows a prompt.
+
+    Looks at examples until one has an answer after a prompt: the first, for a dataset in the right format. Of a stream
+    it looks at the first 1,000 examples only. TRL's collator trains on examples without `labels` as a whole; what
+    another collator makes of them is not known, so they are not checked then.
+
+    Raises:
+        ValueError: no example has a prompt/answer boundary.
+    """
+    seen = 0
+    examples = dataset if isinstance(dataset, Dataset) else itertools.islice(iter(dataset), STREAM_PROBE)
+    for example in examples:
+        if "labels" not in example and not ("input_ids" in example and type(collator) is TEXT_COLLATOR):
+            return
+        if "labels" in example and has_boundary(example):
+            return
+        seen += 1
+    raise ValueError(
+        f"None of the {seen} training examples looked at has an answer that follows a prompt, so there is no boundary "
+        f"to take an echo from. Echo-LoRA needs one of these formats: {{'prompt': ..., 'completion': ...}} (text or "
+        f"messages); {{'messages': [...]}} with assistant_only_loss=True; or 'input_ids' with 'labels' that are -100 "
+        f"on the prompt. If the format is one of these, `max_length` may be too short to leave any answer."
+    )
+
+
+def warn_of_lost_answers(name: str, before: int, after: int, max_length: int | None) -> None:
+    """Say once how many examples lost their whole answer to truncation (TRL drops them without a word)."""
+    if before > after:
+        logger.warning(
+            "%d of %d examples of the %s dataset have no answer left after truncation to max_length=%s and are "
+            "dropped. Raise `max_length` to keep them.",
+            before - after,
+            before,
+            name,
+            max_length,
+        )
