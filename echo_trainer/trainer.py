@@ -1,20 +1,27 @@
 """`EchoSFTTrainer`: `trl.SFTTrainer` with an echo pass. Reads as the diagram in `echo_trainer/__init__.py`.
 
-Overrides, each for one reason:
+The only subclass of TRL's trainer with behaviour of its own. It computes the loss and hands everything else over:
 
-- `__init__`: choose layers, build the echo networks, wrap the collator.
-- `get_train_dataloader`, `get_batch_samples`: collate when the step is known, so that routes can be drawn.
-- `compute_loss`: one forward with both passes; falls through to TRL's without a plan (evaluation, echo off).
-- `create_optimizer`: a learning rate of their own for the echo networks.
-- `log`: add the echo's metrics.
-- `training_step`: guarded against what is not finite, in `guard.py`.
-- checkpoints and resuming: in `checkpoint.py`; the final adapter: in `saving.py`; pushing: in `hub_mixin.py`.
+| override | to | why |
+|---|---|---|
+| `get_train_dataloader`, `get_batch_samples` | `run.Batches` | routes can be drawn once the step is known |
+| `training_step` | `run.Guard` | what is not finite never reaches a weight |
+| `save_model`, `create_model_card` | `run.Saver` | the final adapter is verified, described, moved into place whole |
+| `init_hf_repo`, `push_to_hub` | `run.Pushes` | only listed files, and no failure is silent |
+| `compute_loss` | | one forward with both passes; TRL's without a plan (evaluation, echo off) |
+| `create_optimizer` | | a learning rate of their own for the echo networks |
+| `log` | `run.EchoMetrics` | the echo's metrics beside TRL's |
+
+Private joints of TRL and transformers (checkpoints, resuming) are handed over in `compat.trainer`.
 """
 
 import functools
 import inspect
 import logging
 from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +34,7 @@ from .compat.identity import name_of
 from .compat.trainer import JointTrainer, require_joints
 from .compat.versions import warn_of_newer
 from .config import EchoSFTConfig
+from .hub.push import Pushed
 from .method.depth import resolve_layers
 from .method.losses import Distillation
 from .method.network import EchoNetworks
@@ -36,16 +44,16 @@ from .passes.memory import now_running
 from .passes.setup import EchoSetup
 from .passes.step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
 from .run.agreement import Agreement
-from .run.checkpoint import EchoCheckpointMixin
+from .run.batches import Batches
+from .run.checkpoints import Checkpoints
 from .run.collate import PLAN_KEY, EchoCollator
-from .run.deferred import DeferredCollationMixin
-from .run.guard import GuardMixin
-from .run.hub_mixin import EchoHubMixin
+from .run.guard import Guard
 from .run.lockstep import checkpoint_without_reentry, needs_lockstep
 from .run.metrics import EchoMetrics
 from .run.pass_choice import PassChoice
+from .run.pushes import Pushes
 from .run.resume import base_fingerprint
-from .run.saving import EchoSavingMixin
+from .run.save import Saver
 from .run.validation import check_arguments, check_dataset, check_model, warn_of_lost_answers
 from .selection.use import layers_by_cka
 
@@ -55,9 +63,7 @@ logger = logging.getLogger(__name__)
 _NOT_FOR_THE_BACKBONE = ("labels", "shift_labels")
 
 
-class EchoSFTTrainer(
-    DeferredCollationMixin, GuardMixin, EchoCheckpointMixin, EchoSavingMixin, EchoHubMixin, JointTrainer
-):
+class EchoSFTTrainer(JointTrainer):
     """
     Supervised fine-tuning with Echo-LoRA; a drop-in replacement for `trl.SFTTrainer`.
 
@@ -96,7 +102,11 @@ class EchoSFTTrainer(
             check_arguments(call["model"], call.get("peft_config"), call.get("compute_loss_func"))
         detach_networks(call["model"])  # those of an earlier trainer
         self.echo: EchoSetup | None = None
-        self._echo_metrics = EchoMetrics()
+        self.pass_choice: PassChoice | None = None
+        self.dataset_name: str | None = None
+        self.echo_metrics = EchoMetrics()
+        self.batches, self.guard, self.checkpoints = Batches(self), Guard(self), Checkpoints(self)
+        self.saver, self.pushes = Saver(self), Pushes(self)
         super().__init__(**call)
         self.base_fingerprint = base_fingerprint(self.model)
         if config.echo_enabled:
@@ -153,20 +163,89 @@ class EchoSFTTrainer(
         Raises:
             ValueError: the checkpoint is damaged, or belongs to another model, batch size or echo.
         """
-        resume = self._resume_point(resume_from_checkpoint)
-        self._weights_of_step = None
+        resume = self.checkpoints.resume_point(resume_from_checkpoint)
+        with self._echo_in_the_model():
+            result = super().train(resume, *args, **kwargs)
+        self.pushes.after_training()
+        return result
+
+    @contextmanager
+    def _echo_in_the_model(self) -> Iterator[None]:
+        """The echo networks are part of the model inside, and nothing is left of an earlier run of this trainer."""
+        self.checkpoints.weights_of_step = None
         if self.echo is None:
-            return super().train(resume, *args, **kwargs)
+            yield
+            return
         if getattr(self.model.forward, "echo_setup", None) is not self.echo:  # another trainer has the model since
             install_echo_forward(self.model, self.echo, self._distillation)
         attach_networks(self.model, self.echo)
-        self._echo_metrics = EchoMetrics()  # those of a run that was interrupted would be counted here
-        self._reset_guard()
+        self.echo_metrics.clear()  # those of a run that was interrupted would be counted here
+        self.guard.begin()
         self.pass_choice.begin()
         try:
-            return super().train(resume, *args, **kwargs)
+            yield
         finally:
             detach_networks(self.accelerator.unwrap_model(self.model))
+
+    # Handed over
+
+    def get_train_dataloader(self):
+        """The training data loader; with the echo on it yields uncollated examples."""
+        return self.batches.loader(super().get_train_dataloader)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, collated and planned now, when the step is known."""
+        return self.batches.of_a_step(super().get_batch_samples, epoch_iterator, num_batches, device)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch, forward and backward, guarded against what is not finite."""
+        return self.guard.step(partial(super().training_step, model, num_items_in_batch=num_items_in_batch), inputs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save an ordinary PEFT adapter with its card and record into `output_dir` (None: that of the arguments)."""
+        self.saver.save_model(super().save_model, output_dir, _internal_call)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """Write our model card and the record of the run to `output_dir`."""
+        self.saver.card(dataset_name)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Look whether pushing will work, and make the repository; what is wrong is a warning here."""
+        self.push_in_progress = None  # the Trainer's own bookkeeping, which stays empty
+        self.pushes.preflight(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        base_model: str | None = None,
+        **kwargs: Any,
+    ) -> Pushed | Future | None:
+        """
+        Save the adapter in `output_dir`, then push it and compare its checksums.
+
+        Args:
+            commit_message: first line of the commit.
+            blocking: False returns a `Future` of the result; a failure is then logged as well.
+            token: write token; None takes `hub_token`, HF_TOKEN or that of `hf auth login`.
+            revision: branch; None takes `hub_revision`.
+            private: as in `hub.push.push_folder`; None takes `hub_private_repo`.
+            base_model: id of the base on the Hub, where the run was trained on a local folder.
+            kwargs: as in `create_model_card`: `dataset_name`.
+
+        Returns:
+            What is on the Hub now; None on processes other than the first.
+
+        Raises:
+            PushError: not pushed; the files are in `output_dir`, and the message holds the command to push again.
+        """
+        where = {"token": token, "revision": revision, "private": private, "base_model": base_model}
+        return self.pushes.push(commit_message, blocking, **where, dataset_name=kwargs.get("dataset_name"))
 
     # The step
 
@@ -183,9 +262,7 @@ class EchoSFTTrainer(
         backbone_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_BACKBONE}
         if self.router_loss_weight is not None:
             backbone_inputs["output_router_logits"] = True
-        output = model(**backbone_inputs, echo_plan=plan)
-        if self._checks_loss_only() and plan.layout is not None:
-            plan, output = self._finite_before_backward(model, backbone_inputs, plan, output)
+        plan, output = self.guard.forward(lambda plan: model(**backbone_inputs, echo_plan=plan), plan)
         now_running("backward pass")
         n_items = len(plan.labels_N) if num_items_in_batch is None else num_items_in_batch
         loss = output["objective"] / torch.as_tensor(n_items).clamp(min=1)
@@ -195,7 +272,7 @@ class EchoSFTTrainer(
         if "aux_loss" in output:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_loss_weight * output["aux_loss"] / steps
-        self._echo_metrics.add(output, plan, _input_tokens(inputs))
+        self.echo_metrics.add(output, plan, _input_tokens(inputs))
         if return_outputs:
             with torch.no_grad():
                 return loss, model(**backbone_inputs)
@@ -230,7 +307,7 @@ class EchoSFTTrainer(
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with the echo's metrics of the steps since the last log."""
         if self.echo is not None and ("loss" in logs or "train_runtime" in logs):
-            metrics = self._echo_metrics.drain(self.accelerator)
+            metrics = self.echo_metrics.drain(self.accelerator)
             if metrics:
                 self.tokens_trained_on += int(metrics.pop("input_tokens"))
                 logs.update(metrics, num_tokens=self.tokens_trained_on)

@@ -91,9 +91,9 @@ def train(folder: str, base: str, token: str, **options: object) -> dict:
     from transformers import AutoModelForCausalLM
 
     from echo_trainer.hub.client import Patience
-    from echo_trainer.run.hub_mixin import EchoHubMixin
+    from echo_trainer.run.pushes import Pushes
 
-    EchoHubMixin.hub_patience = Patience(attempts=2, wait=0.05, timeout=5.0)
+    Pushes.patience = Patience(attempts=2, wait=0.05, timeout=5.0)  # also while a trainer is built
     after, arguments, resume = options.pop("after", None), options.pop("arguments", {}), options.pop("resume", None)
     model = AutoModelForCausalLM.from_pretrained(base)
     trainer = echo_trainer(folder, model=model, hub_token=token, max_steps=4, **options)

@@ -234,7 +234,7 @@ def test_flops_of_a_run_are_what_the_counter_counts(folder, adapter, arm, echo_p
     recipe = tiny_recipe(folder, {"echo_pass": echo_pass, "gradient_accumulation_steps": 2})
     bench = Workbench(recipe)
     trainer = trainer_of(bench, folder, arm, adapter)
-    prove, proofs = trainer.compare_passes, []
+    prove, proofs = trainer.batches.compare_passes, []
 
     def proved(*args):
         with FlopCounterMode(display=False) as inner:
@@ -242,7 +242,7 @@ def test_flops_of_a_run_are_what_the_counter_counts(folder, adapter, arm, echo_p
         proofs.append(inner.get_total_flops())
         return result
 
-    trainer.compare_passes = proved
+    trainer.batches.compare_passes = proved
     with quiet_libraries(), FlopCounterMode(display=False) as counter:
         trainer.train()
     result = do(recipe, folder / echo_pass, arm, bench=bench, adapter=adapter)

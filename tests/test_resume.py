@@ -30,7 +30,7 @@ def test_datasets_of_any_format_are_saved(tmp_path, form):
 def test_a_card_that_cannot_be_written_does_not_cost_the_adapter(tmp_path, monkeypatch, caplog):
     trainer = echo_trainer(tmp_path, max_steps=1)
     trainer.train()
-    monkeypatch.setattr("echo_trainer.run.saving.write_run_folder", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("echo_trainer.run.save.write_run_folder", lambda *a, **k: 1 / 0)
     trainer.save_model()
     assert (tmp_path / "adapter_model.safetensors").exists() and "could not be written" in caplog.text
 
@@ -208,9 +208,9 @@ def test_an_interrupted_run_leaves_no_state_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     handle.remove()
-    trainer._nonfinite_in_a_row = 9
+    trainer.guard.nonfinite_in_a_row = 9
     trainer.train()
-    assert trainer._nonfinite_in_a_row == 0
+    assert trainer.guard.nonfinite_in_a_row == 0
     fresh = echo_trainer(tmp_path, max_steps=4, logging_steps=4, echo_p_end=1.0)
     fresh.train()
     tokens = [next(e["num_tokens"] for e in t.state.log_history if "num_tokens" in e) for t in (trainer, fresh)]

@@ -1,9 +1,8 @@
 """`JointTrainer`: `trl.SFTTrainer` with public names for the private joints that this package needs.
 
-Each override below calls one method with a public name, whose default does what TRL does; `EchoSFTTrainer` overrides
-those. Seen in trl 1.16 with transformers 5.23 and 5.24. A joint that is gone is named when a trainer is built, since
-what hangs on it would be lost without a word; `_total_train_tokens` is the exception: without it `num_tokens` is
-counted by ourselves.
+Each override below hands over to one of three objects that the trainer owns. Seen in trl 1.16 with transformers 5.23
+and 5.24. A joint that is gone is named when a trainer is built, since what hangs on it would be lost without a word;
+`_total_train_tokens` is the exception: without it `num_tokens` is counted by ourselves.
 
 | private | of | why there is no public way |
 |---|---|---|
@@ -22,7 +21,7 @@ counted by ourselves.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import transformers
 import trl
@@ -51,17 +50,11 @@ def require_joints(trainer_class: type = SFTTrainer) -> None:
         )
 
 
-class JointTrainer(SFTTrainer):
-    """See the module's docstring."""
+class CheckpointJoints(Protocol):
+    """What happens around checkpoints; each `write`, `load` or `run` does what the Trainer does."""
 
-    staging_folder: str | None = None
-    """Where the Trainer writes a checkpoint, in place of the run's folder; None outside of `write_checkpoint`."""
-
-    # What `EchoSFTTrainer` overrides
-
-    def write_checkpoint(self, write: Callable[[], None], run_dir: str) -> None:
-        """Write a checkpoint of the current step into `run_dir`; `write` does what the Trainer does."""
-        write()
+    def write(self, write: Callable[[], None], run_dir: str) -> None:
+        """Write a checkpoint of the current step into `run_dir`."""
 
     def wrote_optimizer(self, folder: str) -> None:
         """The optimizer's state was written into `folder`."""
@@ -69,34 +62,51 @@ class JointTrainer(SFTTrainer):
     def before_optimizer_loads(self, checkpoint: str | None) -> None:
         """The optimizer's state is about to be loaded from `checkpoint` (None: training begins anew)."""
 
-    def after_optimizer_loaded(self, checkpoint: str | None) -> None:
-        """The optimizer's state was loaded."""
-
     def load_best(self, load: Callable[[], None]) -> None:
-        """Load the best checkpoint; `load` does what the Trainer does."""
-        load()
+        """Load the best checkpoint."""
 
     def run_epoch(self, run: Callable[[], None]) -> None:
-        """Train an epoch; `run` does what the Trainer does."""
-        run()
+        """Train an epoch."""
 
-    def push_checkpoint(self, folder: str, push: Callable[[], None]) -> None:
-        """Push a checkpoint; `push` does what the Trainer does."""
-        push()
 
-    def finish_pushes(self, finish: Callable[[], None]) -> None:
-        """Wait for pushes in the background; `finish` does what the Trainer does."""
-        finish()
+class SaveJoints(Protocol):
+    """How a model is written."""
 
-    def write_model(self, folder: str, write: Callable[[str], None], state_dict: dict | None) -> None:
+    def write(self, folder: str, write: Callable[[str], None], state_dict: dict | None) -> None:
         """Write model and tokenizer into `folder`; `write` does what the Trainer does, into the folder it is given."""
-        write(folder)
+
+
+class PushJoints(Protocol):
+    """How checkpoints are pushed."""
+
+    def checkpoint(self, folder: str) -> None:
+        """Push a checkpoint."""
+
+    def finish(self) -> None:
+        """Wait for pushes in the background."""
+
+
+class JointTrainer(SFTTrainer):
+    """
+    See the module's docstring.
+
+    Attributes:
+        checkpoints, saver, pushes: what the private methods are handed over to; they must be there before `__init__`.
+        staging_folder: where the Trainer writes a checkpoint, in place of the run's folder; None outside of a save.
+        push_is_due: whether the checkpoint that is being written is to be pushed once it has its name.
+    """
+
+    checkpoints: CheckpointJoints
+    saver: SaveJoints
+    pushes: PushJoints
+    staging_folder: str | None = None
+    push_is_due: bool = False
 
     def dataset_prepared(self, name: str, given: Any, prepared: Any, packed: bool, max_length: int | None) -> None:
         """TRL has tokenised a dataset. Called while the trainer is being built."""
 
     def save_state(self, folder: str, state_dict: dict) -> None:
-        """Write a model whose tensors an engine has gathered; goes through `write_model`."""
+        """Write a model whose tensors an engine has gathered; goes through `saver.write`."""
         self._save(folder, state_dict=state_dict)
 
     @contextmanager
@@ -124,35 +134,37 @@ class JointTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = super()._get_output_dir(trial=trial)
-        self.write_checkpoint(partial(super()._save_checkpoint, model, trial), run_dir)
+        self.checkpoints.write(partial(super()._save_checkpoint, model, trial), run_dir)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging_folder or super()._get_output_dir(trial=trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        self.wrote_optimizer(output_dir)
+        self.checkpoints.wrote_optimizer(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self.before_optimizer_loads(checkpoint)
+        self.checkpoints.before_optimizer_loads(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
-        self.after_optimizer_loaded(checkpoint)
 
     def _load_best_model(self) -> None:
-        self.load_best(super()._load_best_model)
+        self.checkpoints.load_best(super()._load_best_model)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        self.run_epoch(partial(super()._run_epoch, *args, **kwargs))
+        self.checkpoints.run_epoch(partial(super()._run_epoch, *args, **kwargs))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self.push_checkpoint(checkpoint_folder, partial(super()._push_from_checkpoint, checkpoint_folder))
+        if self.staging_folder:  # pushed when it has its name
+            self.push_is_due = True
+        else:
+            self.pushes.checkpoint(checkpoint_folder)
 
     def _finish_current_push(self) -> None:
-        self.finish_pushes(super()._finish_current_push)
+        self.pushes.finish()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir if output_dir is not None else self.args.output_dir
-        self.write_model(folder, partial(super()._save, state_dict=state_dict), state_dict)
+        self.saver.write(folder, partial(super()._save, state_dict=state_dict), state_dict)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, *args, **kwargs)

@@ -24,6 +24,10 @@ class EchoMetrics:
     """Sums since the last log."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
         self._device_sums: Tensor | None = None
         self._counts = dict.fromkeys(COUNTS, 0.0)
         self._input_tokens: list[Tensor] = []
@@ -72,7 +76,7 @@ class EchoMetrics:
         counts = torch.tensor([self._counts[name] for name in COUNTS], device=self._device_sums.device)
         totals = accelerator.reduce(torch.cat([self._device_sums, counts]), reduction="sum")
         total = dict(zip(_COLUMNS, totals.tolist(), strict=True))
-        self.__init__()
+        self.clear()
         return _as_metrics(total)
 
 

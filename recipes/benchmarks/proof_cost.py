@@ -30,7 +30,7 @@ def main() -> None:
     with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
         stepper = Stepper("suffix, all routed", random_model(options, device), options, folder)
         proof, seconds, peaks = [], [], [peak(device)]
-        prove = stepper.trainer.compare_passes
+        prove = stepper.trainer.batches.compare_passes
 
         def timed(*args):
             begin = time.perf_counter()
@@ -40,7 +40,7 @@ def main() -> None:
             peaks.append(peak(device))
             return result
 
-        stepper.trainer.compare_passes = timed
+        stepper.trainer.batches.compare_passes = timed
         for round_number in range(options.rounds):
             begin = time.perf_counter()
             stepper.step(round_number)

@@ -17,6 +17,7 @@ from ..method.sites import site_key
 from .checkpoint_files import STAGING, bring_back, damage, publish, rotate
 from .full_disk import clean_failure
 from .gathering import load_whole_state, whole_state
+from .host import Host
 from .resume import check_same_run, find_checkpoint, run_facts
 
 logger = logging.getLogger(__name__)
@@ -27,77 +28,82 @@ RESUME_OPTIONS = (
 )  # fmt: skip
 
 
-class EchoCheckpointMixin:
-    """Saving and loading for `EchoSFTTrainer`; relies on `self.echo` (an `EchoSetup`, or None with the echo off)."""
+class Checkpoints:
+    """
+    Saving and loading for a trainer.
 
-    echo: Any = None
-    _push_after_publishing: Callable[[], None] | None = None
-    _weights_of_step: int | None = None  # an earlier step than the last, where the best model was loaded
+    Attributes:
+        weights_of_step: an earlier step than the last, where the best model was loaded; else None.
+    """
+
+    def __init__(self, host: Host):
+        self.host = host
+        self.weights_of_step: int | None = None
 
     # Checkpoints
 
-    def write_checkpoint(self, write: Callable[[], None], run_dir: str) -> None:
-        """Save a checkpoint into a staging folder, and rename it into its place once it is complete."""
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+    def write(self, write: Callable[[], None], run_dir: str) -> None:
+        """
+        Save a checkpoint into a staging folder, and rename it into its place once it is complete.
+
+        Args:
+            write: the Trainer's save; writes into the trainer's `staging_folder`.
+            run_dir: folder of the run.
+        """
+        host = self.host
+        name = f"{PREFIX_CHECKPOINT_DIR}-{host.state.global_step}"
         staging, final = os.path.join(run_dir, STAGING), os.path.join(run_dir, name)
-        if self.args.should_save:
+        if host.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        host.accelerator.wait_for_everyone()
         with clean_failure(staging, run_dir, final):
-            self.staging_folder, self._push_after_publishing = staging, None
+            host.staging_folder, host.push_is_due = staging, False
             try:
-                super().write_checkpoint(write, run_dir)
+                write()
             finally:
-                self.staging_folder = None
-            self.state.best_model_checkpoint = self._best_checkpoint(run_dir, final)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self.state.save_to_json(os.path.join(staging, name, "trainer_state.json"))
-                write_manifest(os.path.join(staging, name), run_facts(self))
+                host.staging_folder = None
+            host.state.best_model_checkpoint = self._best_checkpoint(run_dir, final)
+            host.accelerator.wait_for_everyone()
+            if host.args.should_save:
+                host.state.save_to_json(os.path.join(staging, name, "trainer_state.json"))
+                write_manifest(os.path.join(staging, name), run_facts(host))
                 publish(os.path.join(staging, name), final)
                 shutil.rmtree(staging)
-                rotate(run_dir, self.args.save_total_limit, [final, self.state.best_model_checkpoint])
-        self.accelerator.wait_for_everyone()
-        if self._push_after_publishing is not None:
-            self.push_checkpoint(final, self._push_after_publishing)
+                rotate(run_dir, host.args.save_total_limit, [final, host.state.best_model_checkpoint])
+        host.accelerator.wait_for_everyone()
+        if host.push_is_due:
+            host.pushes.checkpoint(final)
 
     def _best_checkpoint(self, run_dir: str, final: str) -> str | None:
         """The best checkpoint under its final name, also where the run's folder has another name than it had then."""
-        best = self.state.best_model_checkpoint
-        if not self.state.best_global_step or self.args.save_strategy == SaveStrategy.NO:
+        best = self.host.state.best_model_checkpoint
+        if not self.host.state.best_global_step or self.host.args.save_strategy == SaveStrategy.NO:
             return best
-        named = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        named = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.host.state.best_global_step}")
         return named if named == final or os.path.isdir(named) else best
-
-    def push_checkpoint(self, folder: str, push: Callable[[], None]) -> None:
-        """Push a checkpoint; only after it has its final name."""
-        if self.staging_folder:
-            self._push_after_publishing = push
-        else:
-            super().push_checkpoint(folder, push)
 
     def wrote_optimizer(self, folder: str) -> None:
         """Save the echo networks with the optimizer state they belong to (skipped by `save_only_model`)."""
-        if self.echo is None:
+        if self.host.echo is None:
             return
-        state = whole_state(self.echo.networks)
-        if self.args.should_save:
-            metadata = {"echo": json.dumps(self._echo_options()), "passes": json.dumps(self.pass_choice.state())}
+        state = whole_state(self.host.echo.networks)
+        if self.host.args.should_save:
+            metadata = {"echo": json.dumps(self._echo_options()), "passes": json.dumps(self.host.pass_choice.state())}
             save_file(state, os.path.join(folder, ECHO_WEIGHTS), metadata=metadata)
 
     # Resuming
 
-    def _resume_point(self, wanted: str | bool | None) -> str | None:
+    def resume_point(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to continue from, the same on every process (see `resume.find_checkpoint`)."""
         found: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
+        if self.host.accelerator.is_main_process:
             try:
-                bring_back(self.args.output_dir)
-                found[0] = find_checkpoint(self.args.output_dir, wanted)
+                bring_back(self.host.args.output_dir)
+                found[0] = find_checkpoint(self.host.args.output_dir, wanted)
                 if found[0] is not None:
-                    facts = run_facts(self)
+                    facts = run_facts(self.host)
                     del facts["planned_steps"]  # known once training begins
-                    if self.args.auto_find_batch_size:  # the trainer takes up the batch size it had found
+                    if self.host.args.auto_find_batch_size:  # the trainer takes up the batch size it had found
                         del facts["global_batch"]
                     check_same_run(found[0], facts)
             except ValueError as error:
@@ -109,10 +115,10 @@ class EchoCheckpointMixin:
 
     def before_optimizer_loads(self, checkpoint: str | None) -> None:
         """Load the echo networks before the optimizer state that belongs to them."""
-        if checkpoint is not None and self.accelerator.is_main_process:
-            check_same_run(checkpoint, {"planned_steps": self.state.max_steps})
-        if checkpoint is not None and self.echo is not None:
-            self.pass_choice.begin(self._load_echo_networks(checkpoint))
+        if checkpoint is not None and self.host.accelerator.is_main_process:
+            check_same_run(checkpoint, {"planned_steps": self.host.state.max_steps})
+        if checkpoint is not None and self.host.echo is not None:
+            self.host.pass_choice.begin(self._load_echo_networks(checkpoint))
         elif checkpoint is not None and os.path.isfile(os.path.join(checkpoint, ECHO_WEIGHTS)):
             raise ValueError(
                 f"The checkpoint {checkpoint} was saved with the echo on, and this run has it off. Continue with the "
@@ -121,15 +127,15 @@ class EchoCheckpointMixin:
 
     def run_epoch(self, run: Callable[[], None]) -> None:
         """Train an epoch; none where the run that is continued had already done its last step."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
+        if self.host.state.global_step >= self.host.state.max_steps:
+            self.host.control.should_training_stop = True
             return
-        super().run_epoch(run)
+        run()
 
     def load_best(self, load: Callable[[], None]) -> None:
         """Load the best adapter, and its echo networks where the checkpoint holds them; not a damaged one."""
-        best = self.state.best_model_checkpoint
-        why = [damage(best) if best and self.accelerator.is_main_process and os.path.isdir(best) else None]
+        best = self.host.state.best_model_checkpoint
+        why = [damage(best) if best and self.host.accelerator.is_main_process and os.path.isdir(best) else None]
         broadcast_object_list(why)
         if why[0] is not None:
             logger.error(
@@ -138,9 +144,9 @@ class EchoCheckpointMixin:
                 why[0],
             )
             return
-        super().load_best(load)
-        self._weights_of_step = self.state.best_global_step
-        if self.echo is not None and best and os.path.isfile(os.path.join(best, ECHO_WEIGHTS)):
+        load()
+        self.weights_of_step = self.host.state.best_global_step
+        if self.host.echo is not None and best and os.path.isfile(os.path.join(best, ECHO_WEIGHTS)):
             self._load_echo_networks(best)
 
     def _load_echo_networks(self, checkpoint: str) -> dict[str, str]:
@@ -164,15 +170,15 @@ class EchoCheckpointMixin:
                 f"The checkpoint {checkpoint} belongs to other echo options: {'; '.join(changed)}. Continue with the "
                 f"options it was saved with, or start a new run."
             )
-        if not self.is_deepspeed_enabled:  # DeepSpeed's own checkpoint holds all that is trained and is loaded by now
-            load_whole_state(self.echo.networks, state)
+        if not self.host.is_deepspeed_enabled:  # DeepSpeed's own holds all that is trained, and is loaded by now
+            load_whole_state(self.host.echo.networks, state)
         return json.loads(metadata.get("passes", "{}"))
 
     def _echo_options(self) -> dict[str, Any]:
         """What must not change between stop and resume, since the echo networks were trained for it."""
         return {
-            "source_layers": self.echo.source_layers,
-            "targets": [site_key(site) for site in self.echo.sites],
-            **{name: getattr(self.args, f"echo_{name}") for name in RESUME_OPTIONS},
-            "seed": self.args.resolved_echo_seed,
+            "source_layers": self.host.echo.source_layers,
+            "targets": [site_key(site) for site in self.host.echo.sites],
+            **{name: getattr(self.host.args, f"echo_{name}") for name in RESUME_OPTIONS},
+            "seed": self.host.args.resolved_echo_seed,
         }

@@ -1,0 +1,77 @@
+"""What the classes of this package need of the trainer that owns them, and nothing more."""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+from ..passes.setup import EchoSetup
+from .metrics import EchoMetrics
+from .pass_choice import PassChoice
+
+if TYPE_CHECKING:
+    from ..config import EchoSFTConfig
+    from .checkpoints import Checkpoints
+    from .pushes import Pushes
+
+
+class Host(Protocol):
+    """
+    `EchoSFTTrainer`, as its collaborators see it.
+
+    Attributes:
+        args, state, model, model_wrapped, accelerator, train_dataset, data_collator, callback_handler, control,
+        hub_model_id, is_deepspeed_enabled, is_fsdp_enabled: those of `transformers.Trainer`.
+        staging_folder, push_is_due: see `compat.trainer.JointTrainer`.
+        echo: the echo's parts of the model, None with the echo off.
+        echo_metrics: sums since the last log.
+        pass_choice: which form the echo pass takes.
+        base_fingerprint: see `resume.base_fingerprint`.
+        dataset_name: public id of the training data, if the caller knows it.
+        checkpoints, pushes: the collaborators that others call.
+    """
+
+    args: "EchoSFTConfig"
+    state: Any
+    control: Any
+    model: Any
+    model_wrapped: nn.Module
+    accelerator: Any
+    train_dataset: Any
+    data_collator: Any
+    callback_handler: Any
+    hub_model_id: str | None
+    is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
+    staging_folder: str | None
+    push_is_due: bool
+    echo: EchoSetup | None
+    echo_metrics: EchoMetrics
+    pass_choice: PassChoice
+    base_fingerprint: dict[str, str]
+    dataset_name: str | None
+    checkpoints: "Checkpoints"
+    pushes: "Pushes"
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the main process of the run."""
+        ...
+
+    def compute_loss_context_manager(self) -> Any:
+        """Autocast, as a training step uses it."""
+        ...
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model."""
+        ...
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model, then push it."""
+        ...
+
+    def save_state(self, folder: str, state_dict: dict) -> None:
+        """See `compat.trainer.JointTrainer`."""
+        ...
+
+    def whole_batches(self) -> Any:
+        """See `compat.trainer.JointTrainer`."""
+        ...

@@ -1,0 +1,103 @@
+"""Saving the adapter: into a staging folder, verified there, and moved into its place whole."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..files import publish_files
+from ..report.folder import write_run_folder
+from .checkpoint_files import STAGING, is_checkpoint
+from .final_save import compare_written, finish_adapter, refuse_non_finite, trained_tensors
+from .full_disk import clean_failure
+from .gathering import keeps_shards, whole_trainable_state
+from .host import Host
+
+logger = logging.getLogger(__name__)
+
+TRAINING_ARGUMENTS = "training_args.bin"
+
+
+class Saver:
+    """Saving the final model for a trainer."""
+
+    def __init__(self, host: Host):
+        self.host = host
+
+    def save_model(self, save: Callable[..., None], output_dir: str | None, _internal_call: bool) -> None:
+        """
+        Save as transformers does. With FSDP2 the adapter alone is gathered, for sharded state dicts as well.
+
+        Args:
+            save: the Trainer's `save_model`.
+            output_dir, _internal_call: its arguments.
+        """
+        host = self.host
+        folder = output_dir if output_dir is not None else host.args.output_dir
+        if not host.is_fsdp_enabled or host.echo is None or (keeps_shards(host) and is_checkpoint(folder)):
+            save(output_dir, _internal_call)
+            return
+        host.save_state(folder, whole_trainable_state(host.model))
+        if host.args.push_to_hub and not _internal_call:
+            host.push_to_hub(commit_message="Model save", revision=host.args.hub_revision)
+
+    def write(self, folder: str, write: Callable[[str], None], state_dict: dict | None) -> None:
+        """
+        Save an ordinary PEFT adapter; outside checkpoints also the card and the record of the run.
+
+        Args:
+            folder: where to.
+            write: the Trainer's save, into the folder it is given.
+            state_dict: tensors that an engine has gathered; None takes the model's.
+
+        Raises:
+            NonFiniteAdapterError: the adapter holds NaN or infinity; nothing was written.
+            OSError: what was written is not what was trained.
+        """
+        host = self.host
+        adapters = trained_tensors(host.model, state_dict) if host.args.should_save else {}
+        refuse_non_finite(adapters, host.args.output_dir)
+        if is_checkpoint(folder):
+            write(folder)
+            if host.args.should_save:
+                drop_pickle(folder)
+            return
+        staging = os.path.join(folder, STAGING)
+        if host.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        with clean_failure(staging, host.args.output_dir, folder):
+            write(staging)
+            if not host.args.should_save:
+                return
+            drop_pickle(staging)
+            compare_written(staging, adapters)
+            finish_adapter(staging, host.model, portable=host.args.portable_adapter, shown_as=folder)
+            self._describe(staging)
+            publish_files(staging, folder)
+
+    def card(self, dataset_name: str | None) -> None:
+        """Write our model card and run record to `output_dir` (TRL asks for it at every checkpoint and push)."""
+        if not self.host.is_world_process_zero():
+            return
+        folder = self.host.args.output_dir
+        staging = os.path.join(folder, f"{STAGING}-card")
+        with clean_failure(staging, folder, folder):
+            os.makedirs(staging, exist_ok=True)
+            self._describe(staging, dataset_name=dataset_name)
+            publish_files(staging, folder)
+
+    def _describe(self, folder: str, **options: Any) -> None:
+        """Write card, record and curves. Whatever fails there, disks aside, must not cost the adapter."""
+        try:
+            write_run_folder(self.host, folder, **options)
+        except OSError:
+            raise
+        except Exception:
+            logger.exception("The card of the adapter could not be written; the adapter itself is saved. Report this.")
+
+
+def drop_pickle(folder: str) -> None:
+    """Remove the pickle of the arguments: nothing needs it, and it would be uploaded with the adapter."""
+    Path(folder, TRAINING_ARGUMENTS).unlink(missing_ok=True)
