@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,8 +12,9 @@ from ablation_cases import tiny_recipe, write_workplace
 from echo_trainer import cli
 from echo_trainer.ablation.arms import ARMS
 from echo_trainer.ablation.data import load_examples, load_tests
-from echo_trainer.ablation.recipe import expand, load_recipe, parse_seeds
-from echo_trainer.cli.recipe import available_recipes, recipe_path
+from echo_trainer.ablation.recipe import load_recipe, parse_seeds
+from echo_trainer.recipe.find import available_recipes, recipe_path
+from echo_trainer.recipe.read import read_recipe
 
 ANSWERS = {
     "boolq": "true", "piqa": "solution1", "social_i_qa": "answer1", "winogrande": "option1", "ARC-Easy": "answer2",
@@ -116,7 +118,7 @@ def test_bad_files_and_options(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     for arguments, message in (
         (["sft.yaml"], "no section `ablation`"),
-        (["broken.yaml"], "not valid YAML"),
+        (["broken.yaml"], "is not YAML"),
         (["nothing"], "neither a file"),
         (["recipe.yaml", "--jobs", "0"], "--jobs is 0"),
         (["recipe.yaml", "--arms", "ecko"], "ecko"),
@@ -143,13 +145,31 @@ def test_yaml_reads_1e_3_as_text_and_we_as_a_number(tmp_path):
     assert load_recipe(path).learning_rates == [1e-3, 2e-3]
 
 
-def test_variables(monkeypatch):
+def test_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("ECHO_TEST_A", "7")
     monkeypatch.delenv("ECHO_TEST_B", raising=False)
-    assert expand("a: ${ECHO_TEST_A}\nb: ${ECHO_TEST_B:-x}\n# ${ECHO_TEST_B}") == "a: 7\nb: x\n# ${ECHO_TEST_B}"
-    assert expand("${QUICKSTART}").endswith("quickstart")
-    with pytest.raises(ValueError, match="Set ECHO_TEST_B"):
-        expand("a: ${ECHO_TEST_B}")
+    monkeypatch.setenv("ECHO_TEST_C", "x: [y # z")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "a: ${ECHO_TEST_A}\nb: '${ECHO_TEST_B:-x}/z'\nc: ${ECHO_TEST_C}\nd: [2e-3, -1E5, 1e, '${ECHO_TEST_A}']\n# ${ECHO_TEST_B}"
+    )
+    assert read_recipe(path) == {"a": 7, "b": "x/z", "c": "x: [y # z", "d": [0.002, -1e5, "1e", 7]}
+    path.write_text("a: ${QUICKSTART}/base")
+    assert Path(read_recipe(path)["a"]).is_dir()
+    path.write_text("a: {b: ${ECHO_TEST_A}}")
+    with pytest.raises(ValueError, match="in quotes"):
+        read_recipe(path)
+    path.write_text("a: ${ECHO_TEST_B}")
+    with pytest.raises(ValueError, match=r"recipe\.yaml uses .* Set ECHO_TEST_B"):
+        read_recipe(path)
+
+
+def test_a_key_that_stands_twice(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for text in ("seed: 1\noutput_dir: a\nseed: 2", "output_dir: a\nmodel_init_kwargs: {a: 1, b: 2, a: 3}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="twice"):
+            read_recipe(path)
 
 
 def test_seeds():

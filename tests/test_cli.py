@@ -6,8 +6,8 @@ import pytest
 from models import prompt_completion_rows, tiny_model, tiny_tokenizer
 
 from echo_trainer import cli
-from echo_trainer.cli.recipe import available_recipes, recipe_path
-from echo_trainer.cli.sft import parse
+from echo_trainer.recipe.arguments import parse
+from echo_trainer.recipe.find import available_recipes, recipe_path
 from echo_trainer.templates import alpaca, chat
 
 

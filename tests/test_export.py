@@ -240,7 +240,7 @@ def add_run(adapter, base):
     record = json.loads((EXAMPLE / "echo_run.json").read_text())
     config = json.loads((adapter / "adapter_config.json").read_text())
     record["adapter"] |= {"r": config["r"], "use_dora": config["use_dora"]}
-    record |= {"saved": saved_facts(adapter, base), "repo_id": "ada/mine"}
+    record |= {"saved": saved_facts(check_adapter(adapter, base=base)), "repo_id": "ada/mine"}
     (adapter / "echo_run.json").write_text(json.dumps(record))
     (adapter / "README.md").write_text(render_card(record))
     shutil.copytree(EXAMPLE / "assets", adapter / "assets")

@@ -8,8 +8,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from echo_trainer.cli.recipe_check import check_recipe
-from echo_trainer.cli.sft import CLASSES, parse
+from echo_trainer.recipe.arguments import CLASSES, parse
+from echo_trainer.recipe.read import read_recipe
 
 FIELDS = sorted({name for cls in CLASSES for name in cls.__dataclass_fields__} - {"output_dir"})
 SCALARS = (
@@ -36,7 +36,7 @@ def test_any_bytes(folder, content):
     path = folder / "recipe.yaml"
     path.write_bytes(content)
     try:
-        assert set(check_recipe(path, CLASSES)) <= {*FIELDS, "output_dir"}
+        assert isinstance(read_recipe(path), dict)
     except ValueError as error:
         assert str(path) in str(error) and len(str(error)) < 1000  # noqa: PT017
 

@@ -193,7 +193,7 @@ def test_failure_leaves_the_old_adapter(step, bases, tmp_path, monkeypatch):
     if "replace" in step:
         monkeypatch.setattr(portable_write.os, "replace", failing_replace)
     else:
-        target = "safetensors.torch.save_file" if step == "save" else "pathlib.Path.write_text"
+        target = "echo_trainer.adapter.write.save_file" if step == "save" else "pathlib.Path.write_text"
 
         def fail(*args, **kwargs):
             raise OSError("no space left on device")

@@ -6,9 +6,10 @@ import pytest
 from models import tiny_model, tiny_tokenizer, words
 from torch import Generator
 
-from echo_trainer.cli.recipe import available_recipes, recipe_path
-from echo_trainer.cli.sft import parse, run
 from echo_trainer.evaluation.tasks import COMMONSENSE, commonsense_task
+from echo_trainer.recipe.arguments import parse
+from echo_trainer.recipe.find import available_recipes, recipe_path
+from echo_trainer.recipe.training import run
 from echo_trainer.templates import ALPACA, TEMPLATES
 
 COLUMNS = {

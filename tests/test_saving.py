@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from test_trainer import revive
 from training import adapter, echo_trainer
 
+import echo_trainer.adapter.folder as folder_module
+import echo_trainer.adapter.read as read_module
+
 DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 FINAL_FILES = {
     "README.md",
@@ -72,6 +75,23 @@ def test_saved_adapter_is_an_ordinary_one(tmp_path, dora, portable):
     else:
         assert config["r"] == 4
         assert torch.equal(torch.load(logits), plain_logits(trainer.model))
+
+
+def test_an_adapter_is_read_once_for_every_state_of_its_files(tmp_path, monkeypatch):
+    """As trained, and in the portable form; checks, card and record take the value that was read."""
+    parsed, hashed = [], []
+    read, digest = read_module._read_config, folder_module.sha256
+    monkeypatch.setattr(read_module, "_read_config", lambda folder: parsed.append(folder) or read(folder))
+    monkeypatch.setattr(folder_module, "sha256", lambda path: hashed.append(path) or digest(path))
+    trainer = echo_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert len(parsed) == 2 and len(hashed) == 1
+    saved = json.loads((tmp_path / "echo_run.json").read_text())["saved"]
+    assert saved["sha256"] == digest(tmp_path / "adapter_model.safetensors")
+    trainer.create_model_card()
+    assert len(parsed) == 2 and len(hashed) == 1
+    assert json.loads((tmp_path / "echo_run.json").read_text())["saved"] == saved
 
 
 def test_no_token_in_any_file(tmp_path):

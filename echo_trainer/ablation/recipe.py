@@ -1,18 +1,13 @@
 """The recipe of an ablation: a recipe of `echo-trainer sft` with a section `ablation`."""
 
-import os
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..resources import resource_folder
+from ..recipe.read import read_recipe
 from .arms import ADAPTERS, ARMS
 
 CHOICES = ("family", "shared", "arm")
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 _SET_BY_US = {
     "seed": "`seeds` of the ablation section",
     "data_seed": "`seeds` of the ablation section",
@@ -74,7 +69,7 @@ class AblationRecipe:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(_whole(s, 0) for s in self.seeds):
             raise ValueError(f"`seeds` is {self.seeds!r}. Write different whole numbers of at least 0, such as 0-4.")
         rates = self.learning_rates
-        if not rates or len(set(rates)) != len(rates) or not all(isinstance(r, float) and r > 0 for r in rates):
+        if not rates or len(set(rates)) != len(rates) or not all(_positive(r) for r in rates):
             raise ValueError(f"`learning_rates` is {rates!r}. Write different positive numbers, such as [1e-3, 2e-3].")
         if not self.train or not self.tests:
             raise ValueError("`train` and `tests` of the ablation section must name at least one file each.")
@@ -100,9 +95,6 @@ def load_recipe(path: Path, **overrides: Any) -> AblationRecipe:
     """
     Read a recipe.
 
-    `${NAME}` and `${NAME:-default}` stand for environment variables; `${QUICKSTART}` for the folder of the embedded
-    base and data.
-
     Args:
         path: the YAML file.
         overrides: values of the ablation section that replace those of the file; None leaves the file's.
@@ -110,11 +102,8 @@ def load_recipe(path: Path, **overrides: Any) -> AblationRecipe:
     Raises:
         ValueError: the file is no such recipe, or a value cannot work.
     """
-    try:
-        content = yaml.safe_load(expand(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("ablation"), dict):
+    content = read_recipe(path)
+    if not isinstance(content.get("ablation"), dict):
         raise ValueError(
             f"{path} has no section `ablation`. Take a recipe of `echo-trainer sft` and add one; "
             f"recipes/ablation/embedded.yaml is an example."
@@ -127,34 +116,10 @@ def load_recipe(path: Path, **overrides: Any) -> AblationRecipe:
     section |= {name: value for name, value in overrides.items() if value is not None}
     section = {"arms": [*ARMS], "adapters": ["lora"], "seeds": "0-4", **section}
     section["seeds"] = parse_seeds(section["seeds"])
-    section["learning_rates"] = [_number(rate) for rate in _as_list(section.get("learning_rates", []))]
+    section["learning_rates"] = _as_list(section.get("learning_rates", []))
     for name in ("train", "tests", "arms", "adapters"):
         section[name] = _as_list(section.get(name, []))
     return AblationRecipe(training=content, **section)
-
-
-def expand(text: str) -> str:
-    """
-    The text with `${NAME}` replaced.
-
-    Raises:
-        ValueError: a variable is not set and has no default.
-    """
-
-    def value(match: re.Match) -> str:
-        name, default = match.groups()
-        if name == "QUICKSTART":
-            return str(resource_folder("quickstart"))
-        if name in os.environ:
-            return os.environ[name]
-        if default is None:
-            raise ValueError(f"The recipe uses ${{{name}}}, and no such environment variable is set. Set {name}.")
-        return default
-
-    # A comment may mention a variable that nobody needs to set.
-    return "\n".join(
-        line if line.lstrip().startswith("#") else _VARIABLE.sub(value, line) for line in text.splitlines()
-    )
 
 
 def parse_seeds(value: Any) -> list[int]:
@@ -180,13 +145,9 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-3 as text.
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
-
-
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")

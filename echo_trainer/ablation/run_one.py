@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import get_peft_config
 
 from .._version import __version__
-from ..cli.sft import make_parser
 from ..evaluation.evaluate import Record, Task, accuracy, evaluate_task
 from ..files import write_json
 from ..method.layouts import EchoForm
 from ..method.losses import Distillation
+from ..recipe.arguments import arguments_of
+from ..recipe.training import model_options
 from . import memory
 from .arms import ARMS
 from .data import held_out_task, load_examples, load_tests
@@ -120,15 +120,8 @@ def build_trainer(bench: Workbench, run: Run, scratch: Path, report: Report) -> 
     }
     if run.max_steps is not None:
         options["max_steps"] = run.max_steps
-    recipe = scratch / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(options), encoding="utf-8")
-    _, config, adapter, _ = make_parser("echo-trainer ablate").parse_args_and_config(["--config", str(recipe)])
-    config.model_init_kwargs = {
-        "revision": adapter.model_revision,
-        "attn_implementation": adapter.attn_implementation,
-        "dtype": adapter.dtype,
-        **(config.model_init_kwargs or {}),
-    }
+    _, config, adapter, _ = arguments_of(options)
+    config.model_init_kwargs = model_options(adapter, config)
     set_seed(run.seed)
     trainer = AblationTrainer(
         model=adapter.model_name_or_path,

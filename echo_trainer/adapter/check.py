@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .folder import Adapter, AdapterError, Base, read_adapter, read_base
+from .base import Base, read_base
+from .folder import Adapter, AdapterError
+from .read import read_adapter
 from .rules import ENGINES, MERGE_ONLY, PORTABLE, RULES, UNREADABLE, Rule, Verdict
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Report:
         verdicts: engine -> what it will do.
         findings: the rules that were broken, whichever engine minds them.
         notes: what to know although nothing is wrong, for example the flag that vLLM needs.
+        files: the adapter that was looked at; None where its folder cannot be read.
 
     """
 
@@ -43,6 +46,7 @@ class Report:
     verdicts: dict[str, Verdict]
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    files: Adapter | None = None
 
     @property
     def ok(self) -> bool:
@@ -106,43 +110,45 @@ class Report:
         return found.rule.fix.replace("ADAPTER", self.adapter)
 
 
-def check_adapter(adapter_dir: str | Path, engine: str = "all", base: Any = None, values: bool = True) -> Report:
+def check_adapter(adapter: str | Path | Adapter, engine: str = "all", base: Any = None, values: bool = True) -> Report:
     """Say for each engine whether it serves the adapter as it was trained.
 
     Args:
-        adapter_dir: a PEFT adapter folder. Only headers are read, except to look for NaN and infinity.
-        engine: one of ``serving_rules.ENGINES``, or "all".
+        adapter: a PEFT adapter folder, or what was read of it. Only headers are read, except to look for NaN and
+            infinity.
+        engine: one of ``adapter.rules.ENGINES``, or "all".
         base: the base model, its config, its folder or its name on the Hub. None takes the name in the adapter's
             config if its config is on this machine; without a base, rules that need the layers are left out.
         values: False leaves the look for NaN and infinity out.
 
     Raises:
-        AdapterError: ``adapter_dir`` is no folder, ``engine`` is unknown, or the ``base`` given cannot be read. What
+        AdapterError: ``adapter`` is no folder, ``engine`` is unknown, or the ``base`` given cannot be read. What
             is wrong inside the folder is a verdict, not an error.
 
     """
     if engine != "all" and engine not in ENGINES:
         raise AdapterError(f"engine={engine!r} is not known. Choose one of: {', '.join(ENGINES)}, all.")
     engines = ENGINES if engine == "all" else (engine,)
-    known, note = _find_base(adapter_dir, base)
-    notes = [note] if note else []
+    folder = adapter.folder if isinstance(adapter, Adapter) else Path(adapter)
     try:
-        adapter = read_adapter(adapter_dir)
+        files = adapter if isinstance(adapter, Adapter) else read_adapter(folder)
     except AdapterError as error:
         rule = next((rule for rule in UNREADABLE if rule.name == getattr(error, "rule", None)), None)
         if rule is None:
             raise
-        findings = [Finding(rule, [error.what])]
+        files, findings, (known, note) = None, [Finding(rule, [error.what])], _find_base({}, base)
     else:
-        findings = _apply_rules(adapter, known, values)
-        if not findings or findings[0].rule.name != "bad-number":
-            notes += _notes(adapter)
+        known, note = _find_base(files.config, base)
+        findings = _apply_rules(files, known, values)
+    notes = [note] if note else []
+    if files is not None and (not findings or findings[0].rule.name != "bad-number"):
+        notes += _notes(files)
     verdicts = {}
     for each in engines:
         found = [finding.rule.verdict(each) for finding in findings]
         verdicts[each] = max(found, key=_SEVERITY.index, default=Verdict.SERVES)
     shown = [f for f in findings if any(f.rule.verdict(each) is not Verdict.SERVES for each in engines)]
-    return Report(str(adapter_dir), known.name if known else None, verdicts, shown, notes)
+    return Report(str(folder), known.name if known else None, verdicts, shown, notes, files)
 
 
 def _apply_rules(adapter: Adapter, base: Base | None, values: bool) -> list[Finding]:
@@ -157,18 +163,19 @@ def _apply_rules(adapter: Adapter, base: Base | None, values: bool) -> list[Find
     return findings
 
 
-def _find_base(adapter_dir: str | Path, base: Any) -> tuple[Base | None, str | None]:
+def _find_base(config: dict[str, Any], base: Any) -> tuple[Base | None, str | None]:
     if base is not None:
         return read_base(base, download=True), None
     try:
-        name = json.loads((Path(adapter_dir) / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        return read_base(name), None
-    except (OSError, ValueError, AttributeError):
-        return None, "The base is not on this machine: layer names and shapes were not compared. Give it with --base."
+        if name := config.get("base_model_name_or_path"):
+            return read_base(name), None
+    except (OSError, ValueError):
+        pass
+    return None, "The base is not on this machine: layer names and shapes were not compared. Give it with --base."
 
 
 def _notes(adapter: Adapter) -> list[str]:
-    rank = max((adapter.rank(module) for module in adapter.complete), default=0)
+    rank = adapter.largest_rank
     if not 0 < rank <= VLLM_RANKS[-1]:
         return []
     flag = min(allowed for allowed in VLLM_RANKS if allowed >= rank)

@@ -12,7 +12,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .folder import PREFIX, Adapter, Base, LoraModule
+from .base import Base
+from .folder import PREFIX, Adapter, LoraModule
 from .portable_refuse import changes_base
 
 Found = list[str]

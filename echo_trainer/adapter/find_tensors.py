@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+from .base import Base
 from .find import Found, bias_tensors, by_kind, in_saved_module
-from .folder import PREFIX, WEIGHTS_NAME, Adapter, Base
+from .folder import PREFIX, Adapter
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -78,12 +79,8 @@ def outside_targets(adapter: Adapter, base: Base | None) -> Found:
 
 
 def non_finite(adapter: Adapter, base: Base | None) -> Found:
-    """Reads the values, one tensor at a time; every other rule reads headers only."""
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(adapter.folder / WEIGHTS_NAME, framework="pt") as file:
-        return [key for key in adapter.tensors if not torch.isfinite(file.get_tensor(key).float()).all()]
+    """Reads the values; every other rule reads headers only."""
+    return adapter.non_finite
 
 
 def _has_prefix(adapter: Adapter, path: str) -> bool:

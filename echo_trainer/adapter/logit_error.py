@@ -8,13 +8,17 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .folder import Adapter, AdapterError, read_adapter, read_base
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ..compat.identity import name_of
+from .base import read_base
+from .folder import Adapter, AdapterError
+from .read import read_adapter
 from .refuse import ExportError, refuse_broken, refuse_other_base, refuse_partly_loaded
-
-if TYPE_CHECKING:
-    import torch
 
 MERGE_TOLERANCE = 1e-3  # of the largest logit: float32 rounding stays a hundred times below it
 
@@ -48,8 +52,6 @@ class LogitError:
 
 def probe_ids(vocabulary: int, rows: int = 4, length: int = 64) -> torch.Tensor:
     """The token sequences that errors are measured on: (rows, length), the same ones every time."""
-    import torch
-
     return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
@@ -82,9 +84,6 @@ def base_name(adapter: str | Path, base: str | Path | None) -> str:
 
 def load_base(name: str | Path) -> Any:
     """The base in float32, ready for inference."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
@@ -104,10 +103,6 @@ def with_adapter(model: Any, adapter: Adapter, **options: Any) -> Any:
     Raises:
         AdapterError: PEFT cannot load it, or loads only a part of the file.
     """
-    from peft import PeftModel
-
-    from ..compat.identity import name_of
-
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # looked at below
@@ -134,8 +129,6 @@ def _in_a_line(error: Exception) -> str:
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits (B, T, V) at every position, without gradient."""
-    import torch
-
     with torch.no_grad():
         return model.eval()(ids[:, : getattr(model.config, "max_position_embeddings", None) or ids.shape[1]]).logits
 

@@ -13,16 +13,18 @@ nothing left to ignore. Zero tensors get no gradient: continue training from a c
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .folder import PREFIX, WEIGHTS_NAME, Adapter, AdapterError, Base, read_adapter, read_base
+import torch
+
+from .base import Base, read_base
+from .folder import PREFIX, Adapter, AdapterError
 from .portable_refuse import NotPortableError, refuse_foreign_tensors, refuse_what_is_not_lora
+from .read import read_adapter
 from .write import write_adapter
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["NotPortableError", "make_portable"]
 
@@ -32,7 +34,7 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
 def make_portable(
-    adapter_dir: str | Path,
+    adapter: str | Path | Adapter,
     base_config_or_model: Any = None,
     out_dir: str | Path | None = None,
     rank: int | None = None,
@@ -40,10 +42,10 @@ def make_portable(
     """Rewrite a PEFT LoRA adapter into the portable form; logits stay equal up to float32 rounding.
 
     Args:
-        adapter_dir: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter: folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or what was read of it.
         base_config_or_model: the base (model, config, folder, or Hub name); None takes the name in the adapter's
             config. Only shapes are used; weights are never downloaded.
-        out_dir: where to write; None rewrites ``adapter_dir`` itself. A failure leaves the old adapter in place.
+        out_dir: where to write; None rewrites the adapter's own folder. A failure leaves the old adapter in place.
         rank: the rank R to pad to; None takes the smallest multiple of 16 that holds the trained ranks.
 
     Returns:
@@ -54,7 +56,7 @@ def make_portable(
         AdapterError: the folder, a tensor or the base cannot be read, or tensors and config disagree.
 
     """
-    adapter = read_adapter(adapter_dir)
+    adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     refuse_what_is_not_lora(adapter)
     base = read_base(_base_of(adapter, base_config_or_model), download=True)
     refuse_foreign_tensors(adapter, base)
@@ -99,18 +101,13 @@ def _all_paths(adapter: Adapter, base: Base) -> list[str]:
 
 
 def _tensors(adapter: Adapter, base: Base, paths: list[str], rank: int, scale: float) -> dict[str, torch.Tensor]:
-    import torch
-    from safetensors import safe_open
-
     tensors = {}
     factors = {path: adapter.scale(module) / scale for path, module in adapter.modules.items()}
-    with safe_open(adapter.folder / WEIGHTS_NAME, framework="pt") as file:
-        values = {key: file.get_tensor(key) for module in adapter.modules.values() for key in module.keys.values()}
-    for key, value in values.items():
-        if not torch.isfinite(value.float()).all():
-            raise AdapterError(f"The tensor '{key}' holds NaN or infinity: training diverged or the file is damaged. "
-                               f"Take an earlier checkpoint.")  # fmt: skip
-    dtype = next(iter(values.values())).dtype
+    values = adapter.values
+    if adapter.non_finite:
+        raise AdapterError(f"The tensor '{adapter.non_finite[0]}' holds NaN or infinity: training diverged or the "
+                           f"file is damaged. Take an earlier checkpoint.")  # fmt: skip
+    dtype = next(values[key].dtype for module in adapter.modules.values() for key in module.keys.values())
     if any(not _is_power_of_two(factor) for factor in factors.values()):
         dtype = torch.float32  # a half-precision B would be rounded by the factor
     for path in paths:
@@ -129,8 +126,6 @@ def _tensors(adapter: Adapter, base: Base, paths: list[str], rank: int, scale: f
 
 
 def _is_power_of_two(factor: float) -> bool:
-    import math
-
     return factor == 0 or abs(math.frexp(factor)[0]) == 0.5
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .folder import CONFIG_NAME, PREFIX, Adapter, AdapterError, Base
+from peft import LoraConfig
+
+from .base import Base
+from .folder import CONFIG_NAME, PREFIX, Adapter, AdapterError
 
 HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # they leave the base weights as they were
 # Settings that the rewriting takes care of, or that matter in training only.
@@ -34,8 +37,6 @@ def refuse_what_is_not_lora(adapter: Adapter) -> None:
     Raises:
         NotPortableError: another method, DoRA, a changed base, saved modules, trained tokens, a variant of LoRA.
     """
-    from peft import LoraConfig
-
     config = adapter.config
     merged = "`echo-trainer export --merged` writes base and adapter as one model"
     if config.get("peft_type") != "LORA":

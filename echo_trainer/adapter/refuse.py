@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from . import find_tensors
-from .folder import PREFIX, Adapter, AdapterError, Base
+from .base import Base
+from .folder import PREFIX, Adapter, AdapterError
 from .rules import RULES
 
 # No form holds what was trained: PEFT itself would skip, invent or multiply wrongly.

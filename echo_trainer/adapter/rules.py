@@ -12,7 +12,8 @@ from enum import StrEnum
 
 from . import find
 from . import find_tensors as tensors
-from .folder import Adapter, Base
+from .base import Base
+from .folder import Adapter
 
 ENGINES = ("vllm", "tgi", "lorax", "sglang", "llama.cpp")
 

@@ -7,12 +7,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from .folder import CONFIG_NAME, WEIGHTS_NAME
-
-if TYPE_CHECKING:
-    import torch
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
              "added_tokens.json")  # fmt: skip
@@ -27,8 +27,6 @@ def write_adapter(source: Path, out: Path, config: dict[str, Any], tensors: dict
     Returns:
         `out`.
     """
-    from safetensors.torch import save_file
-
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".portable-", dir=out if out.is_dir() else out.parent))
     try:

@@ -16,7 +16,7 @@ _COMMANDS = {
     "export": (".serving", "write an adapter in another form: portable, merged, LoRA from DoRA, GGUF"),
     "push": (".push", "push a finished run to the Hub, and compare every checksum"),
     "ablate": (".ablate", "measure which part of Echo-LoRA makes a difference: arms x seeds, paired"),
-    "recipes": (".recipe", "list the recipes that ship with the package"),
+    "recipes": ("..recipe.find", "list the recipes that ship with the package"),
     "env": (".env", "print versions, device and kernels: the first thing to paste into a report"),
 }
 
@@ -93,7 +93,7 @@ def serving_command(name: str, arguments: list[str]) -> int:
 
 def list_recipes() -> int:
     """Print the names of the shipped recipes."""
-    from .recipe import available_recipes
+    from ..recipe.find import available_recipes
 
     print("\n".join(available_recipes()))
     return 0

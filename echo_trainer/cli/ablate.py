@@ -48,9 +48,9 @@ def main(arguments: list[str]) -> int:
     from ..ablation.recipe import load_recipe
     from ..ablation.schedule import Outcome, run_all
     from ..ablation.write import write_report
-    from .recipe import recipe_path
-    from .recipe_check import check_options
-    from .sft import CLASSES
+    from ..recipe.arguments import CLASSES
+    from ..recipe.check import check_options
+    from ..recipe.find import recipe_path
 
     recipe = load_recipe(
         recipe_path(options.recipe),

@@ -5,12 +5,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from trl import DatasetMixtureConfig, TrlParser
+from trl import DatasetMixtureConfig
 
 from ..config import EchoSFTConfig
+from ..recipe.arguments import AdapterArguments, DataArguments, make_parser, parse
+from ..recipe.data import load_data
+from ..recipe.training import load_model
 from ..selection.select import LayerSelection, select_layers
 from ..selection.use import echo_layers
-from .sft import AdapterArguments, DataArguments, load_data, load_model, with_recipe_path
 
 
 @dataclass
@@ -27,15 +29,14 @@ class SelectionArguments:
 def main(arguments: list[str]) -> int:
     """Entry point of `echo-trainer select-layers`."""
     classes = (SelectionArguments, DataArguments, EchoSFTConfig, AdapterArguments, DatasetMixtureConfig)
-    parser = TrlParser(
+    parser = make_parser(
+        "echo-trainer select-layers",
         classes,
-        prog="echo-trainer select-layers",
-        usage="echo-trainer select-layers [--config RECIPE] [--OPTION VALUE ...]",
         description="Choose the layers of a model that change the representation of your data most (CKA), with "
         "intervals and stability. Takes a recipe and the options of `echo-trainer sft`; writes layer_selection.json "
         "and layer_selection.png into output_dir.",
     )
-    options, data, config, adapter, mixture = parser.parse_args_and_config(with_recipe_path(arguments, classes))
+    options, data, config, adapter, mixture = parse(arguments, parser, classes)
     if adapter.model_name_or_path is None:
         raise ValueError("No model: give `model_name_or_path` (an id on the Hub or a local folder).")
     dataset = load_data(data, mixture)[data.dataset_train_split]

@@ -134,7 +134,7 @@ def _adapter_files(adapter: str) -> Any:
     """
     from huggingface_hub import snapshot_download
 
-    from ..adapter.folder import read_adapter
+    from ..adapter.read import read_adapter
     from ..adapter.refuse import refuse_broken
 
     folder = adapter if Path(adapter).is_dir() else snapshot_download(adapter, allow_patterns="adapter_*")

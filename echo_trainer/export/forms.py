@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.folder import WEIGHTS_NAME, AdapterError, read_adapter
+from ..adapter.folder import AdapterError
 from ..adapter.logit_error import (
     LogitError,
     base_name,
@@ -27,9 +27,10 @@ from ..adapter.logit_error import (
     with_adapter,
 )
 from ..adapter.portable import make_portable
+from ..adapter.read import read_adapter
 from ..adapter.refuse import ExportError, refuse_broken
 from ..adapter.write import RECORD, TOKENIZER, copy_besides
-from ..files import new_folder, sha256
+from ..files import new_folder
 from ..report.renew import remove_record, renew_record
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def export_lora(
         size = f"of rank {rank}" if isinstance(rank, int) else f"that keeps {rank:g} of each weight change,"
         if not renew_record(stage, base_model, evaluation=None, repo_id=None, derived=(
             f"a LoRA {size} fitted to the {'DoRA' if source.config.get('use_dora') else 'LoRA'} adapter with sha256 "
-            f"`{sha256(source.folder / WEIGHTS_NAME)}` ({error}; on random tokens)"
+            f"`{source.digest}` ({error}; on random tokens)"
         )):  # fmt: skip
             remove_record(stage)
     return error

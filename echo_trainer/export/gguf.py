@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from ..adapter.check import check_adapter
-from ..adapter.folder import read_adapter
 from ..adapter.portable import make_portable
+from ..adapter.read import read_adapter
 from ..adapter.refuse import ExportError, refuse_broken
 
 CONVERTER = "convert_lora_to_gguf.py"

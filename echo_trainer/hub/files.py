@@ -13,7 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
-from ..adapter.folder import CONFIG_NAME, WEIGHTS_NAME, AdapterError, adapter_folder, read_adapter
+from ..adapter.folder import CONFIG_NAME, WEIGHTS_NAME, Adapter, AdapterError, non_finite
+from ..adapter.read import adapter_folder, read_adapter
 from ..files import id_from_cache, is_local
 from ..manifest import MANIFEST, read_manifest, write_manifest
 
@@ -48,13 +49,17 @@ def copy_listed(folder: Path, out: Path, patterns: tuple[str, ...]) -> list[str]
     return copied
 
 
-def copy_run(folder: Path, out: Path, whole_model: bool = False) -> Path:
+def copy_run(folder: Path, out: Path, whole_model: bool = False) -> Adapter | None:
     """
     Copy what is pushed of a finished run, or of a checkpoint, to the empty folder `out`.
+
+    Returns:
+        The copy of the adapter; None with `whole_model`.
 
     Raises:
         AdapterError: the folder holds no adapter (or, with `whole_model`, no model), or it cannot be read.
     """
+    adapter = None
     if whole_model:
         if not copy_listed(folder, out, MODEL) or not list(out.glob("*.safetensors")):
             raise AdapterError(f"'{folder}' holds no model: config.json and model.safetensors are expected in it.")
@@ -62,32 +67,31 @@ def copy_run(folder: Path, out: Path, whole_model: bool = False) -> Path:
         source = adapter_folder(folder)
         copy_listed(source, out, (*ADAPTER, "README.md"))
         try:
-            read_adapter(out)  # says what is missing or cut short
+            adapter = read_adapter(out)  # says what is missing or cut short
         except AdapterError as error:
             raise AdapterError(str(error).replace(str(out), str(source))) from error
     copy_listed(folder, out, BESIDES)
-    return out
+    return adapter
 
 
-def require_finite(folder: Path) -> None:
+def require_finite(folder: Path, adapter: Adapter | None) -> None:
     """
-    Look at every value of the safetensors files.
+    Look at every value of the adapter, or of the model's files where there is none.
 
     Raises:
         AdapterError: a tensor holds NaN or infinity; the message names it.
     """
-    import torch
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, not a dict
-                if not torch.isfinite(file.get_tensor(name).float()).all():
-                    raise AdapterError(
-                        f"The tensor '{name}' in {path.name} holds NaN or infinity: training diverged or the file is "
-                        f"damaged. An engine that loads it corrupts other requests as well, so it is not pushed. Take "
-                        f"an earlier checkpoint."
-                    )
+    if adapter is not None:
+        bad = {WEIGHTS_NAME: adapter.non_finite}
+    else:
+        bad = {path.name: non_finite(path) for path in sorted(folder.glob("*.safetensors"))}
+    for file, names in bad.items():
+        if names:
+            raise AdapterError(
+                f"The tensor '{names[0]}' in {file} holds NaN or infinity: training diverged or the file is damaged. "
+                f"An engine that loads it corrupts other requests as well, so it is not pushed. Take an earlier "
+                f"checkpoint."
+            )
 
 
 def clean_copy(folder: Path, base_model: str | None) -> list[str]:

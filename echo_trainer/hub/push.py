@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..adapter.folder import AdapterError
+from ..adapter.folder import Adapter, AdapterError
 from ..report.folder import update_record
 from .client import Patience, PushError, in_words, passes, patiently, status_of
 from .files import clean_copy, copy_run, require_finite, require_no_token
@@ -100,12 +100,13 @@ def push_folder(
         copy = Path(stage, "push")
         copy.mkdir()
         with last_words(Again(folder, repo_id, private, revision, base_model, whole_model), token):
-            copy_run(Path(folder), copy, whole_model)
-            return push_copy(copy, repo_id, private, token, revision, base_model, commit_message, patience)
+            adapter = copy_run(Path(folder), copy, whole_model)
+            return push_copy(copy, adapter, repo_id, private, token, revision, base_model, commit_message, patience)
 
 
 def push_copy(
     copy: Path,
+    adapter: Adapter | None,
     repo_id: str,
     private: bool | None,
     token: str | None,
@@ -114,12 +115,12 @@ def push_copy(
     commit_message: str,
     patience: Patience,
 ) -> Pushed:
-    """Push a folder of which every file may be uploaded; its files are changed. See `push_folder`."""
-    require_finite(copy)
+    """Push a folder of which every file may be uploaded, and its adapter; files are changed. See `push_folder`."""
+    require_finite(copy, adapter)
     target = preflight(repo_id, private, token, patience, revision)
     notes = clean_copy(copy, base_model)
     known = {"base_model": base_model} if base_model else {}
-    update_record(copy, repo_id=target.repo_id, **known)
+    update_record(copy, adapter=adapter, repo_id=target.repo_id, **known)
     require_no_token(copy, known_tokens(target.token))
     return _upload(copy, target, commit_message, patience, notes)
 

@@ -5,40 +5,42 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..adapter.check import check_adapter
-from ..adapter.folder import WEIGHTS_NAME, AdapterError, adapter_folder, read_adapter
-from ..files import CARD, RUN_RECORD, sha256
+from ..adapter.check import Report, check_adapter
+from ..adapter.folder import Adapter, AdapterError
+from ..adapter.read import adapter_folder
+from ..files import CARD, RUN_RECORD
 from .record import run_record
 from .render import render_card
 
 
-def write_run_folder(trainer: Any, folder: str, dataset_name: str | None = None) -> None:
+def write_run_folder(trainer: Any, folder: str, report: Report | None = None, dataset_name: str | None = None) -> None:
     """
     Write record, curves and card of a run beside its adapter. The card comes last: PEFT rewrites README.md on save.
 
     Args:
         trainer: an `EchoSFTTrainer`.
         folder: where the adapter is.
+        report: the adapter as it was saved; None where there is none yet.
         dataset_name: public id of the training data, if the caller knows it; else `trainer.dataset_name`.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     record = run_record(trainer, dataset_name or getattr(trainer, "dataset_name", None))
-    base = trainer.model.get_base_model().config if hasattr(trainer.model, "peft_config") else None
-    record["saved"] = saved_facts(path, base)
+    record["saved"] = saved_facts(report)
     record["evaluation"] = _evaluation_of_the_same(record["saved"], Path(trainer.args.output_dir))
     record["repo_id"] = None  # known when it is pushed
     record["curves"] = _write_curves(trainer.state.log_history, path / "assets")
     _write(path, _finite(record))
 
 
-def update_record(folder: Path, base: Any = None, **changes: Any) -> bool:
+def update_record(folder: Path, base: Any = None, adapter: Adapter | None = None, **changes: Any) -> bool:
     """
     Change entries of a run's record, and make its card again; what the adapter's files say is read again as well.
 
     Args:
         folder: a finished run's folder, or a copy of it.
         base: the base or its config, for the engines' verdicts; None takes the name in the adapter's config.
+        adapter: the adapter in the folder, where it was read already.
         changes: new values, such as `evaluation` (results), `base_model` or `repo_id` (ids on the Hub).
 
     Returns:
@@ -55,7 +57,7 @@ def update_record(folder: Path, base: Any = None, **changes: Any) -> bool:
     record["steps"] = {"adapter": record["steps"]["done"], "best_by": None, **record["steps"]}
     card = folder / CARD
     edited = card.is_file() and card.read_text(encoding="utf-8") != render_card(record)
-    saved = saved_facts(folder, base)
+    saved = saved_facts(_report(folder, adapter, base))
     if saved is not None and record["saved"] is not None and saved["sha256"] == record["saved"]["sha256"]:
         saved["engines"] = record["saved"]["engines"]  # found with the base at hand
     record |= {**changes, "saved": saved}
@@ -63,32 +65,29 @@ def update_record(folder: Path, base: Any = None, **changes: Any) -> bool:
     return not edited
 
 
-def saved_facts(folder: Path, base: Any = None) -> dict[str, Any] | None:
-    """
-    What the adapter's files themselves say: method, rank, size, checksum, and which engines serve them.
-
-    Args:
-        folder: where the adapter is; None comes back where there is none.
-        base: the base or its config, for the engines' verdicts.
-    """
-    try:
-        found = adapter_folder(folder)
-        adapter = read_adapter(found)
-        verdicts = check_adapter(found, base=base, values=False).verdicts
-    except AdapterError:
+def saved_facts(report: Report | None) -> dict[str, Any] | None:
+    """What the adapter's files themselves say: method, rank, size, checksum, and which engines serve them."""
+    if report is None or report.files is None:
         return None
-    weights = found / WEIGHTS_NAME
-    tensors = adapter.tensors.values()
+    adapter = report.files
     return {
         "method": "DoRA" if adapter.config.get("use_dora") else "LoRA",
-        "rank": max((adapter.rank(module) for module in adapter.complete), default=0),
+        "rank": adapter.largest_rank,
         "alpha": adapter.config.get("lora_alpha"),
-        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
-        "dtype": "/".join(sorted({tensor.dtype for tensor in tensors})),
-        "bytes": weights.stat().st_size,
-        "sha256": sha256(weights),
-        "engines": {engine: str(verdict) for engine, verdict in verdicts.items()},
+        "parameters": adapter.n_parameters,
+        "dtype": "/".join(sorted({tensor.dtype for tensor in adapter.tensors.values()})),
+        "bytes": adapter.weights.stat().st_size,
+        "sha256": adapter.digest,
+        "engines": {engine: str(verdict) for engine, verdict in report.verdicts.items()},
     }
+
+
+def _report(folder: Path, adapter: Adapter | None, base: Any) -> Report | None:
+    """The adapter in a folder; None where there is none that can be read."""
+    try:
+        return check_adapter(adapter or adapter_folder(folder), base=base, values=False)
+    except AdapterError:
+        return None
 
 
 def _write(folder: Path, record: dict[str, Any], card: bool = True) -> None:

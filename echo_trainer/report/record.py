@@ -14,6 +14,7 @@ from .._version import __version__
 from ..compat.identity import commit_of, fingerprint_of, name_of
 from ..files import id_from_cache, is_local
 from ..options import TOKEN_FIELDS
+from ..resources import QUICKSTART_BASE
 from .prompt_format import example, prompt_format
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors")
@@ -95,8 +96,6 @@ def hyperparameters(args: Any) -> dict[str, Any]:
 
 
 def _base(model: Any) -> dict[str, Any]:
-    from ..resources import QUICKSTART_BASE
-
     name = name_of(model.config)
     found = {"base_model": None, "base_model_type": model.config.model_type, "base_revision": None, "license": None,
              "base_is_quickstart": bool(name) and Path(name).resolve() == QUICKSTART_BASE}  # fmt: skip

@@ -10,9 +10,10 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..adapter.check import check_adapter
-from ..adapter.folder import WEIGHTS_NAME, AdapterError, read_adapter
+from ..adapter.check import Report, check_adapter
+from ..adapter.folder import WEIGHTS_NAME, Adapter, AdapterError
 from ..adapter.portable import NotPortableError, make_portable
+from ..adapter.read import read_adapter
 from ..adapter.rules import Verdict
 from .checkpoint_files import last_whole_checkpoint
 
@@ -88,9 +89,12 @@ def compare_written(folder: str | Path, adapters: dict[str, dict[str, Tensor]]) 
                 )
 
 
-def finish_adapter(folder: str | Path, model: Any, portable: bool, shown_as: str | Path) -> None:
+def finish_adapter(folder: str | Path, model: Any, portable: bool, shown_as: str | Path) -> Report | None:
     """
     Bring a saved adapter into the portable form, if asked, and say which engines would not serve it as trained.
+
+    Returns:
+        What engines will do with it, and the adapter as it was read; None for a model without an adapter.
 
     Args:
         folder: where PEFT has just saved the adapter.
@@ -102,31 +106,33 @@ def finish_adapter(folder: str | Path, model: Any, portable: bool, shown_as: str
         OSError: the rewritten adapter is another function.
     """
     if not hasattr(model, "peft_config"):
-        return
+        return None
     base = model.get_base_model()
     active = dict(adapter_folders(folder, model.peft_config))[model.active_adapters[0]]
+    adapter = None
     try:
         if portable:
-            trained = _probe_outputs(active)
-            make_portable(active, base)
-            _compare_functions(active, trained)
+            adapter = read_adapter(active)
+            trained = _probe_outputs(adapter)
+            adapter = read_adapter(make_portable(adapter, base))
+            _compare_functions(adapter, trained)
     except NotPortableError as error:
         logger.warning("The adapter keeps its trained form: %s", error)
     except AdapterError as error:
         logger.error("The adapter in %s is damaged: %s", shown_as, error)
-    report = check_adapter(active, base=base)
+    report = check_adapter(adapter or active, base=base)
     for engine, verdict in report.verdicts.items():
         if verdict in (Verdict.REFUSES, Verdict.SILENTLY_WRONG):
             rules = ", ".join(found.rule.name for found in report.for_engine(engine))
             logger.warning(
                 "%s %s this adapter (%s); `echo-trainer check %s` says why.", engine, verdict, rules, shown_as
             )
+    return report
 
 
-def _probe_outputs(folder: Path) -> dict[str, Tensor]:
+def _probe_outputs(adapter: Adapter) -> dict[str, Tensor]:
     """s B A x for every LoRA module of an adapter and a few random x, (out, PROBES), in double precision."""
-    adapter, tensors = read_adapter(folder), load_file(folder / WEIGHTS_NAME)
-    outputs = {}
+    outputs, tensors = {}, adapter.values
     for path, module in adapter.modules.items():
         if set(module.keys) != {"A", "B"}:
             continue
@@ -136,14 +142,14 @@ def _probe_outputs(folder: Path) -> dict[str, Tensor]:
     return outputs
 
 
-def _compare_functions(folder: Path, trained: dict[str, Tensor]) -> None:
-    rewritten = _probe_outputs(folder)
+def _compare_functions(adapter: Adapter, trained: dict[str, Tensor]) -> None:
+    rewritten = _probe_outputs(adapter)
     for path, expected in trained.items():
         error = (rewritten[path] - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float64).tiny)
         if not error <= TOLERANCE:
             raise OSError(
-                f"The portable form of {path!r} in {folder} differs from what was trained by {float(error):.1e} "
-                f"(relative). Save with portable_adapter=False and report this."
+                f"The portable form of {path!r} in {adapter.folder} differs from what was trained by "
+                f"{float(error):.1e} (relative). Save with portable_adapter=False and report this."
             )
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from transformers.trainer_utils import HubStrategy
 
-from ..adapter.folder import AdapterError
+from ..adapter.folder import Adapter, AdapterError
 from ..adapter.portable import NotPortableError, make_portable
+from ..adapter.read import read_adapter
 from ..hub.client import Patience, PushError, in_words
 from ..hub.files import ADAPTER, RESUME, TOKENIZER, copy_listed, copy_run
 from ..hub.push import Again, Pushed, RefusedError, last_words, preflight, push_copy, push_folder
@@ -35,7 +36,7 @@ class Pushes:
         patience: how long to go on trying.
     """
 
-    patience = Patience()
+    patience: Patience = Patience()
 
     def __init__(self, host: Host):
         self.host = host
@@ -170,7 +171,7 @@ class Pushes:
         with ExitStack() as on_failure, last_words(again, args.hub_token):
             stage = Path(tempfile.mkdtemp(prefix="echo-push-"))
             on_failure.callback(shutil.rmtree, stage, ignore_errors=True)
-            copy_run(source, stage, whole_model)
+            adapter = copy_run(source, stage, whole_model)
             copy_listed(Path(args.output_dir), stage, ("README.md", "echo_run.json", "assets/*.png"))
             if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = args.hub_strategy == HubStrategy.CHECKPOINT
@@ -182,10 +183,11 @@ class Pushes:
         def push() -> Pushed:
             try:
                 with last_words(again, args.hub_token):
-                    if args.portable_adapter and not whole_model:
-                        _try_portable(stage, model.get_base_model().config)
+                    sent = adapter
+                    if sent is not None and args.portable_adapter:
+                        sent = _portable(sent, model.get_base_model().config)
                     options = (args.hub_private_repo, args.hub_token, args.hub_revision, None, message)
-                    return push_copy(stage, repo_id, *options, self.patience)
+                    return push_copy(stage, sent, repo_id, *options, self.patience)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
 
@@ -215,10 +217,10 @@ class Pushes:
             logger.warning("%s", note)
 
 
-def _try_portable(folder: Path, base: Any) -> None:
+def _portable(adapter: Adapter, base: Any) -> Adapter:
     try:
-        make_portable(folder, base)
+        return read_adapter(make_portable(adapter, base))
     except NotPortableError:
-        pass  # DoRA and the like keep their form; the final save says so
+        return adapter  # DoRA and the like keep their form; the final save says so
     except AdapterError as error:
         raise RefusedError(str(error)) from error

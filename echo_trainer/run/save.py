@@ -5,8 +5,8 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from ..adapter.check import Report
 from ..files import publish_files
 from ..report.folder import write_run_folder
 from .checkpoint_files import STAGING, is_checkpoint
@@ -25,6 +25,7 @@ class Saver:
 
     def __init__(self, host: Host):
         self.host = host
+        self._saved: Report | None = None  # of the adapter that was last saved into `output_dir`
 
     def save_model(self, save: Callable[..., None], output_dir: str | None, _internal_call: bool) -> None:
         """
@@ -73,9 +74,11 @@ class Saver:
                 return
             drop_pickle(staging)
             compare_written(staging, adapters)
-            finish_adapter(staging, host.model, portable=host.args.portable_adapter, shown_as=folder)
-            self._describe(staging)
+            report = finish_adapter(staging, host.model, portable=host.args.portable_adapter, shown_as=folder)
+            self._describe(staging, report)
             publish_files(staging, folder)
+        if folder == host.args.output_dir:
+            self._saved = report
 
     def card(self, dataset_name: str | None) -> None:
         """Write our model card and run record to `output_dir` (TRL asks for it at every checkpoint and push)."""
@@ -85,13 +88,13 @@ class Saver:
         staging = os.path.join(folder, f"{STAGING}-card")
         with clean_failure(staging, folder, folder):
             os.makedirs(staging, exist_ok=True)
-            self._describe(staging, dataset_name=dataset_name)
+            self._describe(staging, self._saved, dataset_name)
             publish_files(staging, folder)
 
-    def _describe(self, folder: str, **options: Any) -> None:
+    def _describe(self, folder: str, report: Report | None, dataset_name: str | None = None) -> None:
         """Write card, record and curves. Whatever fails there, disks aside, must not cost the adapter."""
         try:
-            write_run_folder(self.host, folder, **options)
+            write_run_folder(self.host, folder, report, dataset_name)
         except OSError:
             raise
         except Exception:

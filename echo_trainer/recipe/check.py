@@ -7,8 +7,6 @@ import typing
 from pathlib import Path
 from typing import Any, Union
 
-import yaml
-
 WRITTEN_PATHS = ("logging_dir", "offload_folder")
 """Options that name a folder which is written to; `output_dir` is the only other one."""
 
@@ -22,28 +20,19 @@ _NAMES = {
 }
 
 
-def check_recipe(path: str | Path, classes: tuple[type, ...]) -> dict[str, Any]:
+def check_options(path: str | Path, recipe: dict[str, Any], classes: tuple[type, ...]) -> None:
     """
-    Read a recipe and refuse what cannot work.
+    Refuse what cannot work.
 
     Args:
-        path: the YAML file.
+        path: of the recipe, for errors.
+        recipe: its content.
         classes: the dataclasses whose fields it may set.
 
-    Returns:
-        Its content.
-
     Raises:
-        ValueError: not YAML, no mapping, an unknown key, a list or mapping where a single value belongs (or the other
-            way round), environment variables, or a folder outside `output_dir` that would be written to.
+        ValueError: an unknown key, a list or mapping where a single value belongs (or the other way round),
+            environment variables, or a folder outside `output_dir` that would be written to.
     """
-    recipe = _read(path)
-    check_options(path, recipe, classes)
-    return recipe
-
-
-def check_options(path: str | Path, recipe: dict[str, Any], classes: tuple[type, ...]) -> None:
-    """`check_recipe` for options that were read already; `path` is named in errors."""
     hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
     choices = {field.name: field.metadata.get("choices") for cls in classes for field in dataclasses.fields(cls)}
     for key, value in recipe.items():
@@ -62,21 +51,6 @@ def check_options(path: str | Path, recipe: dict[str, Any], classes: tuple[type,
         if value is not None and choices.get(key) and value not in choices[key]:
             raise ValueError(f"`{key}` is {value!r} in the recipe {path}. It can be one of {list(choices[key])}.")
     _check_written_paths(path, recipe)
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"The recipe {path} is not text in UTF-8. Give a YAML file.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
-    except (ValueError, RecursionError) as error:  # an impossible date, a bottomless nesting
-        raise ValueError(f"The recipe {path} holds a value that YAML cannot read: {error}.") from None
-    if not isinstance(recipe, dict):
-        found = "is empty" if recipe is None else f"holds a {type(recipe).__name__}"
-        raise ValueError(f"The recipe {path} {found}. Write a mapping, one `option: value` a line.")
-    return recipe
 
 
 def _check_kind(path: str | Path, key: str, value: Any, hint: Any) -> None:

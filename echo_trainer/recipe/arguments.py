@@ -1,0 +1,102 @@
+"""The options of a run, as dataclasses: TRL's own and ours, from the command line, a recipe, or a dict."""
+
+import argparse
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from ..config import EchoSFTConfig
+from ..options import CKA
+from ..templates import TEMPLATES
+from .check import check_options
+from .find import recipe_path
+from .read import read_recipe
+
+LAYER_BASELINES = ("first-half-plus-last", "last", "random", "uniform")
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's script arguments, and how to turn the dataset's columns into prompts and completions."""
+
+    dataset_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "How to make prompts and completions from the columns instruction/output (LLM-Adapters) or "
+            "question_stem/choices/answerKey (OpenBookQA): 'alpaca' (text, for base models) or 'chat' (messages). "
+            "None: the dataset is in a format of TRL already.",
+            "choices": [*TEMPLATES],
+        },
+    )
+
+
+@dataclass
+class AdapterArguments(ModelConfig):
+    """TRL's model arguments; Echo-LoRA always trains an adapter, on all linear layers unless told otherwise."""
+
+    use_peft: bool = field(default=True, metadata={"help": "Train an adapter. Echo-LoRA needs one."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"nargs": "+", "help": "Modules that get LoRA, by name; 'all-linear' is every linear layer."},
+    )
+    lora_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapt half of the layers: 'cka' (the most important ones by layer selection on the data), or "
+            "a baseline to compare it with. None: all layers.",
+            "choices": [CKA, *LAYER_BASELINES],
+        },
+    )
+    lora_layers_ratio: float = field(
+        default=0.5, metadata={"help": "Share of the layers that `lora_layers` adapts, in (0, 1]."}
+    )
+
+
+CLASSES = (DataArguments, EchoSFTConfig, AdapterArguments, DatasetMixtureConfig)
+"""Where the options of a run are declared."""
+
+Arguments = tuple[DataArguments, EchoSFTConfig, AdapterArguments, DatasetMixtureConfig]
+
+
+def make_parser(prog: str = "echo-trainer sft", classes: tuple[type, ...] = CLASSES, **options: Any) -> TrlParser:
+    """The parser: every field of the classes. An option is written out; its beginning alone is refused."""
+    usage = f"{prog} [--config RECIPE] [--OPTION VALUE ...]"
+    return TrlParser(classes, prog=prog, usage=usage, allow_abbrev=False, **options)
+
+
+def parse(arguments: list[str], parser: TrlParser | None = None, classes: tuple[type, ...] = CLASSES) -> tuple:
+    """
+    Arguments of a run from the command line and the recipe that `--config` names.
+
+    Args:
+        arguments: of the command.
+        parser: of the classes; None makes that of `echo-trainer sft`.
+        classes: the dataclasses whose fields may be set.
+
+    Returns:
+        An instance of each class.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: the recipe or an option cannot work.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", nargs="?", const="")
+    recipe, rest = first.parse_known_args(arguments)
+    if recipe.config == "":
+        raise ValueError("`--config` needs the name or the path of a recipe after it.")
+    parser = parser or make_parser(classes=classes)
+    if recipe.config is not None:
+        path = recipe_path(recipe.config)
+        options = read_recipe(path)
+        check_options(path, options, classes)
+        parser.set_defaults_with_config(**options)
+    return parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+
+
+def arguments_of(options: dict[str, Any]) -> Arguments:
+    """Arguments of a run from options that `check.check_options` has looked at."""
+    parser = make_parser()
+    parser.set_defaults_with_config(**options)
+    return parser.parse_args_into_dataclasses([], look_for_args_file=False)
