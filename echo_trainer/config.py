@@ -1,14 +1,16 @@
 """Options of Echo-LoRA: `EchoSFTConfig` is `trl.SFTConfig` plus flat `echo_*` fields.
 
-Override: only fields; their validation is in `config_checks.py`. Everything `SFTConfig` knows keeps its meaning.
+Override: only fields; their validation is in `options.py`. Everything `SFTConfig` knows keeps its meaning.
 """
 
 import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import TrainingArguments
 from trl import SFTConfig
 
+from .compat.identity import name_of
 from .options import (
     AGGREGATIONS,
     CARD_PROMPTS,
@@ -183,3 +185,31 @@ class EchoSFTConfig(SFTConfig):
     def __getstate__(self) -> dict[str, Any]:
         """What `torch.save` and `pickle` see: everything except access tokens."""
         return {name: None if name in TOKEN_FIELDS else value for name, value in self.__dict__.items()}
+
+
+def as_echo_config(args: Any, model: Any) -> EchoSFTConfig:
+    """
+    The configuration of a trainer: `args` itself, an `SFTConfig` with the echo's defaults, or all defaults.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(args, EchoSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else name_of(model.config) or "model"
+        return EchoSFTConfig(f"{name.rstrip('/').split('/')[-1]}-Echo-SFT")
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"`args` is a {type(args).__name__}. Pass an EchoSFTConfig, or an SFTConfig to use the echo's defaults."
+        )
+    fields = {name: getattr(args, name) for name in args.__dataclass_fields__ if args.__dataclass_fields__[name].init}
+    return EchoSFTConfig(**fields)
+
+
+def router_loss_weight(args: EchoSFTConfig, model_config: Any) -> float | None:
+    """Weight of the load-balancing loss of a mixture of experts, by TRL's rule; None where there is none."""
+    config = model_config.get_text_config()
+    weight = args.router_aux_loss_coef
+    weight = getattr(config, "router_aux_loss_coef", 0.0) if weight is None else weight
+    return weight if weight and hasattr(config, "output_router_logits") else None

@@ -26,14 +26,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from .compat.checkpointing import require_replay
-from .compat.identity import name_of
 from .compat.trainer import JointTrainer, require_joints
 from .compat.versions import warn_of_newer
-from .config import EchoSFTConfig
+from .config import as_echo_config, router_loss_weight
 from .hub.push import Pushed
 from .method.depth import resolve_layers
 from .method.losses import Distillation
@@ -49,7 +47,8 @@ from .run.checkpoints import Checkpoints
 from .run.collate import PLAN_KEY, EchoCollator
 from .run.guard import Guard
 from .run.lockstep import checkpoint_without_reentry, needs_lockstep
-from .run.metrics import EchoMetrics
+from .run.metrics import EchoMetrics, input_tokens
+from .run.optimizer import take_in
 from .run.pass_choice import PassChoice
 from .run.pushes import Pushes
 from .run.resume import base_fingerprint
@@ -97,7 +96,7 @@ class EchoSFTTrainer(JointTrainer):
         call.pop("self")
         require_joints()
         warn_of_newer()
-        call["args"] = config = _as_echo_config(call.get("args"), call["model"])
+        call["args"] = config = as_echo_config(call.get("args"), call["model"])
         if config.echo_enabled:
             check_arguments(call["model"], call.get("peft_config"), call.get("compute_loss_func"))
         detach_networks(call["model"])  # those of an earlier trainer
@@ -260,7 +259,8 @@ class EchoSFTTrainer(JointTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plan = plan.to(inputs["input_ids"].device)
         backbone_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_BACKBONE}
-        if self.router_loss_weight is not None:
+        router_weight = router_loss_weight(self.args, self.model.config)
+        if router_weight is not None:
             backbone_inputs["output_router_logits"] = True
         plan, output = self.guard.forward(lambda plan: model(**backbone_inputs, echo_plan=plan), plan)
         now_running("backward pass")
@@ -271,38 +271,21 @@ class EchoSFTTrainer(JointTrainer):
             loss = loss * self.accelerator.num_processes
         if "aux_loss" in output:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_loss_weight * output["aux_loss"] / steps
-        self.echo_metrics.add(output, plan, _input_tokens(inputs))
+            loss = loss + router_weight * output["aux_loss"] / steps
+        self.echo_metrics.add(output, plan, input_tokens(inputs))
         if return_outputs:
             with torch.no_grad():
                 return loss, model(**backbone_inputs)
         return loss
 
-    @property
-    def router_loss_weight(self) -> float | None:
-        """Weight of the load-balancing loss of a mixture of experts, by TRL's rule; None where there is none."""
-        config = self.model.config.get_text_config()
-        weight = self.args.router_aux_loss_coef
-        weight = getattr(config, "router_aux_loss_coef", 0.0) if weight is None else weight
-        return weight if weight and hasattr(config, "output_router_logits") else None
-
     def create_optimizer(self, *args: Any, **kwargs: Any):
         """TRL's optimizer; with `echo_learning_rate` the echo networks get parameter groups of their own."""
-        created = self.optimizer is None
+        mine = None if self.optimizer is not None else self.args.echo_learning_rate
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.echo is None:
-            return optimizer
-        rate = self.args.echo_learning_rate
-        if created and rate is not None:
-            _give_own_rate(optimizer, {id(p) for p in self._echo_parameters()}, rate)
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        forgotten = [p for p in self._echo_parameters() if id(p) not in known]
-        if forgotten:  # an optimizer made by the caller, before there were echo networks
-            optimizer.add_param_group({"params": forgotten, "lr": rate or optimizer.param_groups[0]["lr"]})
+        if self.echo is not None:
+            networks = [p for name, p in self.model.named_parameters() if f"{ECHO_MODULE}." in name]
+            take_in(optimizer, networks, mine, self.args.echo_learning_rate)
         return optimizer
-
-    def _echo_parameters(self) -> Iterator[torch.nn.Parameter]:
-        return (p for name, p in self.model.named_parameters() if f"{ECHO_MODULE}." in name)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with the echo's metrics of the steps since the last log."""
@@ -312,34 +295,3 @@ class EchoSFTTrainer(JointTrainer):
                 self.tokens_trained_on += int(metrics.pop("input_tokens"))
                 logs.update(metrics, num_tokens=self.tokens_trained_on)
         super().log(logs, start_time)
-
-
-def _as_echo_config(args: Any, model: Any) -> EchoSFTConfig:
-    if isinstance(args, EchoSFTConfig):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else name_of(model.config) or "model"
-        return EchoSFTConfig(f"{name.rstrip('/').split('/')[-1]}-Echo-SFT")
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(
-            f"`args` is a {type(args).__name__}. Pass an EchoSFTConfig, or an SFTConfig to use the echo's defaults."
-        )
-    fields = {name: getattr(args, name) for name in args.__dataclass_fields__ if args.__dataclass_fields__[name].init}
-    return EchoSFTConfig(**fields)
-
-
-def _input_tokens(inputs: dict[str, Any]) -> torch.Tensor | int:
-    """Real tokens of a batch, as TRL counts `num_tokens`."""
-    return inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-
-
-def _give_own_rate(optimizer: torch.optim.Optimizer, chosen: set[int], rate: float) -> None:
-    """Move the chosen parameters of an optimizer that has not stepped yet into groups with learning rate `rate`."""
-    for group in list(optimizer.param_groups):
-        moved = [p for p in group["params"] if id(p) in chosen]
-        if not moved:
-            continue
-        group["params"] = [p for p in group["params"] if id(p) not in chosen]
-        options = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
-        optimizer.add_param_group({**options, "params": moved, "lr": rate})
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

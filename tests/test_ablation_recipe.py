@@ -151,7 +151,8 @@ def test_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("ECHO_TEST_C", "x: [y # z")
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "a: ${ECHO_TEST_A}\nb: '${ECHO_TEST_B:-x}/z'\nc: ${ECHO_TEST_C}\nd: [2e-3, -1E5, 1e, '${ECHO_TEST_A}']\n# ${ECHO_TEST_B}"
+        "a: ${ECHO_TEST_A}\nb: '${ECHO_TEST_B:-x}/z'\nc: ${ECHO_TEST_C}\n"
+        "d: [2e-3, -1E5, 1e, '${ECHO_TEST_A}']\n# ${ECHO_TEST_B}"
     )
     assert read_recipe(path) == {"a": 7, "b": "x/z", "c": "x: [y # z", "d": [0.002, -1e5, "1e", 7]}
     path.write_text("a: ${QUICKSTART}/base")

@@ -17,7 +17,7 @@ from echo_trainer.evaluation import Item, Record, Task
 from echo_trainer.evaluation.metrics import ChoiceAccuracy, ExactMatch, NumberAccuracy
 from echo_trainer.evaluation.model import load_for_evaluation
 from echo_trainer.evaluation.records import RecordFile
-from echo_trainer.evaluation.results import macro_average, task_result, wilson
+from echo_trainer.evaluation.results import macro_average, task_result
 from echo_trainer.evaluation.run import harness_command
 
 DATA = Path(__file__).parent / "data" / "commonsense"
@@ -266,14 +266,13 @@ def test_harness_command(workplace):
     assert harness_command(loaded, ["mine"], "float32") is None
 
 
-def test_wilson():
-    """Against tabled values of the score interval (Newcombe 1998, table I, method 3)."""
+def test_accuracy_has_the_score_interval():
+    """Against tabled values (Newcombe 1998, table I, method 3)."""
+    task = Task("t", [Item("", "")], str.strip, 1)
     for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)):
-        assert wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(29, 29)[1] == 1.0
-    for correct, n in ((0, 0), (3, 2), (-1, 4)):
-        with pytest.raises(ValueError, match="no proportion"):
-            wilson(correct, n)
+        records = [Record(i, "", "", i < correct) for i in range(n)]
+        assert task_result(task, records, "generate")["interval"] == pytest.approx([low, high], abs=5e-5)
+    assert task_result(task, [Record(i, "", "", True) for i in range(29)], "rank")["interval"][1] == 1.0
 
 
 def test_the_interval_of_the_average_covers_the_truth():

@@ -14,10 +14,11 @@ from selection_models import DEPTH, ENCODERS, FAMILIES, tiny_processor, tiny_tok
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from echo_trainer.selection import LayerSelection, choose_layers, select_layers
+from echo_trainer.selection.lora_config import lora_config_kwargs
 from echo_trainer.selection.representations import collect_representations, find_blocks, pool
 from echo_trainer.selection.samples import draw_rows, encode_row, make_batches
 from echo_trainer.selection.select import number_of_layers
-from echo_trainer.selection.use import BASELINES, baseline_layers, echo_layers, lora_config_kwargs
+from echo_trainer.selection.use import BASELINES, baseline_layers, echo_layers
 
 
 def build(family, seed=0):
@@ -421,7 +422,7 @@ def test_wrong_options_and_models():
         select_layers(model, rows, first_layer="no")
     with pytest.raises(ValueError, match="batch_size=0"):
         select_layers(model, rows, batch_size=0)
-    with pytest.raises(ValueError, match=r"no list of blocks named 'x'.*model\.layers \(4\)"):
+    with pytest.raises(ValueError, match=r"`blocks_path` is 'x'.*model\.layers \(4\)"):
         select_layers(model, rows, blocks_path="x")
     assert select_layers(model, rows, blocks_path="model.layers", progress=False).blocks_path == "model.layers"
     t5 = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20))

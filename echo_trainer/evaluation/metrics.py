@@ -1,7 +1,7 @@
 """The metrics of an evaluation as `evaluate.Metric`s, for use with that library; no Hub is needed.
 
-Importing this module imports `evaluate`, which takes seconds; nothing else in the package does.
-`accuracy(records)` of `evaluation` gives the same figures.
+Importing this module imports `evaluate`, which takes seconds; nothing else in the package does. What counts as the
+answer in a text is decided in `answers`, as for the tasks, so the figures are those of `evaluate.accuracy(records)`.
 """
 
 import re

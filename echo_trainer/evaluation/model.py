@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapter.logit_error import with_adapter
+from ..adapter.read import read_adapter
+from ..adapter.refuse import refuse_broken
 from ..compat.identity import commit_of
 
 _SAMPLED_ABOVE = 1 << 30  # bytes; larger weight files are hashed in part
@@ -52,8 +55,6 @@ def load_for_evaluation(
     """
     import torch
     from transformers import AutoModelForCausalLM
-
-    from ..adapter.logit_error import with_adapter
 
     device = _device(device)
     if dtype == "auto":
@@ -133,9 +134,6 @@ def _adapter_files(adapter: str) -> Any:
         ValueError: the adapter is broken, so its figures would be those of another model.
     """
     from huggingface_hub import snapshot_download
-
-    from ..adapter.read import read_adapter
-    from ..adapter.refuse import refuse_broken
 
     folder = adapter if Path(adapter).is_dir() else snapshot_download(adapter, allow_patterns="adapter_*")
     files = read_adapter(folder)

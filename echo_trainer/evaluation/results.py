@@ -6,26 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binomtest
+
 from ..report.folder import RUN_RECORD, update_record
 from .evaluate import Record, Task, accuracy
 
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
-
-
-def wilson(correct: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """
-    Wilson's score interval of a proportion.
-
-    Raises:
-        ValueError: there are no items, or more correct ones than items.
-    """
-    if n < 1 or not 0 <= correct <= n:
-        raise ValueError(f"{correct} of {n} is no proportion.")
-    share, scale = correct / n, 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # The bounds of 0 of n and n of n are 0 and 1 exactly; rounding must not move them past.
-    return (0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half)
 
 
 def task_result(task: Task, records: Sequence[Record], mode: str) -> dict[str, Any]:
@@ -46,7 +32,8 @@ def task_result(task: Task, records: Sequence[Record], mode: str) -> dict[str, A
         half = Z95 * spread / math.sqrt(len(values)) if spread is not None else None
         interval = None if half is None else [mean - half, mean + half]
         return {**result, "metric": "nll", "value": mean, "n": len(values), "interval": interval, "seeds": None}
-    interval = list(wilson(sum(record.correct for record in records), len(records)))
+    found = binomtest(sum(record.correct for record in records), len(records)).proportion_ci(method="wilson")
+    interval = [float(found.low), float(found.high)]
     metric = "accuracy_ranked" if mode == "rank" else task.metric
     return {
         **result, "metric": metric, "value": accuracy(records), "n": len(records), "interval": interval, "seeds": None

@@ -15,6 +15,19 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
+from huggingface_hub import get_session, set_client_factory
+from huggingface_hub.errors import OfflineModeIsEnabled
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_any,
+    stop_before_delay,
+)
+
+from ..compat.hub_client import client_factory
+
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -67,36 +80,29 @@ def patiently(what: str, call: Callable[[], Result], patience: Patience, secrets
         Exception: what `call` raised last, if it does not pass or patience is at an end.
     """
     use_timeout(patience.timeout)
-    begin, wait = time.monotonic(), patience.wait
-    for attempt in range(1, patience.attempts + 1):
-        try:
-            return call()
-        except Exception as error:
-            if not passes(error) or attempt == patience.attempts:
-                raise
-            pause = min(max(wait, retry_after(error) or 0.0), patience.longest_wait)
-            if time.monotonic() - begin + pause > patience.deadline:
-                raise
-            logger.warning(
-                "%s: %s. Trying again in %.0f s (%d of %d).",
-                what,
-                in_words(error, secrets),
-                pause,
-                attempt + 1,
-                patience.attempts,
-            )
-        time.sleep(pause)
-        wait *= 2
-    raise AssertionError("unreachable")
+
+    def pause(state: RetryCallState) -> float:
+        asked = retry_after(state.outcome.exception()) or 0.0
+        return min(max(patience.wait * 2 ** (state.attempt_number - 1), asked), patience.longest_wait)
+
+    def say(state: RetryCallState) -> None:
+        error, number = state.outcome.exception(), state.attempt_number + 1
+        again = f"Trying again in {state.upcoming_sleep:.0f} s ({number} of {patience.attempts})"
+        logger.warning("%s: %s. %s.", what, in_words(error, secrets), again)
+
+    retrying = Retrying(
+        retry=retry_if_exception(passes),
+        stop=stop_any(stop_after_attempt(patience.attempts), stop_before_delay(patience.deadline)),
+        wait=pause,
+        before_sleep=say,
+        reraise=True,
+    )
+    return retrying(call)
 
 
 def use_timeout(seconds: float) -> None:
     """Give huggingface_hub's shared HTTP client, which waits for ever, a timeout. Stays in force in this process."""
     global _timeout_seconds
-    from huggingface_hub import get_session, set_client_factory
-
-    from ..compat.hub_client import client_factory
-
     first, _timeout_seconds = _timeout_seconds is None, seconds
     if first:
         # The factory as well: the library makes a new client after a refused connection.
@@ -118,8 +124,6 @@ def status_of(error: BaseException) -> int | None:
 
 def passes(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     if isinstance(error, OfflineModeIsEnabled):
         return False
     status = status_of(error)
@@ -153,8 +157,6 @@ def retry_after(error: BaseException) -> float | None:
 
 def in_words(error: BaseException, secrets: tuple[str, ...] = ()) -> str:
     """What went wrong, in one sentence without secrets and without a full stop."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     status, reason = status_of(error), _hide(_reason(error), secrets)
     if isinstance(error, OfflineModeIsEnabled):
         return "huggingface_hub is in offline mode; unset HF_HUB_OFFLINE to push"

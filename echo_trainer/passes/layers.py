@@ -9,27 +9,33 @@ from ..method.sites import EchoSite
 
 
 def decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
+    """`layer_list` of a model that is to be trained with an echo."""
+    return layer_list(model, path)
+
+
+def layer_list(model: nn.Module, path: str | None = None, option: str = "echo_layers") -> nn.ModuleList:
     """
-    The decoder layers of a causal language model (of the language part, for a vision-language model).
+    The layers of a language model (of the language part, for a model of several modalities), in order.
 
     Args:
         model: a `PreTrainedModel`, or a `PeftModel` around one.
         path: dotted name of their `nn.ModuleList` in the model, where they cannot be found.
+        option: what the caller's user names `path` with, for errors.
 
     Raises:
-        ValueError: the model is an encoder-decoder, or no list of decoder layers can be found.
+        ValueError: the model is an encoder-decoder, or no list of layers can be found.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model. Echo-LoRA needs one causal decoder that reads the "
-            f"prompt and the answer as one sequence; use a decoder-only model (Llama, Qwen, Mistral, GPT-2 ...)."
+            f"{type(model).__name__} is an encoder-decoder model. One stack of layers is needed, which reads prompt "
+            f"and answer as one sequence; use a decoder-only model (Llama, Qwen, Mistral, GPT-2 ...)."
         )
     if path is not None:
         found = dict(model.named_modules()).get(path)
         if not isinstance(found, nn.ModuleList):
-            raise ValueError(f"`echo_layers` is {path!r}, and {_no_such_layers(model)}")
+            raise ValueError(f"`{option}` is {path!r}, and {_no_such_layers(model, option)}")
         return found
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
@@ -37,8 +43,8 @@ def decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(
-        f"No list of {depth} decoder layers was found, so Echo-LoRA does not know where to read and add the echo: "
-        f"{_no_such_layers(model)}"
+        f"No list of {depth} layers was found, so it is not known which modules are the layers of the model: "
+        f"{_no_such_layers(model, option)}"
     )
 
 
@@ -57,11 +63,11 @@ def backbone(model: nn.Module, layers: nn.ModuleList) -> nn.Module:
     )
 
 
-def _no_such_layers(model: nn.Module) -> str:
+def _no_such_layers(model: nn.Module, option: str) -> str:
     lists = [f"{name} ({len(m)})" for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     return (
-        f"{type(model).__name__} has these lists of modules: {', '.join(lists) or 'none'}. Name that of the decoder "
-        f"layers in `echo_layers`, such as 'model.layers'."
+        f"{type(model).__name__} has these lists of modules: {', '.join(lists) or 'none'}. Name that of the layers in "
+        f"`{option}`, such as 'model.layers'."
     )
 
 

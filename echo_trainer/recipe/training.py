@@ -8,8 +8,9 @@ from trl import DatasetMixtureConfig, get_peft_config, get_quantization_config
 
 from ..config import EchoSFTConfig
 from ..options import CKA
+from ..selection.lora_config import lora_config_kwargs
 from ..selection.select import number_of_layers, select_layers
-from ..selection.use import baseline_layers, lora_config_kwargs
+from ..selection.use import baseline_layers
 from ..trainer import EchoSFTTrainer
 from .arguments import AdapterArguments, DataArguments
 from .data import load_data

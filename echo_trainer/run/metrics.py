@@ -110,3 +110,8 @@ def _as_metrics(total: dict[str, float]) -> dict[str, float]:
     if total["aux_loss"]:
         metrics["aux_loss"] = mean("aux_loss", "passes")
     return metrics
+
+
+def input_tokens(inputs: dict[str, Any]) -> torch.Tensor | int:
+    """Real tokens of a batch, as TRL counts `num_tokens`."""
+    return inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()

@@ -4,7 +4,8 @@ Layer selection: the layers that change the representation of your data most, by
     samples of the data, one pass of the frozen model     [samples, representations]
     similarity of neighbouring layers                     [cka]
     the layers, and how far each choice can be trusted    [select]
-    as LoRA targets, or as sources and targets of echoes  [use]
+    as targets of LoRA                                    [lora_config]
+    as sources and targets of echoes; baselines           [use]
     a picture                                             [plot]
 """
 

@@ -1,13 +1,15 @@
 """The picture of a layer selection: how much each layer changes the representation, and how sure the choice is."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .select import LayerSelection
+if TYPE_CHECKING:
+    from .select import LayerSelection
 
 _CHOSEN, _OTHER, _LINE = "#1f6f8b", "#c9c9c9", "#333333"
 
 
-def plot_selection(selection: LayerSelection, path: str | Path) -> Path:
+def plot_selection(selection: "LayerSelection", path: str | Path) -> Path:
     """Write the plot; the folder is made. Above: importance with 95 % intervals; below: stability. Gives the path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..passes.layers import layer_list
+
 POOLINGS = ("last", "cls", "mean")
 
 
@@ -56,29 +58,9 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
         ValueError: an encoder-decoder model, or no list of `num_hidden_layers` blocks.
     """
     base = base_model_of(model)
-    config = base.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(base).__name__} is an encoder-decoder model: its two stacks have no single chain of "
-            "representations, so there is no CKA between neighbours; pass a decoder-only or an encoder-only model"
-        )
-    depth = config.get_text_config().num_hidden_layers
-    # a model of several modalities has other stacks, and they may have the same depth
-    root = base.get_decoder() if config.get_text_config() is not config else base
-    names = {id(module): name for name, module in base.named_modules()}
-    if path is not None:
-        found = [module for name, module in base.named_modules() if name == path]
-    else:
-        found = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not found or not isinstance(found[0], nn.ModuleList):
-        lists = [f"{name} ({len(m)})" for name, m in base.named_modules() if isinstance(m, nn.ModuleList)]
-        wanted = f"named {path!r}" if path else f"of length {depth}"
-        raise ValueError(
-            f"{type(base).__name__} has no list of blocks {wanted}, so its layers cannot be told apart; pass "
-            f"blocks_path= one of: {', '.join(lists) or 'none there'}"
-        )
-    name = names[id(found[0])]
-    return Blocks(name, found[0], base.get_submodule(name.rpartition(".")[0]))
+    modules = layer_list(base, path, option="blocks_path")
+    name = next(name for name, module in base.named_modules() if module is modules)
+    return Blocks(name, modules, base.get_submodule(name.rpartition(".")[0]))
 
 
 def is_encoder(model: nn.Module) -> bool:

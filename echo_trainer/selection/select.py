@@ -9,7 +9,7 @@ Source: "Layer-wise LoRA fine-tuning: a similarity metric approach", arXiv 2602.
 (n^2 d instead of n d^2), the debiased CKA, and a bootstrap over the samples, which says how far each choice can be
 trusted. Layers are counted from 0 here and in PEFT; "layer 1" of the paper is layer 0.
 
-    dataset -> selection_samples -> representations -> cka -> selection -> selection_use, selection_plot
+    dataset -> samples -> representations -> cka -> select -> use, lora_config, plot
 """
 
 import json
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from ..compat.identity import name_of
 from .cka import consecutive_cka, is_constant
+from .lora_config import lora_config_kwargs
+from .plot import plot_selection
 from .representations import POOLINGS, base_model_of, collect_representations, find_blocks, is_encoder
 from .samples import draw_rows, encode_row, make_batches
 
@@ -78,9 +80,7 @@ class LayerSelection:
     def lora_config_kwargs(
         self, model: nn.Module, target_modules: str | Sequence[str] = "all-linear"
     ) -> dict[str, Any]:
-        """Fields for `peft.LoraConfig`; see [`selection_use.lora_config_kwargs`]."""
-        from .use import lora_config_kwargs
-
+        """Fields for `peft.LoraConfig`; see [`lora_config.lora_config_kwargs`]."""
         return lora_config_kwargs(model, self.layers, target_modules)
 
     def to_json(self, path: str | Path) -> Path:
@@ -99,8 +99,6 @@ class LayerSelection:
 
     def plot(self, path: str | Path) -> Path:
         """Draw importance with intervals, and stability, as a PNG (or what the suffix says); gives its path."""
-        from .plot import plot_selection
-
         return plot_selection(self, path)
 
 

@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from echo_trainer.selection import select_layers
-from echo_trainer.selection.use import BASELINES, baseline_layers, lora_config_kwargs
+from echo_trainer.selection.lora_config import lora_config_kwargs
+from echo_trainer.selection.use import BASELINES, baseline_layers
 
 
 def load_splits(dataset: str, subset: str | None):

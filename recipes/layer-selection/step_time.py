@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from echo_trainer.selection import LayerSelection
-from echo_trainer.selection.use import baseline_layers, lora_config_kwargs
+from echo_trainer.selection.lora_config import lora_config_kwargs
+from echo_trainer.selection.use import baseline_layers
 
 
 def main() -> None:
