@@ -3,23 +3,24 @@ echo_trainer: `EchoSFTTrainer`, a drop-in replacement for `trl.SFTTrainer` that 
 
 One training step, top to bottom; the file of each stage in brackets:
 
-    first step ──> is the echo pass exact here?       [proof, rounding, pass_choice]
-    labels ──> answer segments, boundaries b_i        [segments]
-    step k ──> routes r_i ~ Bernoulli(p_k)            [routing, collator]
-           ──> the indices of the step                [plan]
-    plain pass: CE_plain, deep states h at b_i        [passes, layers]
+    first step ──> is the echo pass exact here?       [passes.proof, passes.rounding, run.pass_choice]
+    labels ──> answer segments, boundaries b_i        [method.segments]
+    step k ──> routes r_i ~ Bernoulli(p_k)            [method.routing, run.collate, run.batches]
+           ──> the indices of the step                [method.plan, method.layouts]
+    plain pass: CE_plain, deep states h at b_i        [passes.plain, passes.layers]
       z_i = mean over s in S of stopgrad(h_i^(s)[b_i])
-      delta_m = lambda_m (g * e)                      [network]
-    echo pass, routed samples: module m + delta_m     [passes, injection, compat.cache]
-    L = 1/N sum_i [CE_plain + r_i (CE_echo + lambda_kd KD)]   [losses, head]
-    all of it one forward of the wrapped model        [step, trainer]
-    backward, guarded against NaN                     [guard]
-    checkpoints, whole or not at all                  [checkpoint, checkpoint_files, resume]
-    the final adapter, its card, its way to the Hub   [final_save, serving, card, hub]
+      delta_m = lambda_m (g * e)                      [method.network]
+    echo pass, routed samples: module m + delta_m     [passes.echo, passes.suffix, passes.full, passes.injection]
+    L = 1/N sum_i [CE_plain + r_i (CE_echo + lambda_kd KD)]   [method.losses, passes.head]
+    all of it one forward of the wrapped model        [passes.step, trainer]
+    backward, guarded against NaN                     [run.guard]
+    checkpoints, whole or not at all                  [run.checkpoints, run.checkpoint_files, run.resume]
+    the final adapter, its card, its way to the Hub   [run.save, adapter, report, run.pushes, hub]
 
-Around it, each a package whose docstring names its files: [selection] of layers by CKA, [evaluation], [ablation],
-[serving] (what engines do with an adapter), [card], [hub], [bench], [quickstart], and the commands in [cli]. What is
-not public of other libraries is used in [compat] alone.
+Around it, each a package whose docstring names its files: [selection] of layers by CKA, [recipe], [evaluation],
+[export], [ablation], [bench], [quickstart], and the commands in [cli]. Imports go one way: method < compat < passes <
+adapter < report < hub < selection < run < trainer < recipe < evaluation, export < ablation, bench < quickstart < cli.
+What is not public of other libraries is used in [compat] alone.
 
 Symbols: S source layers, M target layers, m a LoRA module of a target layer with output size o_m, d hidden size,
 b_i last prompt token of segment i, z echo vector, e projection, g gate, lambda_m scale, tau distillation temperature,
@@ -33,14 +34,38 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .adapter.check import check_adapter
     from .config import EchoSFTConfig
+    from .evaluation.adapter import evaluate_adapter
+    from .export.adapter import export_adapter
+    from .hub.push import push_adapter
     from .run.collate import EchoCollator
+    from .selection.select import select_layers
     from .trainer import EchoSFTTrainer
 
 # Loaded on first use: importing the package itself must not import torch.
-_LAZY = {"EchoCollator": "run.collate", "EchoSFTConfig": "config", "EchoSFTTrainer": "trainer"}
+_LAZY = {
+    "EchoCollator": "run.collate",
+    "EchoSFTConfig": "config",
+    "EchoSFTTrainer": "trainer",
+    "check_adapter": "adapter.check",
+    "evaluate_adapter": "evaluation.adapter",
+    "export_adapter": "export.adapter",
+    "push_adapter": "hub.push",
+    "select_layers": "selection.select",
+}
 
-__all__ = ["EchoCollator", "EchoSFTConfig", "EchoSFTTrainer", "__version__"]
+__all__ = [
+    "EchoCollator",
+    "EchoSFTConfig",
+    "EchoSFTTrainer",
+    "__version__",
+    "check_adapter",
+    "evaluate_adapter",
+    "export_adapter",
+    "push_adapter",
+    "select_layers",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -233,7 +233,7 @@ class EchoSFTTrainer(JointTrainer):
             blocking: False returns a `Future` of the result; a failure is then logged as well.
             token: write token; None takes `hub_token`, HF_TOKEN or that of `hf auth login`.
             revision: branch; None takes `hub_revision`.
-            private: as in `hub.push.push_folder`; None takes `hub_private_repo`.
+            private: as in `hub.push.push_adapter`; None takes `hub_private_repo`.
             base_model: id of the base on the Hub, where the run was trained on a local folder.
             kwargs: as in `create_model_card`: `dataset_name`.
 

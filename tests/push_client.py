@@ -42,10 +42,10 @@ def push(folder: str, repo_id: str, patience: dict | None = None, **options: obj
     from dataclasses import asdict
 
     from echo_trainer.hub.client import Patience
-    from echo_trainer.hub.push import push_folder
+    from echo_trainer.hub.push import push_adapter
 
     quick = {"attempts": 3, "wait": 0.05, "timeout": 5.0, **(patience or {})}
-    return asdict(push_folder(folder, repo_id, patience=Patience(**quick), **options))
+    return asdict(push_adapter(folder, repo_id, patience=Patience(**quick), **options))
 
 
 def forget_user() -> dict:

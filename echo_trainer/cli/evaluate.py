@@ -64,12 +64,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Entry point of `echo-trainer evaluate`: 0 done, 130 interrupted."""
     options = make_parser().parse_args(arguments)
-    for name in ("batch_size", "num_beams", "limit", "max_new_tokens"):
-        given = getattr(options, name)
-        if given is not None and given < 1:
-            raise ValueError(f"--{name} is {given}; it must be at least 1.")
-    if options.num_beams > 1 and options.mode != "generate":
-        raise ValueError(f"--num_beams is for mode generate; mode {options.mode} writes nothing.")
     try:
         return _evaluate(options)
     except KeyboardInterrupt:
@@ -88,56 +82,48 @@ def _evaluate(options: argparse.Namespace) -> int:
         TimeRemainingColumn,
     )
 
-    from ..evaluation.model import load_for_evaluation, load_tokenizer
-    from ..evaluation.results import add_to_run
-    from ..evaluation.run import harness_command, run_evaluation
-    from ..evaluation.tasks import load_tasks
+    from ..evaluation.adapter import evaluate_adapter, records_folder
+    from ..evaluation.run import harness_command
     from ..files import write_text
     from ..quiet import quiet_libraries
 
-    console = Console()
-    with quiet_libraries():
-        drawn = {"limit": options.limit, "seed": options.seed, "max_new_tokens": options.max_new_tokens}
-        # The tasks come first: their mistakes are found before a large model loads.
-        tokenizer = load_tokenizer(options.model, options.base, options.trust_remote_code)
-        tasks = load_tasks(options.tasks, options.data, template=options.template, tokenizer=tokenizer, **drawn)
-        loaded = load_for_evaluation(
-            options.model, options.base, options.dtype, options.device, options.trust_remote_code
-        )
-        folder, file = output_places(options.output, options.model)
-        columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    console, seen = Console(), {}
+    folder, file = output_places(options.output)
+    folder = folder or records_folder(options.model)
+    columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with quiet_libraries(), Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+
+        def watch(loaded: Any, tasks: list[Any]) -> Any:
+            seen.update(loaded=loaded, tasks=[task.name for task in tasks])
             bars = {task.name: progress.add_task(task.name, total=len(task.items), start=False) for task in tasks}
 
             def advance(task: Any, n: int) -> None:
                 progress.start_task(bars[task.name])
                 progress.advance(bars[task.name], n)
 
-            summary = run_evaluation(
-                loaded, tasks, folder, mode=options.mode, batch_size=options.batch_size, num_beams=options.num_beams,
-                settings={"template": options.template, "limit": options.limit, "seed": options.seed},
-                restart=options.restart, advance=advance,
-            )  # fmt: skip
+            return advance
+
+        given = {name: value for name, value in vars(options).items() if name not in ("model", "tasks", "output")}
+        summary = evaluate_adapter(options.model, options.tasks, output=folder, watch=watch, **given)
     console.print(table(summary))
-    results = [*summary["results"], *([summary["average"]] if summary["average"] else [])]
     console.print(f"Records and results: {folder}", soft_wrap=True)
     if file is not None:
         write_text(file, (folder / f"results.{options.mode}.json").read_text(encoding="utf-8"))
         console.print(f"Results: {file}", soft_wrap=True)
-    written = add_to_run(Path(options.model), results) if Path(options.model).is_dir() else None
-    if written:
-        console.print(f"In {options.model} written: {written}.", soft_wrap=True)
-    command = harness_command(loaded, [task.name for task in tasks], loaded.identity["dtype"])
+    if summary["written"]:
+        console.print(f"In {options.model} written: {summary['written']}.", soft_wrap=True)
+    loaded = seen["loaded"]
+    command = harness_command(loaded, seen["tasks"], loaded.identity["dtype"])
     if command:
         console.print("\nThe same model in lm-evaluation-harness (its prompts, so not the same figures):")
         console.print(f"  {command}", soft_wrap=True, highlight=False)
     return 0
 
 
-def output_places(output: str | None, model: str) -> tuple[Path, Path | None]:
-    """Folder of the records, and the file that gets a copy of the results if one was named."""
+def output_places(output: str | None) -> tuple[Path | None, Path | None]:
+    """Folder of the records if one was named, and the file that gets a copy of the results if one was."""
     if output is None:
-        return (Path(model) / "evaluation" if Path(model).is_dir() else Path("evaluation") / Path(model).name), None
+        return None, None
     path = Path(output)
     return (path.with_suffix(""), path) if path.suffix == ".json" else (path, None)
 

@@ -52,10 +52,10 @@ def main(arguments: list[str]) -> int:
     """Entry point of `echo-trainer push`."""
     options = make_parser().parse_args(arguments)
     from ..hub.client import Patience, PushError
-    from ..hub.push import push_folder
+    from ..hub.push import push_adapter
 
     try:
-        pushed = push_folder(
+        pushed = push_adapter(
             options.folder,
             options.repo_id,
             private=options.private,

@@ -65,7 +65,7 @@ class RefusedError(ValueError):
     """The token, the repository or its visibility does not allow the push; nothing was uploaded."""
 
 
-def push_folder(
+def push_adapter(
     folder: str | Path,
     repo_id: str,
     *,
@@ -115,7 +115,7 @@ def push_copy(
     commit_message: str,
     patience: Patience,
 ) -> Pushed:
-    """Push a folder of which every file may be uploaded, and its adapter; files are changed. See `push_folder`."""
+    """Push a folder of which every file may be uploaded, and its adapter; files are changed. See `push_adapter`."""
     require_finite(copy, adapter)
     target = preflight(repo_id, private, token, patience, revision)
     notes = clean_copy(copy, base_model)

@@ -22,7 +22,7 @@ from ..adapter.portable import NotPortableError, make_portable
 from ..adapter.read import read_adapter
 from ..hub.client import Patience, PushError, in_words
 from ..hub.files import ADAPTER, RESUME, TOKENIZER, copy_listed, copy_run
-from ..hub.push import Again, Pushed, RefusedError, last_words, preflight, push_copy, push_folder
+from ..hub.push import Again, Pushed, RefusedError, last_words, preflight, push_adapter, push_copy
 from .host import Host
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Pushes:
         self.finish()
 
         def push() -> Pushed:
-            return push_folder(
+            return push_adapter(
                 host.args.output_dir,
                 host.hub_model_id or self._name(),
                 private=private if private is not None else host.args.hub_private_repo,

@@ -1,0 +1,103 @@
+"""`evaluate_adapter`: from the name of an adapter or a model to its figures, in one call."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .evaluate import Task
+from .model import Loaded, load_for_evaluation, load_tokenizer
+from .results import add_to_run
+from .run import run_evaluation
+from .tasks import load_tasks
+
+Advance = Callable[[Task, int], None]
+
+
+def evaluate_adapter(
+    adapter: str | Path,
+    tasks: Sequence[str] | str,
+    *,
+    data: str | Path | None = None,
+    base: str | None = None,
+    mode: str = "generate",
+    template: str | None = None,
+    batch_size: int = 32,
+    num_beams: int = 1,
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    output: str | Path | None = None,
+    restart: bool = False,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    watch: Callable[[Loaded, list[Task]], Advance] | None = None,
+) -> dict[str, Any]:
+    """
+    Evaluate an adapter on its base, or a model, and keep every record; an interrupted evaluation continues.
+
+    ```python
+    results = evaluate_adapter("runs/my-adapter", "commonsense", data="llm-adapters/", mode="rank")
+    results["average"]["value"]  # accuracy in [0, 1]
+    ```
+
+    Args:
+        adapter: folder or Hub id of an adapter or of a model.
+        tasks: names of tasks, "commonsense", "gsm8k", or files of prompts and completions (`tasks.load_tasks`).
+        data: folder with files TASK-test.json; None reads the public datasets.
+        base: base of the adapter, in place of the one it names.
+        mode: "generate" (write an answer), "rank" (the most likely option) or "nll" (score the reference: nats per
+            answer).
+        template: as in training, one of `templates.TEMPLATES`; None is "alpaca", and none for files.
+        batch_size: items at a time.
+        num_beams: beams in mode "generate"; 1 is greedy.
+        max_new_tokens: longest answer in tokens; None is the task's own.
+        limit: items of each task, drawn with `seed`; None is all.
+        seed: seed of that draw.
+        output: folder of records and results; None is evaluation/ in the model's folder, or below this one.
+        restart: delete earlier records of the same tasks and mode first.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
+        device: such as "cuda:0"; None is a GPU where there is one.
+        trust_remote_code: run code of the model's repository.
+        watch: called with the model and the tasks before the first item; what it returns is called with a task and a
+            number of finished items.
+
+    Returns:
+        What results.MODE.json holds (`run.run_evaluation`), and `written`: what of a finished run's folder now holds
+        the figures, in words, or None.
+
+    Raises:
+        ValueError: an option or a task cannot work, or the folder holds records of another model, data or options.
+        FileNotFoundError: there is no data for a task.
+    """
+    for name, value in (("batch_size", batch_size), ("num_beams", num_beams), ("limit", limit),
+                        ("max_new_tokens", max_new_tokens)):  # fmt: skip
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    if num_beams > 1 and mode != "generate":
+        raise ValueError(f"num_beams={num_beams} is for mode generate; mode {mode} writes nothing.")
+    name = str(adapter)
+    drawn = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens}
+    # The tasks come first: their mistakes are found before a large model loads.
+    tokenizer = load_tokenizer(name, base, trust_remote_code)
+    wanted = load_tasks(tasks, data, template=template, tokenizer=tokenizer, **drawn)
+    loaded = load_for_evaluation(name, base, dtype, device, trust_remote_code)
+    summary = run_evaluation(
+        loaded,
+        wanted,
+        Path(output) if output is not None else records_folder(name),
+        mode=mode,
+        batch_size=batch_size,
+        num_beams=num_beams,
+        settings={"template": template, "limit": limit, "seed": seed},
+        restart=restart,
+        advance=watch(loaded, wanted) if watch is not None else None,
+    )
+    results = [*summary["results"], *([summary["average"]] if summary["average"] else [])]
+    written = add_to_run(Path(name), results) if Path(name).is_dir() else None
+    return {**summary, "written": written}
+
+
+def records_folder(model: str) -> Path:
+    """Where records go unless told otherwise: into the model's folder, or below this one."""
+    return Path(model) / "evaluation" if Path(model).is_dir() else Path("evaluation") / Path(model).name
