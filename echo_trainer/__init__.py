@@ -35,6 +35,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .adapter.check import check_adapter
+    from .adapter.folder import AdapterError
     from .config import EchoSFTConfig
     from .evaluation.adapter import evaluate_adapter
     from .export.adapter import export_adapter
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 # Loaded on first use: importing the package itself must not import torch.
 _LAZY = {
+    "AdapterError": "adapter.folder",
     "EchoCollator": "run.collate",
     "EchoSFTConfig": "config",
     "EchoSFTTrainer": "trainer",
@@ -56,6 +58,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdapterError",
     "EchoCollator",
     "EchoSFTConfig",
     "EchoSFTTrainer",

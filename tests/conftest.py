@@ -1,6 +1,10 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share. What they set up alike lies in `support/`."""
 
 import pytest
+import torch
+
+# Two workers on two cores (README): each test has one core, here and in the processes that it starts.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ v = v_S + v_I - v_E  with  v_S = var(row means)/S,  v_I = var(column means)/I,  
 
 With few seeds this matters: a percentile bootstrap over 5 seeds is too short (its quantiles come from 5 values and it
 knows no t), an interval over items alone takes the luck of a seed for an effect. Coverage is tested on simulated data
-(`tests/test_ablation_statistics.py`).
+(`tests/ablation/test_ablation_statistics.py`).
 """
 
 import math

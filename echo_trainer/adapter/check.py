@@ -121,6 +121,9 @@ def check_adapter(adapter: str | Path | Adapter, engine: str = "all", base: Any 
             config if its config is on this machine; without a base, rules that need the layers are left out.
         values: False leaves the look for NaN and infinity out.
 
+    Returns:
+        A verdict for each engine, with what was found and how to mend it; `ok` where every engine asked for serves it.
+
     Raises:
         AdapterError: ``adapter`` is no folder, ``engine`` is unknown, or the ``base`` given cannot be read. What
             is wrong inside the folder is a verdict, not an error.

@@ -3,7 +3,7 @@
 The ground moves: transformers 5.24 renamed an argument, and a check of names made the suffix pass disappear. So each
 thing used here is said with the reason, the versions it was seen in, and what happens when it is gone: an error by
 name when a trainer is built, or a fallback that is safe and is said. No module outside this package touches a private
-name of another library (`tests/test_compat.py` searches for them).
+name of another library (`tests/compat/test_compat.py` searches for them).
 
 | file | of | what | when it is gone |
 |---|---|---|---|

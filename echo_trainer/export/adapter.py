@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def export_adapter(
     makers = {"portable": export_portable, "merged": export_merged, "lora": export_lora, "gguf": export_gguf}
     if form not in makers:
         raise AdapterError(f"form={form!r} is unknown. Choose one of: {', '.join(FORMS)}.")
-    known = makers[form].__code__.co_varnames[3 : makers[form].__code__.co_argcount]
+    known = list(inspect.signature(makers[form]).parameters)[3:]  # after adapter, out and base
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise AdapterError(f"The form {form!r} knows no option {', '.join(unknown)}; it has {', '.join(known)}.")

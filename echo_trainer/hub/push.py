@@ -92,6 +92,9 @@ def push_adapter(
         commit_message: first line of the commit.
         patience: timeouts and retries.
 
+    Returns:
+        What is on the Hub now: repository, commit, address, and notes for the user.
+
     Raises:
         PushError: not pushed; the message says what failed, where the files are, and the command to push again.
     """

@@ -221,6 +221,9 @@ def select_layers(
         blocks_path: dotted name of the list of layers, for a model where it is not found.
         progress: show a progress bar on stderr.
 
+    Returns:
+        The chosen layers and what speaks for them: importance, interval and stability of every layer.
+
     Raises:
         ValueError: an option outside its range, an unknown data format, too few samples, an encoder-decoder model.
     """

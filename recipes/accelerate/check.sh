@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train under every engine with two processes and compare with one process: tests/test_processes.py on this machine.
+# Train under every engine with two processes and compare with one process: tests/run/test_processes.py on this machine.
 #
 #   bash recipes/accelerate/check.sh
 #
@@ -11,4 +11,4 @@ if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -ge 2 ]; th
 else
   echo "fewer than two GPUs here: gloo processes on the CPU"
 fi
-python -m pytest -q -rs tests/test_processes.py -m "long or not long" -k "ddp-2 or fsdp2-2 or zero2-2 or zero3-2" "$@"
+python -m pytest -q -rs tests/run/test_processes.py -m "long or not long" -k "ddp-2 or fsdp2-2 or zero2-2 or zero3-2" "$@"

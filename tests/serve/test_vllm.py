@@ -11,7 +11,7 @@ import adapter_cases as make
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_serving_check import LLAMA
+from serving_cases import LLAMA
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vllm_server import complete_with, load_peft, serve

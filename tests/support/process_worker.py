@@ -1,0 +1,203 @@
+"""What one of several processes does; started by `accelerate launch` from test_processes.py.
+
+    accelerate launch --config_file CONFIG --num_processes N tests/support/process_worker.py OUTPUT CASE [CASE ...]
+
+Each process writes OUTPUT/CASE/rank<r>.json; the main process also the adapter and the echo networks.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from models import lora_config, prompt_completion_rows, tiny_model
+from peft import PeftModel
+from safetensors.torch import save_file
+from training import echo_trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from echo_trainer.compat.cache import PrefixCache
+from echo_trainer.method.routing import RoutingSchedule
+from echo_trainer.passes import echo, step
+from echo_trainer.run.gathering import whole_state
+
+DEADLINE = 400
+"""Seconds after which a process that hangs says where it does and ends."""
+
+SHARED = {
+    "gradient_checkpointing": True,
+    "echo_p_start": 0.6,
+    "echo_p_end": 0.6,
+    "portable_adapter": False,
+    "echo_aggregation": "weighted",
+    "echo_source_layers": [3, 4],
+    "echo_target_layers": [0, 1],
+}
+
+
+def silent_rows(n: int, world: int) -> list[dict]:
+    """Rows of which the second process of `world` gets, two at a time, only those in which nothing is predicted."""
+    rows = []
+    for i in range(n):
+        ids = [2 + (7 * i + 3 * j) % 50 for j in range(8)]
+        answered = (i // 2) % world != 1
+        # A label on the first token alone: an answer that no token before it could predict, and no boundary.
+        rows.append({"input_ids": ids, "labels": [-100] * 4 + ids[4:] if answered else ids[:1] + [-100] * 7})
+    return rows
+
+
+def settings_of(case: str, world: int, compared: int) -> dict:
+    """Arguments of `training.echo_trainer` for a case, run by `world` processes, `compared` in the run it is for."""
+    if case in ("equal", "differs"):
+        accumulation = 1 if world == 1 else 2
+        return {
+            **SHARED, "max_steps": 3, "optim": "sgd", "gradient_accumulation_steps": accumulation,
+            "per_device_train_batch_size": 8 // accumulation // world,
+            # What the processes must do when the rows of one of them prove that the suffix pass is not exact.
+            **({"echo_pass": "full"} if case == "differs" and world == 1 else {}),
+        }  # fmt: skip
+    if case in ("silent", "fading"):
+        return {
+            **SHARED, "max_steps": 4, "optim": "sgd", "per_device_train_batch_size": 2 * compared // world,
+            "rows": silent_rows(8 * compared, compared), "train_sampling_strategy": "sequential", "echo_p_start": 1.0,
+            "echo_p_end": 0.0 if case == "fading" else 1.0, "dataset_kwargs": {"skip_prepare_dataset": True},
+        }  # fmt: skip
+    if case == "stream":
+        stream = Dataset.from_list(prompt_completion_rows(40)).to_iterable_dataset()
+        return {
+            **SHARED, "max_steps": 3, "optim": "sgd", "per_device_train_batch_size": 8 // world, "rows": stream,
+        }  # fmt: skip
+    if case == "uneven":
+        return {
+            **SHARED, "max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2, "rows": prompt_completion_rows(4 * world + 3),
+        }  # fmt: skip
+    return {  # whole, resumed
+        **SHARED, "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+        "lora": lora_config(init_lora_weights=True, lora_dropout=0.1), "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+
+
+def build(case: str, folder: Path, world: int, compared: int, **more):
+    """A trainer whose echo networks change the outputs from the first step on."""
+    unset_hf_deepspeed_config()  # of the case before; under ZeRO-3 the model would be initialised in another way
+    torch.manual_seed(0)
+    trainer = echo_trainer(folder, model=tiny_model(), **{**settings_of(case, world, compared), **more})
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trainer.echo_networks.named_parameters():
+        if name.endswith("project_out"):
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+    return trainer
+
+
+def run(case: str, output: Path, world: int, compared: int | None = None, **more) -> dict:
+    """Train a case and write its adapter and echo networks; what this process saw."""
+    folder = output / case
+    seen = {"routes": {}, "echo_passes": 0, "saves": 0}
+    undo = _watch(seen)
+    if case == "differs" and world > 1 and int(os.environ["RANK"]) == world - 1:
+        undo = _disturb(undo)
+    try:
+        trainer = build(case, folder, world, compared or world, **more)
+        resume = (
+            str(output / case.replace("resumed", "whole") / "checkpoint-2") if case.startswith("resumed") else None
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        seen["lockstep"] = trainer.data_collator.lockstep
+        seen["forms"] = [str(verdict.form) for verdict in trainer.pass_choice.verdicts.values()]
+        seen["against"] = [verdict.against for verdict in trainer.pass_choice.verdicts.values()]
+        saves = seen["saves"]
+        trainer.save_model(folder / "final")
+        seen["saves"] -= saves
+        networks = whole_state(trainer.echo_networks)
+        seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        seen["gradient_norms"] = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        seen["steps"] = trainer.state.global_step
+        rank = trainer.args.process_index
+        if rank == 0:
+            save_file(networks, folder / "echo.safetensors")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+        trainer.accelerator.wait_for_everyone()
+    finally:
+        undo()
+    return seen
+
+
+def _watch(seen: dict):
+    """Count draws, echo passes and saves; returns a function that stops it."""
+    draw, run_echo_pass, save = RoutingSchedule.draw, echo.run_echo_pass, PeftModel.save_pretrained
+
+    def drawn(self, step, micro_batch, row, document=0):
+        routed = draw(self, step, micro_batch, row, document)
+        seen["routes"][str(self.position(step, micro_batch, row))] = routed
+        return routed
+
+    def counted(*args, **kwargs):
+        seen["echo_passes"] += 1
+        return run_echo_pass(*args, **kwargs)
+
+    def saved(*args, **kwargs):
+        seen["saves"] += 1
+        return save(*args, **kwargs)
+
+    RoutingSchedule.draw, step.run_echo_pass, PeftModel.save_pretrained = drawn, counted, saved
+
+    def undo():
+        RoutingSchedule.draw, step.run_echo_pass, PeftModel.save_pretrained = draw, run_echo_pass, save
+
+    return undo
+
+
+def _disturb(undo):
+    """Make what the suffix pass reads wrong in this process; returns a function that undoes it, too."""
+    update = PrefixCache.update
+
+    def wrong(self, *args, **kwargs):
+        keys, values = update(self, *args, **kwargs)
+        return keys, values * 1.01
+
+    PrefixCache.update = wrong
+
+    def both():
+        undo()
+        PrefixCache.update = update
+
+    return both
+
+
+def pretend_accelerators() -> None:
+    """
+    Let accelerate take CPU processes for accelerators.
+
+    It offers FSDP and DeepSpeed on accelerators only, though both run on a CPU. From here on all is its own code.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled; gloo does
+
+
+def main(output: str, cases: list[str]) -> None:
+    faulthandler.dump_traceback_later(DEADLINE, exit=True)
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    if sharded and not torch.cuda.is_available():
+        pretend_accelerators()
+    more = {"use_cpu": not sharded and not torch.cuda.is_available()}
+    for case in cases:
+        if case.endswith("sharded"):
+            os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
+        run(case, Path(output), int(os.environ["WORLD_SIZE"]), **more)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
