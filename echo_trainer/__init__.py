@@ -25,7 +25,7 @@ What is not public of other libraries is used in [compat] alone.
 Symbols: S source layers, M target layers, m a LoRA module of a target layer with output size o_m, d hidden size,
 b_i last prompt token of segment i, z echo vector, e projection, g gate, lambda_m scale, tau distillation temperature,
 lambda_kd distillation weight, p_k routing probability at optimizer step k of K, N answer tokens of the global batch.
-Paper: arXiv 2605.08177.
+Equations, invariants and why the suffix pass is exact: docs/method.md. Paper: arXiv 2605.08177.
 """
 
 import importlib

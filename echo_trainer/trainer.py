@@ -4,13 +4,13 @@ The only subclass of TRL's trainer with behaviour of its own. It computes the lo
 
 | override | to | why |
 |---|---|---|
-| `get_train_dataloader`, `get_batch_samples` | `run.Batches` | routes can be drawn once the step is known |
-| `training_step` | `run.Guard` | what is not finite never reaches a weight |
-| `save_model`, `create_model_card` | `run.Saver` | the final adapter is verified, described, moved into place whole |
-| `init_hf_repo`, `push_to_hub` | `run.Pushes` | only listed files, and no failure is silent |
+| `get_train_dataloader`, `get_batch_samples` | `run.batches` | routes can be drawn once the step is known |
+| `training_step` | `run.guard` | what is not finite never reaches a weight |
+| `save_model`, `create_model_card` | `run.save` | the final adapter is verified, described, moved into place whole |
+| `init_hf_repo`, `push_to_hub` | `run.pushes` | only listed files, and no failure is silent |
 | `compute_loss` | | one forward with both passes; TRL's without a plan (evaluation, echo off) |
 | `create_optimizer` | | a learning rate of their own for the echo networks |
-| `log` | `run.EchoMetrics` | the echo's metrics beside TRL's |
+| `log` | `run.metrics` | the echo's metrics beside TRL's |
 
 Private joints of TRL and transformers (checkpoints, resuming) are handed over in `compat.trainer`.
 """

@@ -1,7 +1,7 @@
 """What a rule looks for: each function returns the settings or tensors that break it, an empty list when none do.
 
 Every function takes the adapter and its base; the base is None when it is not known, and then only what the adapter
-itself shows is found. What each is for is said in the table of `serving_rules`.
+itself shows is found. What each is for is said in `adapter.rules`.
 """
 
 # ruff: noqa: D103

@@ -1,4 +1,4 @@
-"""What the rules on names, shapes and values of tensors look for; see `serving_find` for the form of the functions."""
+"""What the rules on names, shapes and values of tensors look for; see `adapter.find` for the form of the functions."""
 
 # ruff: noqa: D103
 

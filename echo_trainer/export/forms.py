@@ -1,6 +1,6 @@
 """An adapter in the form that a server wants: portable, merged into the base, or a LoRA fitted to a DoRA.
 
-GGUF is in `export_gguf.py`. Each function writes a new folder, in one step at the end, and says how far the result's
+GGUF is in `export/gguf.py`. Each function writes a new folder, in one step at the end, and says how far the result's
 logits are from what PEFT computes with the original adapter in float32. Errors are measured on `probe_ids`: fixed
 token sequences, all positions; logits have no unit, so `LogitError` puts them beside what the adapter itself changes.
 """
@@ -40,7 +40,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def export_portable(adapter: str | Path, out: str | Path, base: Any = None, rank: int | None = None) -> Path:
-    """Write the portable form (see `echo_trainer.serving.portable`) to a new folder; logits do not change.
+    """Write the portable form (see `adapter.portable`) to a new folder; logits do not change.
 
     So results measured on the trained form stay on the card; rank, size and checksum are those of the new files.
     """

@@ -1,4 +1,4 @@
-"""The echo networks: from the echo z of a segment to a delta for every target LoRA module (step 3 of the method).
+"""The echo networks: from the echo z of a segment to a delta for every target LoRA module (docs/method.md, step 3).
 
     e = P2 tanh(P1 LN(z)),   g = sigmoid(G2 tanh(G1 LN(z)) + b_g),   delta_m = lambda_m * (g * e)
 

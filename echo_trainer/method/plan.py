@@ -37,7 +37,7 @@ class EchoPlan(Indices):
         probability: p_k.
         n_samples, n_routed, n_unroutable: documents with an answer, those routed, those without a boundary.
         n_routed_tokens: answer tokens of routed documents, reached or not.
-        lockstep: whether every process runs an echo pass for each micro-batch (see `lockstep.py`).
+        lockstep: whether every process runs an echo pass for each micro-batch (see `method/silence.py`).
     """
 
     predict_N: Tensor

@@ -1,4 +1,4 @@
-"""Stochastic routing: which samples get an echo pass at which step (step 6 of design section 1).
+"""Stochastic routing: which samples get an echo pass at which step (docs/method.md, step 6).
 
     r_i ~ Bernoulli(p_k),   p_k = p_start + k / (K - 1) * (p_end - p_start)
 

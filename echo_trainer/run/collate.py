@@ -139,7 +139,7 @@ class EchoCollator:
     Args:
         collator: collator of the plain batch, such as TRL's. Its output is kept as it is.
         positions: "answer" or "predicting".
-        lockstep: give every batch an echo pass, one of no weight where nothing is routed (see `lockstep.py`).
+        lockstep: give every batch an echo pass, one of no weight where nothing is routed (see `method/silence.py`).
         form: how `__call__` lays the echo pass out. The trainer chooses for every batch anew.
 
     The routes need `schedule`, which the trainer sets when training begins. Called without a step (evaluation, or by

@@ -71,7 +71,7 @@ class PassChoice:
         wanted: "auto", "suffix" or "full" (`echo_pass`).
         agreement: between the processes of the run.
         model_name: for messages.
-        one_form: every process must run the same form in each micro-batch (see `lockstep.py`).
+        one_form: every process must run the same form in each micro-batch (see `method/silence.py`).
     """
 
     def __init__(self, wanted: str, agreement: Agreement, model_name: str, one_form: bool = False):

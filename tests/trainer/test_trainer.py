@@ -1,4 +1,4 @@
-"""The invariants of design section 6 at the level of the trainer."""
+"""The invariants of docs/method.md at the level of the trainer."""
 
 import pytest
 import torch
