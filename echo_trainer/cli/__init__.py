@@ -6,6 +6,9 @@ import os
 import sys
 import traceback
 
+from ..recipe.find import available_recipes
+from ..recipe.read import named_recipe
+
 _COMMANDS = {
     "quickstart": ("..quickstart", "fine-tune the embedded base with LoRA and with Echo-LoRA, offline, in minutes"),
     "sft": (".sft", "fine-tune a model from a recipe or from options"),
@@ -51,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if name in ("check", "export"):
             return serving_command(name, rest)
+        if name in ("sft", "select-layers"):  # a wrong name and broken YAML are said before torch is loaded
+            named_recipe(rest)
         return importlib.import_module(_COMMANDS[name][0], __name__).main(rest)
     except KeyboardInterrupt:
         print(
@@ -93,7 +98,5 @@ def serving_command(name: str, arguments: list[str]) -> int:
 
 def list_recipes() -> int:
     """Print the names of the shipped recipes."""
-    from ..recipe.find import available_recipes
-
     print("\n".join(available_recipes()))
     return 0

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..ablation.arms import ADAPTERS, ARMS
-from ..ablation.recipe import CHOICES
+from ..ablation.recipe import CHOICES, load_recipe
+from ..recipe.find import recipe_path
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,15 +45,7 @@ def main(arguments: list[str]) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1.")
-    from ..ablation.data import check_base, fingerprints, load_examples, load_tests
-    from ..ablation.recipe import load_recipe
-    from ..ablation.schedule import Outcome, run_all
-    from ..ablation.write import write_report
-    from ..recipe.arguments import CLASSES
-    from ..recipe.check import check_options
-    from ..recipe.find import recipe_path
-
-    recipe = load_recipe(
+    recipe = load_recipe(  # before torch is loaded, which takes long
         recipe_path(options.recipe),
         arms=options.arms,
         adapters=options.adapters,
@@ -60,6 +53,12 @@ def main(arguments: list[str]) -> int:
         learning_rates=options.learning_rates,
         learning_rate_choice=options.learning_rate_choice,
     )
+    from ..ablation.data import check_base, fingerprints, load_examples, load_tests
+    from ..ablation.schedule import Outcome, run_all
+    from ..ablation.write import write_report
+    from ..recipe.arguments import CLASSES
+    from ..recipe.check import check_options
+
     output, console, outcome, status = Path(options.output), Console(), Outcome(), 0
     if not options.report_only:  # what is wrong is said here, not in each process
         check_options(options.recipe, recipe.training, CLASSES)

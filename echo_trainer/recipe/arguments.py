@@ -1,6 +1,5 @@
 """The options of a run, as dataclasses: TRL's own and ours, from the command line, a recipe, or a dict."""
 
-import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +9,7 @@ from ..config import EchoSFTConfig
 from ..options import CKA
 from ..templates import TEMPLATES
 from .check import check_options
-from .find import recipe_path
-from .read import read_recipe
+from .read import named_recipe
 
 LAYER_BASELINES = ("first-half-plus-last", "last", "random", "uniform")
 
@@ -81,15 +79,9 @@ def parse(arguments: list[str], parser: TrlParser | None = None, classes: tuple[
         FileNotFoundError: there is no such recipe.
         ValueError: the recipe or an option cannot work.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", nargs="?", const="")
-    recipe, rest = first.parse_known_args(arguments)
-    if recipe.config == "":
-        raise ValueError("`--config` needs the name or the path of a recipe after it.")
+    path, options, rest = named_recipe(arguments)
     parser = parser or make_parser(classes=classes)
-    if recipe.config is not None:
-        path = recipe_path(recipe.config)
-        options = read_recipe(path)
+    if path is not None:
         check_options(path, options, classes)
         parser.set_defaults_with_config(**options)
     return parser.parse_args_into_dataclasses(rest, look_for_args_file=False)

@@ -1,5 +1,6 @@
 """The one reader of YAML recipes."""
 
+import argparse
 import os
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..resources import resource_folder
+from .find import recipe_path
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
@@ -42,6 +44,31 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         found = "is empty" if recipe is None else f"holds a {type(recipe).__name__}"
         raise ValueError(f"The recipe {path} {found}. Write a mapping, one `option: value` a line.")
     return recipe
+
+
+def named_recipe(arguments: list[str]) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """
+    The recipe that `--config` names on a command line. Needs no library that takes long to load.
+
+    Args:
+        arguments: of the command.
+
+    Returns:
+        Path and content of the recipe (None and nothing where none is named), and the other arguments.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: it cannot be read, or `--config` stands alone.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", nargs="?", const="")
+    found, rest = parser.parse_known_args(arguments)
+    if found.config == "":
+        raise ValueError("`--config` needs the name or the path of a recipe after it.")
+    if found.config is None:
+        return None, {}, rest
+    path = recipe_path(found.config)
+    return path, read_recipe(path), rest
 
 
 class _RecipeError(Exception):

@@ -1,6 +1,8 @@
 """The command line end to end: recipes, local folders, layer selection, check."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from models import prompt_completion_rows, tiny_model, tiny_tokenizer
@@ -96,3 +98,20 @@ def test_help_of_every_command(capsys):
             cli.main([command, "--help"])
         assert stop.value.code == 0
         assert len(capsys.readouterr().out) > 200
+
+
+@pytest.mark.parametrize("command", [
+    ["sft", "--config", "nowhere"],
+    ["sft", "--config", "broken.yaml"],
+    ["select-layers", "--config", "nowhere"],
+    ["ablate", "nowhere", "--output", "out"],
+    ["ablate", "broken.yaml", "--output", "out"],
+    ["trian"],
+])  # fmt: skip
+def test_wrong_names_are_said_before_torch_is_loaded(tmp_path, command):
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    code = f"import sys; from echo_trainer import cli; print(cli.main({command}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+    assert command[-1] in done.stderr or "nowhere" in done.stderr or "broken.yaml" in done.stderr
+    assert not (tmp_path / "out").exists()
