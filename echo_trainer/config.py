@@ -7,7 +7,9 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
+from transformers.utils import logging
 from trl import SFTConfig
 
 from .compat.identity import name_of
@@ -22,6 +24,8 @@ from .options import (
     layer_list,
     refuse_options_without_an_echo,
 )
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -154,6 +158,10 @@ class EchoSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+            # TRL's bf16 is refused on a CPU, or with `use_cpu` emulated, six to twelve times slower than float32.
+            self.bf16 = False
+            logger.warning_once("Training on a CPU in float32, the fastest there; bf16=True takes bfloat16.")
         super().__post_init__()
         check_echo_fields(self)
         for name in ("echo_source_layers", "echo_target_layers"):

@@ -14,7 +14,7 @@ ALPACA = (
 )
 
 # Columns of an instruction, of more text to it (or None), and of the answer; the first pair that a row has is taken.
-_COLUMNS = (
+COLUMNS = (
     ("instruction", "input", "output"),  # LLM-Adapters, Alpaca
     ("instruction", "context", "response"),  # Dolly, Magicoder
     ("query", None, "response"),  # MetaMathQA
@@ -34,7 +34,7 @@ def instruction_and_answer(example: dict[str, Any]) -> tuple[str, str]:
     Raises:
         ValueError: the row has the columns of none of them.
     """
-    for instruction, more, answer in _COLUMNS:
+    for instruction, more, answer in COLUMNS:
         if isinstance(example.get(instruction), str) and isinstance(example.get(answer), str):
             extra = example.get(more) or ""
             return example[instruction] + (f"\n\n{extra}" if extra else ""), example[answer]

@@ -27,6 +27,14 @@ class DataArguments(ScriptArguments):
             "choices": [*TEMPLATES],
         },
     )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that holds the prompt, for a dataset with other names, such as a CSV file."},
+    )
+    completion_column: str | None = field(default=None, metadata={"help": "Column that holds the answer."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the finished run that `output_dir` holds. Without it, it is refused."}
+    )
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The dataset that a recipe names."""
+"""The dataset that a recipe names: on the Hub, in a folder, or in a file."""
 
 from pathlib import Path
 from typing import Any
@@ -8,38 +8,76 @@ from trl import DatasetMixtureConfig, get_dataset
 
 from ..templates import TEMPLATES
 from .arguments import DataArguments
+from .columns import check_columns, from_columns, refuse_empty
+
+BUILDERS = {
+    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text",
+    ".arrow": "arrow",
+}  # fmt: skip
+"""Ends of the names of data files, and what reads them."""
 
 
 def load_data(data: DataArguments, mixture: DatasetMixtureConfig) -> Any:
     """
     The dataset, by split.
 
-    `dataset_name` is an id on the Hub, a folder with data files (split by "train" and "test" in their names), or a
-    folder written by `save_to_disk`.
+    `dataset_name` is an id on the Hub, a file (csv, tsv, json, jsonl, parquet, txt, arrow: the split "train"), a
+    folder with such files (split by "train" and "test" in their names), or a folder written by `save_to_disk`.
 
     Raises:
-        ValueError: no dataset is named, or a template does not fit its columns.
+        FileNotFoundError: a file is named that is not there.
+        ValueError: no dataset is named, a template or the named columns do not fit it, or a row has no prompt or no
+            answer.
     """
     if mixture.datasets:
         dataset = get_dataset(mixture)
     elif data.dataset_name:
         dataset = _load_named(data)
     else:
-        raise ValueError("No dataset: give `dataset_name` (an id on the Hub or a local folder) or `datasets`.")
-    if data.dataset_template is None:
-        return dataset
-    template = TEMPLATES[data.dataset_template]
+        raise ValueError("No dataset: give `dataset_name` (a file, a folder or an id on the Hub) or `datasets`.")
+    make, name = _maker(data)
     splits = {}
     for split, rows in dataset.items():
-        options = {"desc": f"Writing {split} prompts"} if isinstance(rows, Dataset) else {}
-        splits[split] = rows.map(template, remove_columns=rows.column_names, **options)
+        if make is not None:
+            columns = rows.column_names  # None of a stream whose columns are not known yet
+            options = {"desc": f"Writing {split} prompts"} if isinstance(rows, Dataset) else {}
+            refuse_empty(rows, split, name)
+            rows = rows.map(make, remove_columns=columns, **options)
+        check_columns(rows, split)
+        splits[split] = rows
     return type(dataset)(splits)
 
 
+def _maker(data: DataArguments) -> tuple[Any, Any]:
+    """What makes a prompt and a completion of a row, and what names their columns; (None, None) for rows that have."""
+    columns = (data.prompt_column, data.completion_column)
+    if data.dataset_template is not None:
+        if any(columns):
+            raise ValueError(
+                "`dataset_template` finds the columns of question and answer itself, so `prompt_column` and "
+                "`completion_column` mean nothing beside it. Give one or the other."
+            )
+        return TEMPLATES[data.dataset_template], None
+    if not any(columns):
+        return None, None
+    if not all(columns):
+        given = "prompt_column" if columns[0] else "completion_column"
+        raise ValueError(f"`{given}` is given alone. Name both columns: `prompt_column` and `completion_column`.")
+    return from_columns(*columns), columns
+
+
 def _load_named(data: DataArguments) -> Any:
-    folder = Path(data.dataset_name)
-    if (folder / "dataset_dict.json").is_file():
+    path = Path(data.dataset_name)
+    if (path / "dataset_dict.json").is_file():
         return load_from_disk(data.dataset_name)
-    if (folder / "state.json").is_file():
+    if (path / "state.json").is_file():
         return DatasetDict(train=load_from_disk(data.dataset_name))
-    return load_dataset(data.dataset_name, name=data.dataset_config, streaming=data.dataset_streaming)
+    builder = BUILDERS.get(path.suffix.lower())
+    if builder is None or path.is_dir():
+        return load_dataset(data.dataset_name, name=data.dataset_config, streaming=data.dataset_streaming)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`dataset_name` names the file {data.dataset_name}, and there is none at {path.resolve()}."
+        )
+    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    return load_dataset(builder, data_files={"train": str(path)}, streaming=data.dataset_streaming, **options)

@@ -1,5 +1,7 @@
 """A run from its arguments: model, adapter, data, training, saving and, if asked, the push."""
 
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DatasetMixtureConfig, get_peft_config, get_quantization_config
 
 from ..config import EchoSFTConfig
+from ..files import RUN_RECORD
 from ..options import CKA
 from ..selection.lora_config import lora_config_kwargs
 from ..selection.select import number_of_layers, select_layers
@@ -15,6 +18,11 @@ from ..trainer import EchoSFTTrainer
 from .arguments import AdapterArguments, DataArguments
 from .data import load_data
 
+logger = logging.getLogger(__name__)
+
+OF_A_RUN = ("checkpoint-*", "evaluation", "assets", "adapter_*", "README.md", RUN_RECORD)
+"""What a run writes into its folder and a new run must not find there."""
+
 
 def run(
     data: DataArguments, config: EchoSFTConfig, adapter: AdapterArguments, mixture: DatasetMixtureConfig
@@ -22,9 +30,16 @@ def run(
     """Train, save and, if asked, push. Returns the trainer."""
     if adapter.model_name_or_path is None:
         raise ValueError("No model: give `model_name_or_path` (an id on the Hub or a local folder).")
+    refuse_finished(config, data.overwrite_output_dir)
     config.model_init_kwargs = model_options(adapter, config)
     dataset = load_data(data, mixture)
     evaluate = config.eval_strategy != "no"
+    if not evaluate and data.dataset_test_split in dataset:
+        logger.warning(
+            "The dataset has a split %r, which is not used: write `eval_strategy: epoch` to follow the loss on it, or "
+            "measure the adapter afterwards with `echo-trainer evaluate`.",
+            data.dataset_test_split,
+        )
     for split in [data.dataset_train_split, *([data.dataset_test_split] if evaluate else [])]:
         if split not in dataset:
             raise ValueError(f"The dataset has no split {split!r}; it has {sorted(dataset)}.")
@@ -44,11 +59,38 @@ def run(
     trainer.dataset_name = None if data.dataset_name and Path(data.dataset_name).exists() else data.dataset_name
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(config.output_dir)
-    trainer.accelerator.print(f"The adapter is in {config.output_dir}.")
+    trainer.accelerator.print(
+        f"The adapter is in {config.output_dir}. Next: `echo-trainer check {config.output_dir}` says which servers "
+        f"take it, `echo-trainer evaluate {config.output_dir} --tasks FILE.jsonl` measures it."
+    )
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=trainer.dataset_name)
     trainer.end()
     return trainer
+
+
+def refuse_finished(config: EchoSFTConfig, overwrite: bool) -> None:
+    """
+    Keep a finished run from being replaced by accident; with `overwrite` what a run writes is deleted first.
+
+    Raises:
+        ValueError: `output_dir` holds a finished run.
+    """
+    if config.resume_from_checkpoint:
+        return
+    folder = Path(config.output_dir)
+    with config.main_process_first(desc="look at output_dir"):
+        if not (folder / RUN_RECORD).is_file():
+            return
+        if not overwrite:
+            raise ValueError(
+                f"output_dir is {config.output_dir}, which holds a finished run. Training into it would replace its "
+                f"adapter, card and evaluation, and leave its checkpoints among the new ones. Name another folder, "
+                f"write `overwrite_output_dir: true` to delete the old run first, or `resume_from_checkpoint: true` "
+                f"to go on with it."
+            )
+        for path in [path for pattern in OF_A_RUN for path in folder.glob(pattern)]:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def model_options(adapter: AdapterArguments, config: EchoSFTConfig) -> dict[str, Any]:
