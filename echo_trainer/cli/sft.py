@@ -2,13 +2,20 @@
 
 from ..recipe.arguments import make_parser, parse
 from ..recipe.training import run
+from .short_help import short_help
 
 
 def main(arguments: list[str]) -> int:
     """Entry point of `echo-trainer sft`."""
+    if {"-h", "--help"} & set(arguments):
+        print(short_help())
+        return 0
     parser = make_parser(
         description="Fine-tune with Echo-LoRA. `--config RECIPE` takes a YAML file or the name of a recipe that ships "
         "with echo_trainer; any field below can be given as well and overrides the recipe.",
     )
+    if "--help-all" in arguments:
+        parser.print_help()
+        return 0
     run(*parse(arguments, parser))
     return 0

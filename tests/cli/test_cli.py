@@ -1,13 +1,16 @@
 """The command line end to end: recipes, local folders, layer selection, check."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from models import prompt_completion_rows, tiny_model, tiny_tokenizer
 
-from echo_trainer import cli
+from echo_trainer import EchoSFTConfig, cli
+from echo_trainer.cli.short_help import short_help
 from echo_trainer.recipe.arguments import parse
 from echo_trainer.recipe.find import available_recipes, recipe_path
 from echo_trainer.templates import alpaca, chat
@@ -92,12 +95,24 @@ def test_templates_know_both_forms_of_openbookqa():
 def test_help_of_every_command(capsys):
     assert cli.main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for command in ("quickstart", "sft", "bench", "select-layers", "check", "export"):
+    for command in ("quickstart", "bench", "select-layers", "check", "export"):
         assert f"  {command} " in overview
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0
         assert len(capsys.readouterr().out) > 200
+
+
+def test_help_of_sft_is_a_screen_and_names_options_that_exist(capsys):
+    assert cli.main(["sft", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert cli.main(["sft", "--help-all"]) == 0
+    everything = capsys.readouterr().out
+    assert len(shown.splitlines()) < 75 < len(everything.splitlines())
+    names = re.findall(r"^  (--\w+)", shown, re.MULTILINE)
+    assert len(names) > 40 and all(f"{name} " in everything for name in names)
+    assert all(f"--{f.name}" in names for f in dataclasses.fields(EchoSFTConfig) if f.name.startswith("echo_"))
+    assert max(map(len, short_help(100).splitlines())) <= 120
 
 
 @pytest.mark.parametrize("command", [
