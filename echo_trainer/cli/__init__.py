@@ -64,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    except BrokenPipeError:  # whoever read the output (`| head`) has seen enough
+        sys.stdout = None
+        return 1
     except (ValueError, TypeError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         return _say(name, error)
 

@@ -23,7 +23,8 @@ FOOT = "All options, TRL's too: `echo-trainer sft --help-all`. The same names ar
 OPTIONS = {
     "data": "dataset_name prompt_column completion_column dataset_template dataset_test_split max_length packing "
             "assistant_only_loss",
-    "adapter": "model_name_or_path lora_r lora_alpha lora_dropout lora_target_modules lora_layers use_dora load_in_4bit "
+    "adapter": "model_name_or_path lora_r lora_alpha lora_dropout lora_target_modules lora_layers use_dora "
+               "load_in_4bit "
                "portable_adapter",
     "training": "output_dir overwrite_output_dir resume_from_checkpoint num_train_epochs max_steps learning_rate "
                 "per_device_train_batch_size gradient_accumulation_steps bf16 eval_strategy save_steps logging_steps "
