@@ -5,7 +5,7 @@ Override: only fields; their validation is in `options.py`. Everything `SFTConfi
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -26,6 +26,11 @@ from .options import (
 )
 
 logger = logging.get_logger(__name__)
+
+if TYPE_CHECKING:
+    Layers = list[int] | Literal["cka"] | None
+else:
+    Layers = list[str] | None  # for the parser of the command line, which takes one type; see `options.layer_list`
 
 
 @dataclass
@@ -61,7 +66,10 @@ class EchoSFTConfig(SFTConfig):
         ValueError: an `echo_*` value is outside its range, or an option of `SFTConfig` cannot work with the echo.
     """
 
-    echo_source_layers: list[str] | None = field(
+    if TYPE_CHECKING:
+        output_dir: str = "trainer_output"  # which the arguments put in the place of None
+
+    echo_source_layers: Layers = field(
         default=None,
         metadata={
             "nargs": "*",
@@ -70,7 +78,7 @@ class EchoSFTConfig(SFTConfig):
             "important deep layers by CKA on the training data.",
         },
     )
-    echo_target_layers: list[str] | None = field(
+    echo_target_layers: Layers = field(
         default=None,
         metadata={
             "nargs": "*",

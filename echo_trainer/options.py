@@ -1,13 +1,13 @@
 """Values that options of `EchoSFTConfig` can have; everything else is refused with what to write instead."""
 
-from typing import Any
+from typing import Any, Final, Literal
 
 AGGREGATIONS = ("mean", "weighted")
 POSITIONS = ("answer", "predicting")
 TEACHERS = ("echo", "plain", "mutual")
 PASSES = ("auto", "suffix", "full")
 CARD_PROMPTS = ("none", "format", "example")
-CKA = "cka"
+CKA: Final = "cka"
 TOKEN_FIELDS = ("hub_token", "push_to_hub_token")
 
 
@@ -95,7 +95,7 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def layer_list(name: str, value: Any) -> list[int] | str | None:
+def layer_list(name: str, value: Any) -> list[int] | Literal["cka"] | None:
     """Accept None, "cka", one index or a list of them (as text, from the command line); refuse everything else."""
     if value is None or value in (CKA, [CKA]):
         return None if value is None else CKA

@@ -36,7 +36,7 @@ def instruction_and_answer(example: dict[str, Any]) -> tuple[str, str]:
     """
     for instruction, more, answer in COLUMNS:
         if isinstance(example.get(instruction), str) and isinstance(example.get(answer), str):
-            extra = example.get(more) or ""
+            extra = (example.get(more) if more is not None else None) or ""
             return example[instruction] + (f"\n\n{extra}" if extra else ""), example[answer]
     if {"question_stem", "choices", "answerKey"} <= example.keys():
         return multiple_choice(example["question_stem"], example["choices"], example["answerKey"])

@@ -15,7 +15,6 @@ The only subclass of TRL's trainer with behaviour of its own. It computes the lo
 Private joints of TRL and transformers (checkpoints, resuming) are handed over in `compat.trainer`.
 """
 
-import functools
 import inspect
 import logging
 from collections.abc import Iterator
@@ -29,22 +28,22 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from .compat.checkpointing import require_replay
-from .compat.trainer import JointTrainer, require_joints
+from .compat.trainer import JointTrainer, require_joints, with_signature
 from .compat.versions import warn_of_newer
-from .config import as_echo_config, router_loss_weight
+from .config import EchoSFTConfig, as_echo_config, router_loss_weight
 from .hub.push import Pushed
 from .method.depth import resolve_layers
 from .method.losses import Distillation
 from .method.network import EchoNetworks
-from .options import CKA
 from .passes.layers import decoder_layers, find_sites
 from .passes.memory import now_running
+from .passes.modules import base_model_of
 from .passes.setup import EchoSetup
 from .passes.step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
 from .run.agreement import Agreement
 from .run.batches import Batches
 from .run.checkpoints import Checkpoints
-from .run.collate import PLAN_KEY, EchoCollator
+from .run.collate import PLAN_KEY, EchoCollator, backbone_inputs
 from .run.guard import Guard
 from .run.lockstep import checkpoint_without_reentry, needs_lockstep
 from .run.metrics import EchoMetrics, input_tokens
@@ -54,12 +53,9 @@ from .run.pushes import Pushes
 from .run.resume import base_fingerprint
 from .run.save import Saver
 from .run.validation import check_arguments, check_dataset, check_model, warn_of_lost_answers
-from .selection.use import layers_by_cka
+from .selection.use import named_layers
 
 logger = logging.getLogger(__name__)
-
-# Inputs of a batch that are not arguments of the backbone.
-_NOT_FOR_THE_BACKBONE = ("labels", "shift_labels")
 
 
 class EchoSFTTrainer(JointTrainer):
@@ -88,9 +84,13 @@ class EchoSFTTrainer(JointTrainer):
 
     _tag_names = ["trl", "sft", "echo-lora"]
     _name = "Echo-LoRA"
-    networks_class = EchoNetworks
+    networks_class: type[EchoNetworks] = EchoNetworks
+    args: EchoSFTConfig
+    checkpoints: Checkpoints
+    saver: Saver
+    pushes: Pushes
 
-    @functools.wraps(SFTTrainer.__init__)
+    @with_signature(SFTTrainer.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
         call = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         call.pop("self")
@@ -124,12 +124,9 @@ class EchoSFTTrainer(JointTrainer):
         layers = decoder_layers(self.model, args.echo_layers)
         if args.gradient_checkpointing:
             require_replay(layers)
-        named = (args.echo_source_layers, args.echo_target_layers)
-        if CKA in named:
-            data = self.train_dataset, self.processing_class
-            named = layers_by_cka(named, self.model, *data, args.seed, args.echo_layers)
+        named = named_layers(args, self.model, self.train_dataset, self.processing_class)
         sources, targets = resolve_layers(*named, len(layers))
-        base = self.model.get_base_model()
+        base = base_model_of(self.model)
         sites = find_sites(base, targets, args.echo_layers)
         networks = self.networks_class(
             sites,
@@ -172,7 +169,7 @@ class EchoSFTTrainer(JointTrainer):
     def _echo_in_the_model(self) -> Iterator[None]:
         """The echo networks are part of the model inside, and nothing is left of an earlier run of this trainer."""
         self.checkpoints.weights_of_step = None
-        if self.echo is None:
+        if self.echo is None or self.pass_choice is None:
             yield
             return
         if getattr(self.model.forward, "echo_setup", None) is not self.echo:  # another trainer has the model since
@@ -258,24 +255,24 @@ class EchoSFTTrainer(JointTrainer):
         if plan is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plan = plan.to(inputs["input_ids"].device)
-        backbone_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_BACKBONE}
+        for_backbone = backbone_inputs(inputs)
         router_weight = router_loss_weight(self.args, self.model.config)
         if router_weight is not None:
-            backbone_inputs["output_router_logits"] = True
-        plan, output = self.guard.forward(lambda plan: model(**backbone_inputs, echo_plan=plan), plan)
+            for_backbone["output_router_logits"] = True
+        plan, output = self.guard.forward(lambda plan: model(**for_backbone, echo_plan=plan), plan)
         now_running("backward pass")
         n_items = len(plan.labels_N) if num_items_in_batch is None else num_items_in_batch
         loss = output["objective"] / torch.as_tensor(n_items).clamp(min=1)
         # `num_items_in_batch` counts the tokens of every process, and DDP averages gradients over them.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        if "aux_loss" in output:
+        if router_weight is not None and "aux_loss" in output:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + router_weight * output["aux_loss"] / steps
         self.echo_metrics.add(output, plan, input_tokens(inputs))
         if return_outputs:
             with torch.no_grad():
-                return loss, model(**backbone_inputs)
+                return loss, model(**for_backbone)
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any):

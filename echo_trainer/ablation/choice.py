@@ -36,8 +36,9 @@ def _choose(recipe: AblationRecipe, output: Path, adapter: str, family: str) -> 
     if len(rates) == 1:
         return {"chosen": rates[0], "held_out_nll": {}, "seeds": [], "at_the_end": False}
     seeds = recipe.seeds[: recipe.learning_rate_seeds]
-    runs = {rate: [load_result(output, Run(family, adapter, seed, rate)) for seed in seeds] for rate in rates}
-    missing = [f"{rate:g}" for rate, results in runs.items() if None in results]
+    looked = {rate: [load_result(output, Run(family, adapter, seed, rate)) for seed in seeds] for rate in rates}
+    runs = {rate: [result for result in results if result is not None] for rate, results in looked.items()}
+    missing = [f"{rate:g}" for rate, results in runs.items() if len(results) < len(seeds)]
     if missing:
         raise NotChosenError(f"{adapter}/{family} has no result yet for the learning rates {', '.join(missing)}.")
     scores = {rate: statistics.fmean(each["held_out_nll"] for each in results) for rate, results in runs.items()}

@@ -146,9 +146,9 @@ def _row(arm: str, found: ArmRuns, runs: dict[str, ArmRuns], tasks: list[str]) -
         "clock": clock,
     }
     for metric in METRICS:
-        compared = base is not None and arm != BASELINE
-        pairs = {task: paired(found, base, metric, [task]) for task in tasks} if compared else {}
-        macro = paired(found, base, metric, tasks) if compared else None
+        other = base if arm != BASELINE else None
+        pairs = {task: paired(found, other, metric, [task]) for task in tasks} if other is not None else {}
+        macro = paired(found, other, metric, tasks) if other is not None else None
         row[metric] = {
             "mean": found.mean(metric),
             "by_task": {task: found.mean(metric, task) for task in tasks},
@@ -163,10 +163,9 @@ def _contrasts(runs: dict[str, ArmRuns], tasks: list[str]) -> list[dict[str, Any
     for one, other, what in CONTRASTS:
         if one in runs and other in runs:
             pairs = {metric: paired(runs[one], runs[other], metric, tasks) for metric in METRICS}
-            if all(pairs.values()):
-                found.append(
-                    {"one": one, "other": other, "what": what, **{m: asdict(pair) for m, pair in pairs.items()}}
-                )
+            known = {metric: asdict(pair) for metric, pair in pairs.items() if pair}
+            if len(known) == len(pairs):
+                found.append({"one": one, "other": other, "what": what, **known})
     for metric in METRICS:
         for entry, p in zip(found, holm([entry[metric]["p"] for entry in found]), strict=True):
             entry[metric]["holm"] = p

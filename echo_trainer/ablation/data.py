@@ -22,7 +22,7 @@ def load_examples(recipe: AblationRecipe) -> tuple[list[dict[str, Any]], list[di
     Raises:
         ValueError: nothing would be left to train on, or an example has no prompt and completion.
     """
-    template = TEMPLATES.get(recipe.training.get("dataset_template"), dict)
+    template = TEMPLATES.get(recipe.training.get("dataset_template") or "", dict)
     rows = [template(row) for path in recipe.train for row in read_rows(Path(path))]
     for row in rows:
         if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
@@ -82,7 +82,7 @@ def make_task(
         max_new_tokens: longest generated answer.
     """
     rows = read_rows(Path(file))
-    options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     if kind == "prompt-completion":
         return prompt_completion_task(name, rows, limit=limit, **options)
     if kind == "commonsense":

@@ -20,7 +20,7 @@ class ControlledNetworks(EchoNetworks):
     def __init__(self, *args: Any, seed: int, **kwargs: Any):
         super().__init__(*args, seed=seed, **kwargs)
         self.seed = seed
-        self.place = (0, 0)
+        self.place: tuple[int, int] = (0, 0)
 
     def aggregate(self, states_SGd: Tensor) -> Tensor:
         """z (G, d) that the networks are given."""

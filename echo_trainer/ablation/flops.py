@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel
 
 from ..compat.dispatch import TorchDispatchMode
-from ..method.layouts import EchoForm, FullLayout, SuffixLayout
+from ..method.layouts import EchoForm, SuffixLayout
 from ..method.losses import Distillation
+from ..method.network import EchoNetworks
 from ..method.plan import EchoPlan, make_plan
 from ..method.segments import find_segments
 from ..passes.setup import EchoSetup
@@ -46,7 +47,7 @@ def step_sizes(rows: int, length: int, plan: EchoPlan) -> np.ndarray:
         return sizes
     if isinstance(layout, SuffixLayout):
         (echo_rows, own), keys = layout.token_RA.shape, layout.mask_RK.shape[1]
-    elif isinstance(layout, FullLayout):
+    else:
         echo_rows = rows if layout.row_R is None else len(layout.row_R)
         own, keys = length, length
     sizes[4:9] = 1, echo_rows * own, echo_rows * own * keys, len(plan.reach_E), len(plan.boundary_G)
@@ -73,7 +74,8 @@ def count_coefficients(setup: EchoSetup, kd: Distillation, form: EchoForm, posit
             examples = _random_examples(generator, setup.model.config.get_text_config().vocab_size)
             inputs, plan = _batch(examples, generator, echo and number % 4 > 0, form, positions)
             plan = plan.to(device)
-            sizes = step_sizes(*inputs["input_ids"].shape, plan)
+            rows_of_batch, length = inputs["input_ids"].shape
+            sizes = step_sizes(rows_of_batch, length, plan)
             with _Counter() as counter:
                 output = echo_step(setup, kd, {k: v.to(device) for k, v in inputs.items()}, plan)
                 output["objective"].backward()
@@ -89,10 +91,11 @@ def count_coefficients(setup: EchoSetup, kd: Distillation, form: EchoForm, posit
     return np.round(solution / scale)  # whole numbers up to float noise
 
 
-def plain_setup(model: nn.Module) -> EchoSetup:
+def plain_setup(model: PreTrainedModel) -> EchoSetup:
     """What `echo_step` needs of a model without an echo."""
     # A step without an echo pass still touches the networks' parameters, so there has to be one.
-    return EchoSetup(model, nn.Linear(1, 1).to(next(model.parameters()).device), [], [])
+    networks = EchoNetworks([], n_sources=1, hidden_size=1, bottleneck=1, aggregation="weighted", seed=0)
+    return EchoSetup(model, networks.to(next(model.parameters()).device), [], [])
 
 
 class _Counter(TorchDispatchMode):

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import get_peft_config
 
 from .._version import __version__
@@ -20,6 +20,7 @@ from ..evaluation.evaluate import Record, Task, accuracy, evaluate_task
 from ..files import write_json
 from ..method.layouts import EchoForm
 from ..method.losses import Distillation
+from ..passes.modules import base_model_of
 from ..recipe.arguments import arguments_of
 from ..recipe.training import model_options
 from . import memory
@@ -151,7 +152,8 @@ def _masked(arm: str) -> bool:
 
 def _evaluate(bench: Workbench, trainer: AblationTrainer, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
     """Accuracy and NLL of every task, and what was found for every item."""
-    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer = cast("PreTrainedTokenizerBase", trainer.processing_class)
     size = bench.recipe.evaluation_batch_size
     total = sum(2 * len(task.items) for task in bench.tests) + len(bench.held_out.items)
     done = 0
@@ -166,7 +168,7 @@ def _evaluate(bench: Workbench, trainer: AblationTrainer, report: Report) -> tup
     summary: dict[str, Any] = {}
     items: dict[str, Any] = {}
     for task in [bench.held_out, *bench.tests]:
-        nll = [record.nll for record in score(task, "nll")]
+        nll = [cast("float", record.nll) for record in score(task, "nll")]
         summary[task.name] = {"n": len(nll), "nll": float(np.mean(nll))}
         if task is bench.held_out:
             continue
@@ -185,7 +187,7 @@ def _flops(bench: Workbench, adapter: str, trainer: AblationTrainer) -> dict[str
     args, echo = trainer.args, trainer.echo
     key = (adapter, echo is not None, args.echo_positions)
     if key not in bench.coefficients:  # whole numbers that depend on nothing else, so counted once
-        setup = echo or plain_setup(trainer.model.get_base_model())
+        setup = echo or plain_setup(base_model_of(trainer.model))
         kd = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
         form = _form(trainer)
         trainer.model.train()

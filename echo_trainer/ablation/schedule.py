@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..files import write_json, write_text
 from .arms import ARMS, BASELINE
@@ -34,8 +34,8 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-class Progress:
-    """Told what happens; the command line draws a bar. This one is silent."""
+class Progress(Protocol):
+    """Told what happens; the command line draws a bar."""
 
     def start(self, total: int) -> None:
         """`total` runs are planned."""
@@ -45,6 +45,10 @@ class Progress:
 
     def finish(self, run: str, how: str) -> None:
         """A run is over: "done", "kept" or "failed"."""
+
+
+class _Silent(Progress):
+    """Draws nothing."""
 
 
 def run_all(
@@ -75,7 +79,7 @@ def run_all(
     Raises:
         ValueError: a result on disk belongs to another recipe. Nothing is run then.
     """
-    outcome, progress = Outcome(), progress or Progress()
+    outcome, progress = Outcome(), progress or _Silent()
     selection = selection_runs(recipe)
     known = {run.id: specification(recipe, run, fingerprints) for run in selection}
     for run in selection:
@@ -106,15 +110,15 @@ def matched_run(
     recipe: AblationRecipe, run: Run, output: Path, rates: dict[str, dict[str, float]]
 ) -> tuple[Run, str | None]:
     """The run with the number of steps that spends the FLOPs of its arm's reference, or why there is none yet."""
-    arm = ARMS[run.arm]
-    found = {}
-    for name in (BASELINE, arm.flops_of):
+    found, reference_arm = {}, ARMS[run.arm].flops_of
+    assert reference_arm is not None  # else the run has the steps of the recipe
+    for name in (BASELINE, reference_arm):
         rate = rates[run.adapter][family_of(ARMS[name], recipe.learning_rate_choice)]
         reference = load_result(output, Run(name, run.adapter, run.seed, rate))
         if reference is None:
             return run, f"The run of {name} that gives its number of steps has no result yet."
         found[name] = reference
-    base, spent = found[BASELINE], found[arm.flops_of]["flops"]
+    base, spent = found[BASELINE], found[reference_arm]["flops"]
     return replace(run, max_steps=max(1, round(base["steps"] * spent / base["flops"]))), None
 
 
@@ -172,7 +176,7 @@ class _Pool:
         while running:
             place, event = self.events.get()
             run = running.get(place)
-            if event["event"] == "progress":
+            if event["event"] == "progress" and run is not None:
                 self.progress.update(run, event["what"], event["done"], event["total"])
             elif event["event"] == "ended" and self.workers.get(place) is event["worker"]:
                 del self.workers[place]
@@ -199,6 +203,7 @@ class _Pool:
         job = waiting.pop(0)
         running[place] = Run(**job["run"]).id
         worker = self.workers.get(place) or self._start(place)
+        assert worker.stdin is not None  # a pipe
         try:
             worker.stdin.write(json.dumps(job) + "\n")
             worker.stdin.flush()
@@ -226,6 +231,7 @@ class _Pool:
 
 
 def _forward(worker: subprocess.Popen, place: int, put: Callable[[tuple[int, dict[str, Any]]], None]) -> None:
+    assert worker.stdout is not None  # a pipe
     for line in worker.stdout:
         put((place, json.loads(line)))
     put((place, {"event": "ended", "worker": worker, "status": worker.wait()}))

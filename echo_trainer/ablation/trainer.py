@@ -43,10 +43,11 @@ class AblationTrainer(EchoSFTTrainer):
         # Sums stay on the device until the run is over: a step waits for nothing.
         order = torch.arange(1, ids.numel() + 1, device=ids.device)
         self._checksums[step].append((ids.reshape(-1) * order).sum())
+        rows, length = ids.shape
         if plan is not None:
-            self._sizes.append(step_sizes(*ids.shape, plan))
+            self._sizes.append(step_sizes(rows, length, plan))
         else:
-            self._sizes.append(plain_sizes(*ids.shape, 0))
+            self._sizes.append(plain_sizes(rows, length, 0))
             self._scored.append(inputs["labels"][..., 1:].ne(-100).sum())
 
     def sizes(self) -> np.ndarray:

@@ -42,7 +42,8 @@ def read_base(base: Any, download: bool = False) -> Base:
 
     """
     if isinstance(base, torch.nn.Module):
-        model = base.get_base_model() if hasattr(base, "get_base_model") else base
+        adapted: Any = base  # torch types every attribute of a module as one of its tensors or modules
+        model = adapted.get_base_model() if hasattr(base, "get_base_model") else adapted
         return _shapes_of(model, name_of(model.config) or type(model).__name__)
     name = name_of(base) or type(base).__name__
     if isinstance(base, str | Path):

@@ -136,7 +136,7 @@ def check_adapter(adapter: str | Path | Adapter, engine: str = "all", base: Any 
     try:
         files = adapter if isinstance(adapter, Adapter) else read_adapter(folder)
     except AdapterError as error:
-        rule = next((rule for rule in UNREADABLE if rule.name == getattr(error, "rule", None)), None)
+        rule = next((rule for rule in UNREADABLE if rule.name == error.rule), None)
         if rule is None:
             raise
         files, findings, (known, note) = None, [Finding(rule, [error.what])], _find_base({}, base)
@@ -159,7 +159,7 @@ def _apply_rules(adapter: Adapter, base: Base | None, values: bool) -> list[Find
     for rule in RULES:
         if rule.name == "non-finite" and not values:
             continue
-        if where := rule.find(adapter, base):
+        if where := rule.broken_by(adapter, base):
             findings.append(Finding(rule, where))
             if rule.name == "bad-number":  # the rules after it compute with these numbers
                 return [findings[-1]]

@@ -143,7 +143,9 @@ def rank_above_512(adapter: Adapter, base: Base | None) -> Found:
 def untrained_layers(adapter: Adapter, base: Base | None) -> Found:
     found = []
     deepest = {
-        m.stack: max(o.layer for o in adapter.complete if o.stack == m.stack) for m in adapter.complete if m.stack
+        m.stack: max(o.layer for o in adapter.complete if o.stack == m.stack and o.layer is not None)
+        for m in adapter.complete
+        if m.stack
     }
     for (stack, kind), modules in by_kind(adapter).items():
         if stack is None:

@@ -32,7 +32,14 @@ _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.")
 
 
 class AdapterError(ValueError):
-    """The adapter folder cannot be read as what the caller asked for; the message says what to do."""
+    """The adapter folder cannot be read as what the caller asked for; the message says what to do.
+
+    Attributes:
+        rule: name of the rule of `rules.UNREADABLE` that the folder breaks, and `what` breaks it; None for others.
+    """
+
+    rule: str | None = None
+    what: str = ""
 
 
 @dataclass(frozen=True)

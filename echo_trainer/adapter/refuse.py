@@ -35,7 +35,7 @@ def refuse_broken(adapter: Adapter) -> None:
     for rule in sorted(
         (rule for rule in RULES if rule.name in names), key=lambda rule: rule.name == "no-lora-tensors"
     ):
-        if where := rule.find(adapter, None):
+        if where := rule.broken_by(adapter, None):
             raise ExportError(f"'{adapter.folder}' is broken ({rule.name}), so no form of it would be what was "
                               f"trained: {shorten(where)}. {rule.says} {rule.fix}")  # fmt: skip
 

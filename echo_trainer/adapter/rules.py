@@ -54,6 +54,10 @@ class Rule:
         """What ``engine`` does with an adapter that breaks this rule."""
         return _SIGNS[self.signs.split()[ENGINES.index(engine)]]
 
+    def broken_by(self, adapter: Adapter, base: Base | None) -> list[str]:
+        """What of an adapter that could be read breaks this rule."""
+        return self.find(adapter, base) if self.find is not None else []
+
 
 PORTABLE = "echo-trainer export --portable ADAPTER OUT"
 MERGED = "echo-trainer export --merged ADAPTER OUT"

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..ablation.arms import ADAPTERS, ARMS
 from ..ablation.recipe import CHOICES, load_recipe
@@ -97,7 +97,7 @@ class _Bar:
     def __init__(self, console: Console):
         columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, console=console)
-        self.lines: dict[str, int] = {}
+        self.lines: dict[str, TaskID] = {}
 
     def __enter__(self) -> "_Bar":
         self.progress.start()

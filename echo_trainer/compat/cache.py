@@ -88,6 +88,7 @@ class CacheObserver:
             raise NoCacheError(f"the decoder layers of {type(backbone).__name__} take {seen}")
         name, position = next(iter(self._found))
         if name is None:
+            assert position is not None  # a cache is found by name or by position
             name = _parameters(self.layers[0])[position]
         returned = [key for key, value in _items(outputs) if isinstance(value, Cache)]
         known = inspect.signature(backbone.forward).parameters

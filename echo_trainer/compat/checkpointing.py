@@ -11,11 +11,13 @@ own when a trainer is built, and ends with an error by name where one of them do
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -56,7 +58,7 @@ def _once(context: Callable[[], AbstractContextManager]) -> Callable[[], Abstrac
 
 
 @contextmanager
-def _replayed_within(part: nn.Module, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def _replayed_within(part: Any, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
     checkpoint = part._gradient_checkpointing_func
 
     def checkpoint_within(forward, *args, **kwargs):
@@ -97,7 +99,7 @@ def cache_kept(layer: nn.Module) -> Iterator[None]:
 _parts: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()  # weak: a layer is a part of itself
 
 
-def _checkpointed(layer: nn.Module) -> list[nn.Module]:
+def _checkpointed(layer: nn.Module) -> list[Any]:
     """What transformers may checkpoint of a layer: itself, and layers inside it (the shared block of Zamba2)."""
     if layer not in _parts:
         _parts[layer] = WeakSet(part for part in layer.modules() if isinstance(part, GradientCheckpointingLayer))
@@ -140,10 +142,11 @@ def require_replay(layers: nn.ModuleList) -> None:
 class _Probe(GradientCheckpointingLayer):
     """A layer that notes, each time it runs, whether its context and its caches are there; it may hold another one."""
 
-    def __init__(self, inner: nn.Module | None = None) -> None:
+    def __init__(self, inner: "_Probe | None" = None) -> None:
         super().__init__()
         self.inner = inner
-        self.inside, self.runs = [], []  # entries of the context under way; what each run saw
+        self.inside: list[bool] = []  # entries of the context under way
+        self.runs: list[tuple[int, int]] = []  # what each run saw
 
     def forward(self, hidden_states: Tensor, cache=None, past_key_values=None, layer_past=None) -> Tensor:
         caches = {"cache": cache, "past_key_values": past_key_values, "layer_past": layer_past}
@@ -154,13 +157,15 @@ class _Probe(GradientCheckpointingLayer):
 
 def _replays() -> bool:
     """Whether checkpointed layers, one inside the other, run again, each time in the context and with their caches."""
-    layer = _Probe(inner=_Probe()).train()
-    layer.inner.inside = layer.inside
+    inner = _Probe()
+    layer = _Probe(inner).train()
+    inner.inside = layer.inside
 
     def checkpoint(forward, *args):
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
+        return torch_checkpoint(forward, *args, use_reentrant=False)
 
-    for part in (layer, layer.inner):
+    part: Any
+    for part in (layer, inner):
         part.gradient_checkpointing, part._gradient_checkpointing_func = True, checkpoint
 
     @contextmanager
@@ -176,5 +181,4 @@ def _replays() -> bool:
     with torch.enable_grad(), cache_kept(layer), within_recompute(layer, inside):
         y = layer(x, **dict.fromkeys(names, object()))
     y.backward()
-    runs = layer.runs + layer.inner.runs
-    return len(layer.runs) > 1 and len(layer.inner.runs) > 1 and set(runs) == {(1, len(names))}
+    return len(layer.runs) > 1 and len(inner.runs) > 1 and set(layer.runs + inner.runs) == {(1, len(names))}

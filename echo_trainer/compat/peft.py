@@ -31,4 +31,4 @@ def pattern_key(patterns: Iterable[str], path: str) -> str:
     """The key of a rank or alpha pattern that is about the module at `path`; `path` itself where none is."""
     from peft.utils.other import get_pattern_key
 
-    return get_pattern_key(patterns, path)
+    return get_pattern_key(list(patterns), path)

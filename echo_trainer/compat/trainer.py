@@ -18,14 +18,21 @@ and 5.24. A joint that is gone is named when a trainer is built, since what hang
 | `accelerator.dataloader_config` | accelerate | an option that TrainingArguments cannot leave open for one loader |
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import transformers
 import trl
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
 from trl import SFTTrainer
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _JOINTS = (
     "_save_checkpoint", "_get_output_dir", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler",
@@ -48,6 +55,11 @@ def require_joints(trainer_class: type = SFTTrainer) -> None:
             f"would go wrong without a word. Install the tested versions (`echo-trainer env` names them), or a newer "
             f"echo_trainer."
         )
+
+
+def with_signature(original: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """`functools.wraps` of `original`, in words that type checkers understand for methods too."""
+    return functools.wraps(original)
 
 
 class CheckpointJoints(Protocol):
@@ -91,11 +103,16 @@ class JointTrainer(SFTTrainer):
     See the module's docstring.
 
     Attributes:
+        model, model_wrapped, train_dataset, data_collator: the Trainer's, as they are once it is built.
         checkpoints, saver, pushes: what the private methods are handed over to; they must be there before `__init__`.
         staging_folder: where the Trainer writes a checkpoint, in place of the run's folder; None outside of a save.
         push_is_due: whether the checkpoint that is being written is to be pushed once it has its name.
     """
 
+    model: PeftModel | PreTrainedModel
+    model_wrapped: nn.Module
+    train_dataset: Any
+    data_collator: Any
     checkpoints: CheckpointJoints
     saver: SaveJoints
     pushes: PushJoints
@@ -164,6 +181,7 @@ class JointTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir if output_dir is not None else self.args.output_dir
+        assert folder is not None  # the arguments put a name there
         self.saver.write(folder, partial(super()._save, state_dict=state_dict), state_dict)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

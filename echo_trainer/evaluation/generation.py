@@ -1,7 +1,7 @@
 """Answers from a model, batched and left-padded with masks, the same for every batch size."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def greedy_answers(
         batch.pop("token_type_ids", None)
         width = batch["input_ids"].shape[1]
         criteria = [_StopAtText(tokenizer, width, stop)] if stop is not None and num_beams == 1 else None
-        output = model.generate(
+        output = cast(Any, model).generate(
             **batch,
             **_NEUTRAL,
             max_new_tokens=max_new_tokens,
@@ -93,7 +93,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that fills a batch; masked everywhere, so the end-of-sequence token serves where there is no other."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer.pad_token_id
+    return cast("int", tokenizer.pad_token_id)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

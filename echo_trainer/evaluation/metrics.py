@@ -19,8 +19,8 @@ _INPUTS = "predictions: generated texts; references: right answers, as text; one
 class _AnswerMetric(evaluate.Metric):
     """Share of predictions whose answer equals the reference. `name` is the key of the result."""
 
-    name = ""
-    description = ""
+    name: Any = ""  # plain attributes in the place of the library's properties
+    description: Any = ""
 
     def __init__(self, **options: Any):
         # In memory: without it every instance leaves a lock and a file in the user's cache.

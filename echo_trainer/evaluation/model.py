@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapter.folder import Adapter
 from ..adapter.logit_error import with_adapter
 from ..adapter.read import read_adapter
 from ..adapter.refuse import refuse_broken
@@ -60,14 +61,14 @@ def load_for_evaluation(
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     source, adapter = _parts(name, base)
-    files = None if adapter is None else _adapter_files(adapter)
+    files = _adapter_files(adapter) if adapter is not None else None
     options = {"trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
     except OSError as error:
         raise _not_loaded(source, adapter, error) from error
     identity = {"model": _public(source), **_digest(source, model), "dtype": dtype}
-    if adapter is not None:
+    if adapter is not None and files is not None:
         model = with_adapter(model, files)
         identity |= {"adapter": _digest(adapter, None) | {"name": _public(adapter)}}
     tokenizer = load_tokenizer(name, base, trust_remote_code)
@@ -126,7 +127,7 @@ def _device(wanted: str | None) -> str:
     return wanted
 
 
-def _adapter_files(adapter: str) -> Any:
+def _adapter_files(adapter: str) -> Adapter:
     """
     The files of an adapter, in its folder or from the Hub, once they are known to be sound.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat.cache import cache_keyword
+from ..passes.modules import base_model_of
 from .generation import pad_token_id
 from .sharing import How, how_to_score
 
@@ -84,7 +85,7 @@ def score_rows(
         tokenizer: its tokenizer.
         rows: from `tokenize_row`.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model_of(model)
     pad = pad_token_id(tokenizer)
     shared, whole = (partial(score, model, base, pad) for score in (_score_shared, _score_whole))
     begin, uneven = _batch_prefix(rows) > 0 and not _slides(base), len({row.shared for row in rows}) > 1
@@ -112,6 +113,7 @@ def _score_shared(model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow])
         ids_1P = torch.tensor([rows[0].sequences[0][:begin]], device=model.device)
         mask_1P = torch.ones_like(ids_1P)
         _logits(model, base, ids_1P, mask_1P, positions(mask_1P), 1, cache)
+        assert cache is not None
         cache.batch_repeat_interleave(len(rows))
     ids_BP, mask_BP = _left_padded([row.sequences[0][begin : row.shared] for row in rows], pad, model.device)
     mask_BP = torch.cat([mask_BP.new_ones(len(rows), begin), mask_BP], dim=1)
@@ -125,6 +127,7 @@ def _score_shared(model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow])
         for o, ids in enumerate(row.sequences):
             sums[b][o] = common.copy().add(head_KV[-1:], ids[row.shared : row.shared + 1])
     if long:
+        assert cache is not None
         cache.batch_select_indices(torch.tensor([b for b, _ in long], device=model.device))
         tails = [rows[b].sequences[o][rows[b].shared :] for b, o in long]
         ids, mask = _right_padded([tail[:-1] for tail in tails], pad, model.device)

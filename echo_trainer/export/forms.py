@@ -172,7 +172,7 @@ def _true_weight_changes(model: Any) -> Iterator[None]:
     """
     from peft.tuners.lora import LoraLayer
 
-    modules = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for module in modules:
         module.get_delta_weight = partial(_change_by_merging, module)
     try:

@@ -56,6 +56,7 @@ def export_gguf(
         if not report.ok:
             reasons = "; ".join(f"{found.rule.says} {found.rule.fix}" for found in report.findings)
             raise ExportError(f"llama.cpp does not serve this adapter: {reasons}")
+        assert base is not None  # `make_portable` has read its shapes
         written = Path(folder) / "adapter.gguf"
         where = ["--base", str(base)] if Path(base).is_dir() else ["--base-model-id", str(base)]
         command = [sys.executable, str(script), "--outfile", str(written), "--outtype", outtype, *where, str(portable)]

@@ -81,12 +81,17 @@ def patiently(what: str, call: Callable[[], Result], patience: Patience, secrets
     """
     use_timeout(patience.timeout)
 
+    def error_of(state: RetryCallState) -> BaseException:
+        error = state.outcome.exception() if state.outcome is not None else None
+        assert error is not None  # only a failure is tried again
+        return error
+
     def pause(state: RetryCallState) -> float:
-        asked = retry_after(state.outcome.exception()) or 0.0
+        asked = retry_after(error_of(state)) or 0.0
         return min(max(patience.wait * 2 ** (state.attempt_number - 1), asked), patience.longest_wait)
 
     def say(state: RetryCallState) -> None:
-        error, number = state.outcome.exception(), state.attempt_number + 1
+        error, number = error_of(state), state.attempt_number + 1
         again = f"Trying again in {state.upcoming_sleep:.0f} s ({number} of {patience.attempts})"
         logger.warning("%s: %s. %s.", what, in_words(error, secrets), again)
 

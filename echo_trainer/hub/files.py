@@ -133,6 +133,7 @@ def clean_copy(folder: Path, base_model: str | None) -> list[str]:
 def _list_again(checkpoint: Path) -> None:
     """Bring the list of a checkpoint's files in line with the copy, so that a resume from it finds no damage."""
     facts = read_manifest(checkpoint)
+    assert facts is not None  # the copy of a whole checkpoint
     del facts["files"], facts["format"]
     write_manifest(checkpoint, facts)
 

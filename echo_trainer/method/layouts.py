@@ -96,6 +96,9 @@ class SuffixLayout(PassLayout):
     real_prefix: Tensor
 
 
+Layout = FullLayout | SuffixLayout
+
+
 def full_layout(
     segments: Segments, inject_F: Tensor, reached: Tensor, position_ids: Tensor | None = None, all_rows: bool = False
 ) -> FullLayout:
@@ -172,9 +175,7 @@ def suffix_layout(
     )
 
 
-def weightless_layout(
-    segments: Segments, form: EchoForm, position_ids: Tensor | None
-) -> tuple[FullLayout | SuffixLayout, Tensor]:
+def weightless_layout(segments: Segments, form: EchoForm, position_ids: Tensor | None) -> tuple[Layout, Tensor]:
     """
     The smallest echo pass there is, for a process that routes nothing while others do.
 

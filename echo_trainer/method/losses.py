@@ -13,7 +13,7 @@ only the gradient with respect to the hidden states, so at no time do more than 
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +28,21 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class Head(Protocol):
-    """
-    The language-model head as the loss needs it.
+    """The language-model head as the loss needs it."""
 
-    Attributes:
-        parameters: those of it that are trained.
-        vocabulary: V.
-    """
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Those of it that are trained."""
+        ...
 
-    parameters: tuple[Tensor, ...]
-    vocabulary: int
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        ...
 
     def logits(self, hidden_Nd: Tensor) -> Tensor:
         """Logits (N, V) for hidden states (N, d)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class _ChunkedObjective(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, head, kd, *parameters):
         hidden = (plain_Nd, echo_Ed)
-        gradients = [torch.zeros_like(x) if ctx.needs_input_grad[i] else None for i, x in enumerate(hidden)]
+        gradients: list[Any] = [torch.zeros_like(x) if ctx.needs_input_grad[i] else None for i, x in enumerate(hidden)]
         # what is trained of the head sums over chunks, in at least float32
         of_head = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         objective = plain_Nd.new_zeros((), dtype=torch.promote_types(plain_Nd.dtype, torch.float32))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .layouts import EchoForm, Indices, PassLayout, full_layout, suffix_layout, weightless_layout
+from .layouts import EchoForm, Indices, Layout, full_layout, suffix_layout, weightless_layout
 from .segments import Segments
 
 
@@ -45,7 +45,7 @@ class EchoPlan(Indices):
     plain_weight_N: Tensor
     reach_E: Tensor
     boundary_G: Tensor
-    layout: PassLayout | None
+    layout: Layout | None
     probability: float
     n_samples: int
     n_routed: int
@@ -72,7 +72,7 @@ class EchoPlan(Indices):
 
 def make_plan(
     segments: Segments,
-    routed_D: Sequence[bool],
+    routed: Sequence[bool],
     *,
     positions: str = "answer",
     form: EchoForm = EchoForm.ROWS,
@@ -85,14 +85,14 @@ def make_plan(
 
     Args:
         segments: the answers of the batch.
-        routed_D: r_i of every document; documents without a boundary are never routed, whatever it says.
+        routed: r_i of every document; documents without a boundary are never routed, whatever it says.
         positions: "answer" or "predicting" (see `EchoSFTConfig.echo_positions`).
         form: how the echo pass is laid out.
         position_ids: (1, T) or (B, T) position ids of the batch; None where they are column numbers.
         probability: p_k, kept for logging.
         lockstep: lay out an echo pass in any case; one of no weight where nothing is routed.
     """
-    routed_D = torch.as_tensor(list(routed_D), dtype=torch.bool) & segments.routable_D
+    routed_D = torch.as_tensor(list(routed), dtype=torch.bool) & segments.routable_D
     predict_N = segments.predict_F.nonzero().flatten()
     document_N = segments.document_F[predict_N]
     routed_segment_S = routed_D[segments.document_S]

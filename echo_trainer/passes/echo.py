@@ -23,6 +23,7 @@ class EchoPass(Protocol):
         self, setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan, plain: PlainState, delta: dict[str, Tensor]
     ) -> tuple[Tensor, Injection]:
         """Run the pass; `delta` holds delta_m (G, o_m) by `site_key`."""
+        ...
 
 
 def run_echo_pass(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .modules import forward_replaced
 
@@ -34,7 +35,7 @@ class LanguageModelHead:
         vocabulary: V, number of logits.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     project: Callable[[Tensor], Tensor]
     parameters: tuple[Tensor, ...]
     outputs: Any
@@ -57,7 +58,7 @@ class LanguageModelHead:
             return type(self.model).forward(self.model, input_ids=ids, use_cache=False, **inputs)
 
 
-def with_head(model: nn.Module, backbone: nn.Module, outputs: Any, use: Callable[[LanguageModelHead], T]) -> T:
+def with_head(model: PreTrainedModel, backbone: nn.Module, outputs: Any, use: Callable[[LanguageModelHead], T]) -> T:
     """
     What `use` returns for the head of a causal language model of transformers.
 
@@ -70,6 +71,7 @@ def with_head(model: nn.Module, backbone: nn.Module, outputs: Any, use: Callable
         use: called once.
     """
     module = model.get_output_embeddings()  # looked up anew, since PEFT and FSDP replace modules
+    assert module is not None  # a causal language model has a head
     own = module.forward
     result: list[T] = []
 
@@ -91,7 +93,7 @@ def with_head(model: nn.Module, backbone: nn.Module, outputs: Any, use: Callable
     return result[0]
 
 
-def _vocabulary(module: nn.Module) -> int:
+def _vocabulary(module: Any) -> int:
     """Number of logits; a quantised weight has another shape."""
     return getattr(module, "out_features", None) or module.weight.shape[0]
 
@@ -133,7 +135,7 @@ def _stand_in(places: list[_Place], forward: Callable) -> Iterator[None]:
             setattr(place.parent, place.name, place.child)
 
 
-def _backbones(model: nn.Module, backbone: nn.Module) -> list[nn.Module]:
+def _backbones(model: PreTrainedModel, backbone: nn.Module) -> list[nn.Module]:
     """What the forward of a model may call to get its hidden states; OPT calls the decoder inside its backbone."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return [backbone] if decoder in (None, model) else [backbone, decoder]

@@ -1,11 +1,14 @@
 """Find the decoder layers of a model, what runs them, and the LoRA modules inside them."""
 
+from typing import cast
+
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..compat.peft import wraps_a_parameter
 from ..method.sites import EchoSite
+from .modules import base_model_of
 
 
 def decoder_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
@@ -25,8 +28,7 @@ def layer_list(model: nn.Module, path: str | None = None, option: str = "echo_la
     Raises:
         ValueError: the model is an encoder-decoder, or no list of layers can be found.
     """
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    model = base_model_of(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder model. One stack of layers is needed, which reads prompt "
@@ -79,14 +81,19 @@ def lora_sites(layer: nn.Module, index: int) -> list[EchoSite]:
     tokens in an order that is not the sequence's.
     """
     return [
-        EchoSite(name, index, module, module.out_features)
+        EchoSite(name, index, module, cast(int, module.out_features))
         for name, module in layer.named_modules()
-        if isinstance(module, LoraLayer)
+        if _can_receive(module) and "experts" not in name.split(".")
+    ]
+
+
+def _can_receive(module: nn.Module) -> bool:
+    return (
+        isinstance(module, LoraLayer)
         and not isinstance(module, LoraEmbedding)
         and not wraps_a_parameter(module)
-        and "experts" not in name.split(".")
         and any(adapter in module.lora_A for adapter in module.active_adapters)
-    ]
+    )
 
 
 def find_sites(model: nn.Module, target_layers: list[int], path: str | None = None) -> list[EchoSite]:

@@ -1,9 +1,16 @@
-"""Give a module another forward for a while."""
+"""The transformers model inside an adapted one; another forward for a module, for a while."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+
+
+def base_model_of(model: Any) -> PreTrainedModel:
+    """The transformers model inside a `PeftModel`; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager

@@ -73,6 +73,7 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
                 stack.enter_context(forward_hook(layers[index], keep))
         if isinstance(plan.layout, SuffixLayout):
             record = KeyValueRecord(plan.layout, first_layer=setup.first_target)
+            assert setup.cache is not None  # the proof of the suffix pass has found it
             stack.enter_context(attach_cache(layers, record, setup.cache))
             first = layers[setup.first_target]
             stack.enter_context(input_hook(first, _keep_entry(entry, plan.layout, shape)))

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..compat.cache import CacheObserver, NoCacheError
-from ..method.layouts import EchoForm, FullLayout
+from ..method.layouts import EchoForm, SuffixLayout
 from ..method.losses import NonFiniteLossError
 from ..method.plan import EchoPlan
 from ..method.rows import take_rows
@@ -135,7 +135,7 @@ def prove(setup: EchoSetup, inputs: dict[str, Any], task: ProofTask) -> ProofRes
     """
     no_cache, sees_ahead, dtype = observe(setup, task.tiny_ids)
     roundoff = unit_roundoff(setup, dtype)
-    measured = {
+    measured: dict[str, Any] = {
         "logits": compare_heads(setup, task.tiny_ids),
         "logits_allowed": SAFETY * roundoff,
         "sees_ahead": sees_ahead,
@@ -180,6 +180,7 @@ def _compare(
             }
             echo_Ed, _ = run_echo_pass(setup, inputs, plan, plain, delta)
             if finals is not None:
+                assert plan.layout is not None  # every plan of a proof is laid out
                 echo_Ed = take_rows(_tokens(finals, inputs, plan), plan.layout.output_position_E)
         except Exception as reason:
             if is_out_of_memory(reason):
@@ -200,7 +201,6 @@ def _compare(
 def _compare_finely(setup: EchoSetup, inputs: dict[str, Any], task: ProofTask) -> dict[str, Any] | None:
     """What `_compare` finds in float32; None where the model cannot be computed in it."""
     device, roundoff = setup.model.device.type, torch.finfo(torch.float32).eps / 2
-    finals = None
     try:
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -270,11 +270,11 @@ def _plain_states(setup: EchoSetup, inputs: dict[str, Any], finals: list[Tensor]
 def _tokens(finals: list[Tensor], inputs: dict[str, Any], plan: EchoPlan | None = None) -> Tensor:
     """The states that the last layer returned last, (rows, tokens, d), in the plain pass or in a plan's echo pass."""
     rows, width = inputs["input_ids"].shape
-    if plan is not None:
-        if not isinstance(plan.layout, FullLayout):
-            rows, width = plan.layout.token_RA.shape
-        elif plan.layout.row_R is not None:
-            rows = len(plan.layout.row_R)
+    layout = plan.layout if plan is not None else None
+    if isinstance(layout, SuffixLayout):
+        rows, width = layout.token_RA.shape
+    elif layout is not None and layout.row_R is not None:
+        rows = len(layout.row_R)
     tokens = tokens_first(finals.pop(), (rows, width))
     return first_plane(tokens.flatten(0, 1)).view(rows, width, -1)
 

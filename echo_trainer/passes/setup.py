@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..compat.cache import CachePlace
 from ..method.network import EchoNetworks
@@ -24,7 +25,7 @@ class EchoSetup:
         cache: where the model takes a cache; found by the proof at the first step, None where it takes none.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     networks: EchoNetworks
     sites: list[EchoSite]
     source_layers: list[int]

@@ -8,7 +8,6 @@ import functools
 import types
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor, nn
 
 from ..method.losses import Distillation, chunked_objective
@@ -24,7 +23,7 @@ from .setup import EchoSetup
 ECHO_MODULE = "echo_networks"
 
 
-def install_echo_forward(model: PeftModel, setup: EchoSetup, kd: Distillation) -> None:
+def install_echo_forward(model: nn.Module, setup: EchoSetup, kd: Distillation) -> None:
     """
     Teach `model(...)` two keywords: with `echo_plan` the forward is a whole Echo-LoRA step, with `echo_proof` it
     compares the passes (see `proof.py`).
@@ -43,13 +42,14 @@ def install_echo_forward(model: PeftModel, setup: EchoSetup, kd: Distillation) -
             return echo_step(setup, kd, kwargs, echo_plan)
         return original(*args, **kwargs)
 
+    installed: Any = forward
     # accelerate unwraps a model by following `__wrapped__`; it must stop here.
-    del forward.__wrapped__
-    forward.echo_setup = setup
-    model.forward = types.MethodType(forward, model)
+    del installed.__wrapped__
+    installed.echo_setup = setup
+    model.forward = types.MethodType(installed, model)
 
 
-def attach_networks(model: PeftModel, setup: EchoSetup) -> None:
+def attach_networks(model: nn.Module, setup: EchoSetup) -> None:
     """Make the echo networks a part of the model, at its root, where optimizers and distributed engines find them."""
     if getattr(model, ECHO_MODULE, None) is not setup.networks:
         setattr(model, ECHO_MODULE, setup.networks)

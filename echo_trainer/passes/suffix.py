@@ -64,9 +64,11 @@ def _start_at(layers: nn.ModuleList, first: int, plain: PlainState) -> Iterator[
     def pass_through(*args, **kwargs):
         return like(plain.layer_form, input_of(args, kwargs))
 
+    entry_RAd = plain.entry_RAd
+    assert entry_RAd is not None  # kept where the layout is a suffix
     with ExitStack() as stack:
         for layer in layers[:first]:
             stack.enter_context(forward_replaced(layer, pass_through))
-        enter = input_hook(layers[first], lambda module, args, kwargs: with_input(args, kwargs, plain.entry_RAd))
+        enter = input_hook(layers[first], lambda module, args, kwargs: with_input(args, kwargs, entry_RAd))
         stack.enter_context(enter)
         yield

@@ -1,7 +1,7 @@
 """The options of a run, as dataclasses: TRL's own and ours, from the command line, a recipe, or a dict."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
@@ -68,7 +68,7 @@ Arguments = tuple[DataArguments, EchoSFTConfig, AdapterArguments, DatasetMixture
 def make_parser(prog: str = "echo-trainer sft", classes: tuple[type, ...] = CLASSES, **options: Any) -> TrlParser:
     """The parser: every field of the classes. An option is written out; its beginning alone is refused."""
     usage = f"{prog} [--config RECIPE] [--OPTION VALUE ...]"
-    return TrlParser(classes, prog=prog, usage=usage, allow_abbrev=False, **options)
+    return TrlParser(cast("Any", classes), prog=prog, usage=usage, allow_abbrev=False, **options)
 
 
 def parse(arguments: list[str], parser: TrlParser | None = None, classes: tuple[type, ...] = CLASSES) -> tuple:
@@ -99,4 +99,4 @@ def arguments_of(options: dict[str, Any]) -> Arguments:
     """Arguments of a run from options that `check.check_options` has looked at."""
     parser = make_parser()
     parser.set_defaults_with_config(**options)
-    return parser.parse_args_into_dataclasses([], look_for_args_file=False)
+    return cast("Arguments", parser.parse_args_into_dataclasses([], look_for_args_file=False))

@@ -48,8 +48,9 @@ def check_options(path: str | Path, recipe: dict[str, Any], classes: tuple[type,
                 + (f"Did you mean {close[0]!r}?" if close else "`echo-trainer sft --help` lists the options.")
             )
         _check_kind(path, key, value, hints[key])
-        if value is not None and choices.get(key) and value not in choices[key]:
-            raise ValueError(f"`{key}` is {value!r} in the recipe {path}. It can be one of {list(choices[key])}.")
+        allowed = choices.get(key)
+        if value is not None and allowed and value not in allowed:
+            raise ValueError(f"`{key}` is {value!r} in the recipe {path}. It can be one of {list(allowed)}.")
     _check_written_paths(path, recipe)
 
 

@@ -1,7 +1,7 @@
 """The dataset that a recipe names: on the Hub, in a folder, or in a file."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from trl import DatasetMixtureConfig, get_dataset
@@ -37,10 +37,10 @@ def load_data(data: DataArguments, mixture: DatasetMixtureConfig) -> Any:
         raise ValueError("No dataset: give `dataset_name` (a file, a folder or an id on the Hub) or `datasets`.")
     make, name = _maker(data)
     splits = {}
-    for split, rows in dataset.items():
+    for split, rows in ((str(split), rows) for split, rows in dataset.items()):
         if make is not None:
             columns = rows.column_names  # None of a stream whose columns are not known yet
-            options = {"desc": f"Writing {split} prompts"} if isinstance(rows, Dataset) else {}
+            options: dict[str, Any] = {"desc": f"Writing {split} prompts"} if isinstance(rows, Dataset) else {}
             refuse_empty(rows, split, name)
             rows = rows.map(make, remove_columns=columns, **options)
         check_columns(rows, split)
@@ -50,34 +50,33 @@ def load_data(data: DataArguments, mixture: DatasetMixtureConfig) -> Any:
 
 def _maker(data: DataArguments) -> tuple[Any, Any]:
     """What makes a prompt and a completion of a row, and what names their columns; (None, None) for rows that have."""
-    columns = (data.prompt_column, data.completion_column)
+    prompt, completion = data.prompt_column, data.completion_column
     if data.dataset_template is not None:
-        if any(columns):
+        if prompt or completion:
             raise ValueError(
                 "`dataset_template` finds the columns of question and answer itself, so `prompt_column` and "
                 "`completion_column` mean nothing beside it. Give one or the other."
             )
         return TEMPLATES[data.dataset_template], None
-    if not any(columns):
+    if not prompt and not completion:
         return None, None
-    if not all(columns):
-        given = "prompt_column" if columns[0] else "completion_column"
+    if not prompt or not completion:
+        given = "prompt_column" if prompt else "completion_column"
         raise ValueError(f"`{given}` is given alone. Name both columns: `prompt_column` and `completion_column`.")
-    return from_columns(*columns), columns
+    return from_columns(prompt, completion), (prompt, completion)
 
 
 def _load_named(data: DataArguments) -> Any:
-    path = Path(data.dataset_name)
+    name, streaming = str(data.dataset_name), bool(data.dataset_streaming)
+    path = Path(name)
     if (path / "dataset_dict.json").is_file():
-        return load_from_disk(data.dataset_name)
+        return load_from_disk(name)
     if (path / "state.json").is_file():
-        return DatasetDict(train=load_from_disk(data.dataset_name))
+        return DatasetDict([("train", cast(Dataset, load_from_disk(name)))])
     builder = BUILDERS.get(path.suffix.lower())
     if builder is None or path.is_dir():
-        return load_dataset(data.dataset_name, name=data.dataset_config, streaming=data.dataset_streaming)
+        return load_dataset(name, name=data.dataset_config, streaming=streaming)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"`dataset_name` names the file {data.dataset_name}, and there is none at {path.resolve()}."
-        )
-    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    return load_dataset(builder, data_files={"train": str(path)}, streaming=data.dataset_streaming, **options)
+        raise FileNotFoundError(f"`dataset_name` names the file {name}, and there is none at {path.resolve()}.")
+    options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    return load_dataset(builder, data_files={"train": str(path)}, streaming=streaming, **options)

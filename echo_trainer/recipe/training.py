@@ -28,8 +28,7 @@ def run(
     data: DataArguments, config: EchoSFTConfig, adapter: AdapterArguments, mixture: DatasetMixtureConfig
 ) -> EchoSFTTrainer:
     """Train, save and, if asked, push. Returns the trainer."""
-    if adapter.model_name_or_path is None:
-        raise ValueError("No model: give `model_name_or_path` (an id on the Hub or a local folder).")
+    model: Any = _model_name(adapter)
     refuse_finished(config, data.overwrite_output_dir)
     config.model_init_kwargs = model_options(adapter, config)
     dataset = load_data(data, mixture)
@@ -44,7 +43,7 @@ def run(
         if split not in dataset:
             raise ValueError(f"The dataset has no split {split!r}; it has {sorted(dataset)}.")
     train_dataset = dataset[data.dataset_train_split]
-    model, quantization = adapter.model_name_or_path, get_quantization_config(adapter)
+    quantization = get_quantization_config(adapter)
     peft_config = get_peft_config(adapter)
     if adapter.lora_layers is not None:
         model, quantization, peft_config = _on_selected_layers(adapter, config, peft_config, train_dataset)
@@ -99,19 +98,30 @@ def model_options(adapter: AdapterArguments, config: EchoSFTConfig) -> dict[str,
         "revision": adapter.model_revision,
         "attn_implementation": adapter.attn_implementation,
         "dtype": adapter.dtype,
-        **(config.model_init_kwargs or {}),
+        **_given_options(config),
     }
+
+
+def _model_name(adapter: AdapterArguments) -> str:
+    if adapter.model_name_or_path is None:
+        raise ValueError("No model: give `model_name_or_path` (an id on the Hub or a local folder).")
+    return adapter.model_name_or_path
+
+
+def _given_options(config: EchoSFTConfig) -> dict[str, Any]:
+    given = config.model_init_kwargs or {}
+    assert isinstance(given, dict)  # text is what the command line gives, and it is parsed when the config is made
+    return given
 
 
 def load_model(adapter: AdapterArguments, config: EchoSFTConfig) -> tuple[Any, Any]:
     """The base model and its tokenizer, as the trainer would load them."""
-    options = {key: value for key, value in (config.model_init_kwargs or {}).items() if value is not None}
+    name = _model_name(adapter)
+    options = {key: value for key, value in _given_options(config).items() if value is not None}
     options.setdefault("trust_remote_code", config.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        adapter.model_name_or_path, quantization_config=get_quantization_config(adapter), **options
-    )
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=get_quantization_config(adapter), **options)
     tokenizer = AutoTokenizer.from_pretrained(
-        adapter.model_name_or_path, revision=options.get("revision"), trust_remote_code=config.trust_remote_code
+        name, revision=options.get("revision"), trust_remote_code=config.trust_remote_code
     )
     return model, tokenizer
 
@@ -120,6 +130,7 @@ def _on_selected_layers(
     adapter: AdapterArguments, config: EchoSFTConfig, peft_config: Any, dataset: Any
 ) -> tuple[Any, None, Any]:
     """The loaded model and the LoraConfig that adapts only the layers `lora_layers` chooses."""
+    assert adapter.lora_layers is not None
     model, tokenizer = load_model(adapter, config)
     depth = model.config.get_text_config().num_hidden_layers
     if adapter.lora_layers == CKA:

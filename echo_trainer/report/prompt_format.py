@@ -32,7 +32,7 @@ def prompt_format(dataset: Any, tokenizer: Any) -> dict[str, Any] | None:
     rows = [row for row in found if row is not None]
     if len({row["prompt"] for row in rows}) < N_LEAST:
         return None
-    parts = {name: _shared([row[name] for row in rows]) for name in ("prompt", "answer")}
+    parts: dict[str, Any] = {name: _shared([row[name] for row in rows]) for name in ("prompt", "answer")}
     if sum(len(text) for pair in parts.values() for text in pair) > MAX_CHARACTERS:
         return None
     if len({row["answer"] for row in rows}) == 1:

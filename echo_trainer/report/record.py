@@ -116,7 +116,7 @@ def _license(hub_id: str | None, folder: str | None) -> str | None:
     card = Path(folder, "README.md") if folder else try_to_load_from_cache(hub_id, "README.md") if hub_id else None
     try:
         if isinstance(card, str | Path) and Path(card).is_file():
-            return ModelCard.load(card).data.license
+            return ModelCard.load(card).data.get("license")
         if hub_id and not HF_HUB_OFFLINE:
             data = HfApi().model_info(hub_id, timeout=5).card_data
             return data.license if data else None

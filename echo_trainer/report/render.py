@@ -43,7 +43,7 @@ def render_card(record: dict[str, Any], curves: list[str] | None = None) -> str:
         "fence": _fence,
         "layers": lambda indices: ("layer " if len(indices) == 1 else "layers ") + ", ".join(map(str, indices)),
         "seeds": _seeds,
-        "dtype": lambda names: "/".join(_DTYPES.get(name, name) for name in names.split("/")),
+        "dtype": lambda names: "/".join(_DTYPES.get(name) or name for name in names.split("/")),
     }
     text = environment.get_template(TEMPLATE).render(
         run=record if curves is None else {**record, "curves": curves},

@@ -44,7 +44,7 @@ class Batches:
             batches, n_batches, device: its arguments.
         """
         host = self.host
-        if host.echo is None:
+        if host.pass_choice is None:
             return take(batches, n_batches, device)
         taken, n_items = take(self._drafts(batches), n_batches, device)
         drafts = [batch[PLAN_KEY] for batch in taken]

@@ -33,7 +33,7 @@ def checkpoints(run_dir: str | os.PathLike) -> list[Path]:
     """The checkpoint folders of a run, the latest step first."""
     run_dir = Path(run_dir)
     found = [p for p in run_dir.iterdir() if p.is_dir() and is_checkpoint(p)] if run_dir.is_dir() else []
-    return sorted(found, key=lambda path: int(_CHECKPOINT.fullmatch(path.name)[1]), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def damage(folder: str | os.PathLike) -> str | None:
@@ -132,9 +132,15 @@ def rotate(run_dir: str | os.PathLike, limit: int | None, keep: list[str | os.Pa
         shutil.rmtree(unnamed, ignore_errors=True)
 
 
+def _step_of(checkpoint: Path) -> int:
+    name = _CHECKPOINT.fullmatch(checkpoint.name)
+    assert name is not None  # else it is no checkpoint
+    return int(name[1])
+
+
 def _saved_at(folder: Path) -> tuple[float, int]:
     """When a checkpoint was saved, in seconds, and its step; one without a state is older than any."""
-    state, step = folder / STATE, int(_CHECKPOINT.fullmatch(folder.name)[1])
+    state, step = folder / STATE, _step_of(folder)
     try:
         manifest = read_manifest(folder) or {}
     except ValueError:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..manifest import write_manifest
 from ..method.sites import site_key
+from ..passes.setup import EchoSetup
 from .checkpoint_files import STAGING, bring_back, damage, publish, rotate
 from .full_disk import clean_failure
 from .gathering import load_whole_state, whole_state
@@ -84,11 +85,12 @@ class Checkpoints:
 
     def wrote_optimizer(self, folder: str) -> None:
         """Save the echo networks with the optimizer state they belong to (skipped by `save_only_model`)."""
-        if self.host.echo is None:
+        echo, passes = self.host.echo, self.host.pass_choice
+        if echo is None or passes is None:
             return
-        state = whole_state(self.host.echo.networks)
+        state = whole_state(echo.networks)
         if self.host.args.should_save:
-            metadata = {"echo": json.dumps(self._echo_options()), "passes": json.dumps(self.host.pass_choice.state())}
+            metadata = {"echo": json.dumps(self._echo_options(echo)), "passes": json.dumps(passes.state())}
             save_file(state, os.path.join(folder, ECHO_WEIGHTS), metadata=metadata)
 
     # Resuming
@@ -117,8 +119,9 @@ class Checkpoints:
         """Load the echo networks before the optimizer state that belongs to them."""
         if checkpoint is not None and self.host.accelerator.is_main_process:
             check_same_run(checkpoint, {"planned_steps": self.host.state.max_steps})
-        if checkpoint is not None and self.host.echo is not None:
-            self.host.pass_choice.begin(self._load_echo_networks(checkpoint))
+        echo, passes = self.host.echo, self.host.pass_choice
+        if checkpoint is not None and echo is not None and passes is not None:
+            passes.begin(self._load_echo_networks(echo, checkpoint))
         elif checkpoint is not None and os.path.isfile(os.path.join(checkpoint, ECHO_WEIGHTS)):
             raise ValueError(
                 f"The checkpoint {checkpoint} was saved with the echo on, and this run has it off. Continue with the "
@@ -147,9 +150,9 @@ class Checkpoints:
         load()
         self.weights_of_step = self.host.state.best_global_step
         if self.host.echo is not None and best and os.path.isfile(os.path.join(best, ECHO_WEIGHTS)):
-            self._load_echo_networks(best)
+            self._load_echo_networks(self.host.echo, best)
 
-    def _load_echo_networks(self, checkpoint: str) -> dict[str, str]:
+    def _load_echo_networks(self, echo: EchoSetup, checkpoint: str) -> dict[str, str]:
         """Load the networks; the forms of the echo pass that had failed by then (`PassChoice.state`)."""
         path = os.path.join(checkpoint, ECHO_WEIGHTS)
         if not os.path.isfile(path):
@@ -163,7 +166,7 @@ class Checkpoints:
             metadata = file.metadata() or {}
             saved = json.loads(metadata.get("echo", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        options = self._echo_options()
+        options = self._echo_options(echo)
         changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in options.items() if saved.get(k) != v]
         if changed:
             raise ValueError(
@@ -171,14 +174,14 @@ class Checkpoints:
                 f"options it was saved with, or start a new run."
             )
         if not self.host.is_deepspeed_enabled:  # DeepSpeed's own holds all that is trained, and is loaded by now
-            load_whole_state(self.host.echo.networks, state)
+            load_whole_state(echo.networks, state)
         return json.loads(metadata.get("passes", "{}"))
 
-    def _echo_options(self) -> dict[str, Any]:
+    def _echo_options(self, echo: EchoSetup) -> dict[str, Any]:
         """What must not change between stop and resume, since the echo networks were trained for it."""
         return {
-            "source_layers": self.host.echo.source_layers,
-            "targets": [site_key(site) for site in self.host.echo.sites],
+            "source_layers": echo.source_layers,
+            "targets": [site_key(site) for site in echo.sites],
             **{name: getattr(self.host.args, f"echo_{name}") for name in RESUME_OPTIONS},
             "seed": self.host.args.resolved_echo_seed,
         }

@@ -173,7 +173,7 @@ class EchoCollator:
         draft = self.draft(examples, step, micro_batch)
         return {**draft.batch, PLAN_KEY: draft.plan(self.form)}
 
-    def draft(self, examples: Sequence[dict[str, Any]], step: int, micro_batch: int) -> DraftPlan:
+    def draft(self, examples: list[dict[str, Any]], step: int, micro_batch: int) -> DraftPlan:
         """Collate examples and draw the routes of their documents."""
         if self.schedule is None:
             raise RuntimeError(
@@ -190,6 +190,11 @@ class EchoCollator:
             positions=self.positions,
             lockstep=self.lockstep,
         )
+
+
+def backbone_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch are arguments of the backbone."""
+    return {k: v for k, v in batch.items() if k not in ("labels", "shift_labels", PLAN_KEY)}
 
 
 def sample_of_document(segments: Segments, examples: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """Whole tensors from parameters that an engine has sharded, and back. Every process must call these functions."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -9,7 +9,7 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
     """Parameters of a module by name, whole and on the CPU, whatever engine holds them."""
     named = dict(module.named_parameters())
     if any(hasattr(parameter, "ds_id") for parameter in named.values()):  # ZeRO-3
-        import deepspeed
+        import deepspeed  # pyright: ignore[reportMissingImports]  an optional engine
 
         with deepspeed.zero.GatheredParameters(list(named.values())):
             return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in named.items()}
@@ -25,7 +25,7 @@ def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     """
     from torch.distributed.tensor import distribute_tensor
 
-    own = dict(module.named_parameters())
+    own: dict[str, Any] = dict(module.named_parameters())
     state = {
         name: distribute_tensor(value.to(own[name].device), own[name].device_mesh, own[name].placements)
         if name in own and hasattr(own[name], "device_mesh")
@@ -44,7 +44,7 @@ def whole_trainable_state(model: nn.Module) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return get_model_state_dict(model, options=options)
+    return cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
 
 
 def keeps_shards(trainer: Any) -> bool:
@@ -53,5 +53,5 @@ def keeps_shards(trainer: Any) -> bool:
     return plugin is not None and "SHARDED_STATE_DICT" in str(plugin.state_dict_type)
 
 
-def _whole(value: Tensor) -> Tensor:
+def _whole(value: Any) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value

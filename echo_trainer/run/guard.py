@@ -200,6 +200,6 @@ class Guard:
                     parameter.grad = None
 
 
-def _local(gradient: Tensor) -> Tensor:
+def _local(gradient: Any) -> Tensor:
     """The part of a sharded gradient that this process holds."""
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient

@@ -24,7 +24,7 @@ class Host(Protocol):
         staging_folder, push_is_due: see `compat.trainer.JointTrainer`.
         echo: the echo's parts of the model, None with the echo off.
         echo_metrics: sums since the last log.
-        pass_choice: which form the echo pass takes.
+        pass_choice: which form the echo pass takes; None with the echo off.
         base_fingerprint: see `resume.base_fingerprint`.
         dataset_name: public id of the training data, if the caller knows it.
         checkpoints, pushes: the collaborators that others call.
@@ -46,7 +46,7 @@ class Host(Protocol):
     push_is_due: bool
     echo: EchoSetup | None
     echo_metrics: EchoMetrics
-    pass_choice: PassChoice
+    pass_choice: PassChoice | None
     base_fingerprint: dict[str, str]
     dataset_name: str | None
     checkpoints: "Checkpoints"

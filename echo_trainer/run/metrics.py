@@ -13,11 +13,11 @@ from ..method.plan import EchoPlan
 
 SUMS = ("ce_plain", "entropy", "correct", "ce_plain_routed", "ce_echo", "kd", "agreement")
 MEANS = ("gate", "relative_delta", "aux_loss")
-COUNTS = (
+COUNTS: tuple[str, ...] = (
     "tokens", "routed_tokens", "input_tokens", "samples", "routed", "unroutable", "echo_passes", "passes", "p",
     "nonfinite",
 )  # fmt: skip
-_COLUMNS = (*SUMS, *MEANS, *COUNTS)
+_COLUMNS: tuple[str, ...] = (*SUMS, *MEANS, *COUNTS)
 
 
 class EchoMetrics:

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ..method.layouts import EchoForm
 from ..method.plan import make_plan
 from ..method.segments import IGNORE_INDEX, Segments, find_segments
 from ..passes.proof import ProofTask
-from .collate import PLAN_KEY, DraftPlan, places_of, reachable_documents, sample_of_document
+from .collate import DraftPlan, backbone_inputs, places_of, reachable_documents, sample_of_document
 
 ROWS = 2
 DOCUMENTS = 8
@@ -49,8 +49,7 @@ def proof_inputs(
         first_n=first.to(device),
         later_n=None if later is None else later.to(device),
     )
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels", PLAN_KEY)}
-    return send_to_device(inputs, device), task
+    return cast("dict[str, Any]", send_to_device(backbone_inputs(batch), device)), task
 
 
 @contextmanager
@@ -62,7 +61,9 @@ def no_trace(model: nn.Module) -> Iterator[None]:
     before = [(module, module.training, _memory_of(module)) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
     device = next(model.parameters()).device
-    streams = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    streams: dict[str, Any] = (
+        {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    )
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(**streams):

@@ -117,7 +117,7 @@ class Pushes:
         try:
             if args.hub_strategy == HubStrategy.END:
                 self.host.push_to_hub()
-            elif self._due != self._done:
+            elif self._due is not None and self._due != self._done:
                 logger.warning("Pushing %s, which is not on the Hub yet.", self._due)
                 self._after(self._checkpoint_push(self._due)(), self._due)
         except PushError as error:

@@ -116,6 +116,7 @@ def check_dataset(dataset: Any, collator: Any) -> None:
     """
     seen = 0
     examples = dataset if isinstance(dataset, Dataset) else itertools.islice(iter(dataset), STREAM_PROBE)
+    example: Any
     for example in examples:
         if "labels" not in example and not ("input_ids" in example and type(collator) is TEXT_COLLATOR):
             return

@@ -30,6 +30,7 @@ itself, which would bring back the bias that the estimator removes. w = 1 gives 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -123,17 +124,19 @@ def gram_cka(k_mnn: Tensor, l_mnn: Tensor, *, debiased: bool = False, weights_bn
     n = k_mnn.shape[-1]
     if weights_bn is not None and (weights_bn.ndim != 2 or weights_bn.shape[-1] != n):
         raise ValueError(f"expected weights of shape (b, {n}), one per sample, got {tuple(weights_bn.shape)}")
-    hsic = _debiased_hsic if debiased else _biased_hsic
     w_bn = None if weights_bn is None else weights_bn.to(k_mnn)
-    if w_bn is None and debiased:
-        w_bn = torch.ones(1, n, dtype=k_mnn.dtype, device=k_mnn.device)
-    kk, ll = hsic(k_mnn, k_mnn, w_bn), hsic(l_mnn, l_mnn, w_bn)
-    denominator = (kk.clamp_min(0) * ll.clamp_min(0)).sqrt()
-    # 4-tuples of distinct samples need four of them; below that the sums are rounding noise
-    defined = denominator > 0
+    enough: Tensor | bool = True
     if debiased:
-        defined &= (w_bn > 0).sum(-1) >= 4
-    cka = torch.where(defined, hsic(k_mnn, l_mnn, w_bn) / torch.where(defined, denominator, 1.0), 0.0)
+        each_bn = torch.ones(1, n, dtype=k_mnn.dtype, device=k_mnn.device) if w_bn is None else w_bn
+        hsic = partial(_debiased_hsic, w_bn=each_bn)
+        # 4-tuples of distinct samples need four of them; below that the sums are rounding noise
+        enough = (each_bn > 0).sum(-1) >= 4
+    else:
+        hsic = partial(_biased_hsic, w_bn=w_bn)
+    kk, ll = hsic(k_mnn, k_mnn), hsic(l_mnn, l_mnn)
+    denominator = (kk.clamp_min(0) * ll.clamp_min(0)).sqrt()
+    defined = (denominator > 0) & enough
+    cka = torch.where(defined, hsic(k_mnn, l_mnn) / torch.where(defined, denominator, 1.0), 0.0)
     return cka[:, 0] if weights_bn is None else cka
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..compat.peft import targets
-from .representations import base_model_of, find_blocks
+from ..passes.modules import base_model_of
+from .representations import find_blocks
 
 
 def lora_config_kwargs(

@@ -14,12 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..passes.layers import layer_list
+from ..passes.modules import base_model_of
 
 POOLINGS = ("last", "cls", "mean")
 
@@ -40,11 +42,6 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.modules)
-
-
-def base_model_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside a `PeftModel`; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
@@ -94,6 +91,7 @@ class _Recorder:
         self.mask_BT: Tensor | None = None
 
     def _keep(self, layer: int, hidden_BTd: Tensor) -> None:
+        assert self.mask_BT is not None  # set before each forward
         if hidden_BTd.shape[:2] != self.mask_BT.shape:
             raise ValueError(
                 f"layer {layer} works on {tuple(hidden_BTd.shape[:2])} (samples, tokens), but the attention mask is "
@@ -143,10 +141,11 @@ def _frozen(model: nn.Module, device: torch.device | str | None) -> Iterator[tor
     modes = [(module, module.training) for module in model.modules()]
     if device is not None:
         model.to(device)
+    has_adapter = hasattr(model, "disable_adapter")
     model.eval()
     try:
-        with torch.no_grad(), model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-            embedding = base.get_input_embeddings().weight.device
+        with torch.no_grad(), cast(PeftModel, model).disable_adapter() if has_adapter else nullcontext():
+            embedding = cast(torch.Tensor, base.get_input_embeddings().weight).device
             # weights offloaded by accelerate are on "meta" between uses
             yield base.device if embedding.type == "meta" else embedding
     finally:

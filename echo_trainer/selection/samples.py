@@ -10,7 +10,7 @@ and may carry "images" (or "image") when `processing_class` is a processor. A pl
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,8 +36,9 @@ def draw_rows(dataset: Any, n_samples: int, seed: int) -> list[Any]:
     if not isinstance(dataset, Iterable):
         raise ValueError(f"dataset is a {type(dataset).__name__}, which has no rows; pass a Dataset or a list of rows")
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:n_samples]
-        rows = [dataset[i] for i in order.sort().values.tolist()]
+        table = cast("Sequence[Any]", dataset)
+        order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))[:n_samples]
+        rows = [table[i] for i in order.sort().values.tolist()]
     else:
         rows = list(islice(dataset, n_samples))
     if len(rows) < 4:

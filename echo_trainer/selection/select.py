@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.identity import name_of
+from ..passes.modules import base_model_of
 from .cka import consecutive_cka, is_constant
 from .lora_config import lora_config_kwargs
 from .plot import plot_selection
-from .representations import POOLINGS, base_model_of, collect_representations, find_blocks, is_encoder
+from .representations import POOLINGS, collect_representations, find_blocks, is_encoder
 from .samples import draw_rows, encode_row, make_batches
 
 

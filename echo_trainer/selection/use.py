@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import EchoSFTConfig
+from ..options import CKA
 from ..passes.layers import decoder_layers, lora_sites
 from .select import LayerSelection, select_layers
 
@@ -40,23 +42,24 @@ def echo_layers(selection: LayerSelection, *, adapted: Sequence[int] | None = No
     return sorted(deep[:count]), targets
 
 
-def layers_by_cka(
-    named: tuple[Any, Any], model: nn.Module, dataset: Any, processing_class: Any, seed: int, path: str | None = None
+def named_layers(
+    args: EchoSFTConfig, model: nn.Module, dataset: Any, processing_class: Any
 ) -> tuple[list[int] | None, list[int] | None]:
     """
     Source and target layers as the user named them, with each "cka" replaced by what layer selection chooses.
 
     Args:
-        named: `echo_source_layers` and `echo_target_layers`.
+        args: the options; `seed` is that of the samples that are looked at.
         model: the model with its adapter.
         dataset, processing_class: training data and tokenizer.
-        seed: seed of the samples that are looked at.
-        path: of the decoder layers in the model, where they cannot be found (`echo_layers`).
     """
-    selection = select_layers(model, dataset, processing_class=processing_class, seed=seed, blocks_path=path)
+    sources, targets, path = args.echo_source_layers, args.echo_target_layers, args.echo_layers
+    if sources != CKA and targets != CKA:
+        return sources, targets
+    selection = select_layers(model, dataset, processing_class=processing_class, seed=args.seed, blocks_path=path)
     adapted = [index for index, layer in enumerate(decoder_layers(model, path)) if lora_sites(layer, index)]
-    chosen = echo_layers(selection, adapted=adapted)
-    return tuple(by_cka if name == "cka" else name for name, by_cka in zip(named, chosen, strict=True))
+    deep, shallow = echo_layers(selection, adapted=adapted)
+    return deep if sources == CKA else sources, shallow if targets == CKA else targets
 
 
 def first_half_plus_last(depth: int, count: int, seed: int = 0) -> list[int]:
