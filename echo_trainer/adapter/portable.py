@@ -3,12 +3,13 @@
 For module m with rank r_m and alpha_m, PEFT adds  s_m B_m A_m  to the weight, where
 s_m = alpha_m / r_m, or alpha_m / sqrt(r_m) for rsLoRA. The portable form is
 
-    R   one rank, a multiple of 16, at least max r_m;   A_m, B_m padded with zeros to it
+    R   one rank, a multiple of 16, at least max r_m;   B_m padded with zeros to it, A_m with new rows
     s   one scale, the most common s_m;                 alpha = s R,  B_m multiplied by s_m / s
-    0   zero tensors for modules that were not trained but whose name is a target in another layer
+    0   B = 0 and a new A for modules that were not trained but whose name is a target in another layer
 
 so that  (alpha / R) B'_m A'_m = s_m B_m A_m. Engines that ignore patterns, rsLoRA, or adapters with holes then have
-nothing left to ignore. Zero tensors get no gradient: continue training from a checkpoint, not from this form.
+nothing left to ignore. What is new is as PEFT begins a LoRA, one side random and the other zero: it changes nothing,
+and it learns when somebody trains on. Both sides zero would never get a gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .base import Base, read_base
 from .folder import PREFIX, Adapter, AdapterError
@@ -29,6 +31,8 @@ from .write import write_adapter
 __all__ = ["NotPortableError", "make_portable"]
 
 RANK_BLOCK = 16
+SEED = 0
+"""Of what is new, so that the same adapter gives the same file."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 
@@ -100,8 +104,8 @@ def _all_paths(adapter: Adapter, base: Base) -> list[str]:
     return [path for path in base.shapes if path in paths]
 
 
-def _tensors(adapter: Adapter, base: Base, paths: list[str], rank: int, scale: float) -> dict[str, torch.Tensor]:
-    tensors = {}
+def _tensors(adapter: Adapter, base: Base, paths: list[str], rank: int, scale: float) -> dict[str, Tensor]:
+    tensors, generator = {}, torch.Generator().manual_seed(SEED)
     factors = {path: adapter.scale(module) / scale for path, module in adapter.modules.items()}
     values = adapter.values
     if adapter.non_finite:
@@ -111,18 +115,30 @@ def _tensors(adapter: Adapter, base: Base, paths: list[str], rank: int, scale: f
     if any(not _is_power_of_two(factor) for factor in factors.values()):
         dtype = torch.float32  # a half-precision B would be rounded by the factor
     for path in paths:
-        out_features, in_features = base.shapes[path]
-        a = torch.zeros(rank, in_features, dtype=dtype)
-        b = torch.zeros(out_features, rank, dtype=dtype)
         module = adapter.modules.get(path)
-        if module is not None:
-            trained_rank = adapter.rank(module)
-            a[:trained_rank] = values[module.keys["A"]]
-            b[:, :trained_rank] = (values[module.keys["B"]].double() * factors[path]).to(dtype)
         embedding = module is not None and "lora_embedding" in module.keys["A"]
+        trained = adapter.rank(module) if module is not None else 0
+        a, b = (part.to(dtype) for part in _new_ranks(base.shapes[path], rank - trained, embedding, generator))
+        if module is not None:
+            scaled = (values[module.keys["B"]].double() * factors[path]).to(dtype)
+            a, b = torch.cat([values[module.keys["A"]].to(dtype), a]), torch.cat([scaled, b], dim=1)
         tensors[f"{PREFIX}{path}.{'lora_embedding_A' if embedding else 'lora_A.weight'}"] = a
         tensors[f"{PREFIX}{path}.{'lora_embedding_B' if embedding else 'lora_B.weight'}"] = b
     return tensors
+
+
+def _new_ranks(
+    shape: tuple[int, int], count: int, embedding: bool, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Rows (count, in) of A and columns (out, count) of B that add nothing, as PEFT initialises them; float32."""
+    out_features, in_features = shape
+    a = torch.zeros(count, in_features, dtype=torch.float32)
+    b = torch.zeros(out_features, count, dtype=torch.float32)
+    if count and embedding:
+        nn.init.normal_(b, generator=generator)
+    elif count:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+    return a, b
 
 
 def _is_power_of_two(factor: float) -> bool:

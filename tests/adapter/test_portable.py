@@ -8,7 +8,8 @@ import adapter_cases as make
 import pytest
 import torch
 from adapter_cases import ALL
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from echo_trainer.adapter import write as portable_write
 from echo_trainer.adapter.check import check_adapter
@@ -107,12 +108,82 @@ def test_form(bases, tmp_path):
     }  # fmt: skip
     tensors = load_file(tmp_path / "b" / make.WEIGHTS)
     assert len(tensors) == 2 * 3 * 4
-    trained = {key for key, value in tensors.items() if value.any()}
-    assert trained == set(load_file(tmp_path / "a" / make.WEIGHTS))
-    a = tensors["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"]
-    assert a.shape == (16, 32)
-    assert a[:12].any()
-    assert not a[12:].any()
+    old = load_file(tmp_path / "a" / make.WEIGHTS)
+    assert {key for key, value in tensors.items() if "lora_B" in key and value.any()} == {k for k in old if "_B" in k}
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_{}.weight"
+    a, b = tensors[name.format("A")], tensors[name.format("B")]
+    assert a.shape == (16, 32) and torch.equal(a[:12], old[name.format("A")])
+    assert b.shape == (48, 16) and torch.equal(b[:, :12], old[name.format("B")]) and not b[:, 12:].any()
+
+
+def added(folder, before):
+    """Rows of A and columns of B that the portable form in `folder` has and the adapter in `before` had not."""
+    old = load_file(before / make.WEIGHTS)
+    for name, value in load_file(folder / make.WEIGHTS).items():
+        side, trained = 0 if "_A" in name else 1, old[name].shape if name in old else (0, 0)
+        if trained[side] < value.shape[side]:
+            yield name, side, slice(trained[side], None)
+
+
+GROWN = {
+    "rank 12": {"r": 12},
+    "one layer": {"layers_to_transform": [1]},
+    "rank pattern, rslora": {"r": 8, "use_rslora": True, "rank_pattern": {"layers.1.mlp.up_proj": 20, "q_proj": 3}},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"], "r": 6},
+    "bfloat16": {"dtype": torch.bfloat16, "r": 4},
+}
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_what_is_added_changes_nothing(name, bases, tmp_path):
+    """Bit for bit the function that zeros in its place give, and as PEFT begins: one side random, the other zero."""
+    make.save_adapter(bases["llama"], tmp_path / "a", **GROWN[name])
+    make_portable(tmp_path / "a", bases["llama"], tmp_path / "b")
+    shutil.copytree(tmp_path / "b", tmp_path / "zeros")
+    places = list(added(tmp_path / "b", tmp_path / "a"))
+    assert places
+    tensors = load_file(tmp_path / "b" / make.WEIGHTS)
+    for key, side, where in places:
+        new = tensors[key].narrow(side, where.start, tensors[key].shape[side] - where.start)
+        if key.endswith(("lora_A.weight", "lora_embedding_B")):
+            assert len(new.unique()) > new.numel() / 4  # bfloat16 has few values
+        else:
+            assert not new.any()
+        if key.endswith("lora_A.weight"):
+            bound = math.sqrt(1 / new.shape[1])  # kaiming_uniform_ with a = sqrt(5)
+            assert new.abs().max() <= bound * 1.01 and new.float().std() == pytest.approx(bound / 3**0.5, rel=0.2)
+        new.zero_()
+    save_file(tensors, tmp_path / "zeros" / make.WEIGHTS)
+    assert torch.equal(*(make.logits(bases["llama"], tmp_path / form, torch.float32) for form in ("b", "zeros")))
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_what_is_added_learns(name, bases, tmp_path):
+    """Two steps on the saved form move every tensor, and each rank of it (SFT, then DPO)."""
+    make.save_adapter(bases["llama"], tmp_path / "a", **GROWN[name])
+    make_portable(tmp_path / "a", bases["llama"], tmp_path / "b")
+    model = PeftModel.from_pretrained(make.load_base(bases["llama"]), tmp_path / "b", is_trainable=True).train()
+    parameters = {key.replace(".default", ""): p for key, p in model.named_parameters() if p.requires_grad}
+    before = {key: p.detach().clone() for key, p in parameters.items()}
+    assert before.keys() == load_file(tmp_path / "b" / make.WEIGHTS).keys()
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+    for _ in range(2):
+        model(make.IDS, labels=make.IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, parameter in parameters.items():
+        moved = (parameter != before[key]).any(dim=1 if "_A" in key else 0)
+        assert moved.all(), f"{key}: {int((~moved).sum())} of {len(moved)} ranks stay where they were"
+
+
+def test_what_is_added_is_the_same_every_time(bases, tmp_path):
+    """And drawn from no generator that a training beside it may use."""
+    make.save_adapter(bases["llama"], tmp_path / "a", **GROWN["rank pattern, rslora"])
+    state = torch.get_rng_state()
+    make_portable(tmp_path / "a", bases["llama"], tmp_path / "b")
+    assert torch.equal(torch.get_rng_state(), state)
+    make_portable(tmp_path / "a", bases["llama"], tmp_path / "c")
+    assert (tmp_path / "b" / make.WEIGHTS).read_bytes() == (tmp_path / "c" / make.WEIGHTS).read_bytes()
 
 
 def test_plain_adapter_keeps_its_tensors_and_alpha(bases, tmp_path):

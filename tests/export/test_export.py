@@ -266,7 +266,7 @@ def test_card_of_a_fitted_lora_claims_nothing_of_the_dora(rank, size, bases, tmp
     assert size in record["derived"] and checksum(dora) in record["derived"] and str(error) in record["derived"]
     assert card == render_card(record) and record["derived"] in card and str(tmp_path) not in card
     assert "# LoRA adapter" in card and f"safetensors` | `{checksum(tmp_path / 'out')}`" in card
-    for claim in ("padded with zeros", "model-index", "DoRA adapter for", "- dora", "0.93", "No serving engine"):
+    for claim in ("saved rank", "model-index", "DoRA adapter for", "- dora", "0.93", "No serving engine"):
         assert claim not in card, claim
     assert not (tmp_path / "out/.eval_results").exists()
     assert (tmp_path / "out/assets/training.png").exists()

@@ -165,7 +165,7 @@ def test_commands_of_the_card_work(tmp_path):
     trainer.save_model()
     text = (out / "README.md").read_text()
     assert not GAPS.search(text), GAPS.search(text)
-    assert "`BASE` is the folder" in text and "padded with zeros (trained rank 4, saved rank 16)" in text
+    assert "`BASE` is the folder" in text and "(trained rank 4, saved rank 16)" in text
     (code,) = block(text, "python")
     code = "import sys; sys.modules['echo_trainer'] = None\n" + code
     done = subprocess.run([sys.executable, "-c", code], cwd=out, env=os.environ | {"BASE": str(base)}, text=True,

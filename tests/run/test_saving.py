@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import lora_config, tiny_model
+from datasets import Dataset
+from models import DEPTH, lora_config, prompt_completion_rows, tiny_model, tiny_tokenizer
+from peft import PeftModel
 from safetensors.torch import load_file
-from training import adapter, echo_trainer, revive
+from training import SETTINGS, adapter, echo_trainer, revive
 
 import echo_trainer.adapter.folder as folder_module
 import echo_trainer.adapter.read as read_module
+from echo_trainer import EchoSFTConfig, EchoSFTTrainer
 
 DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 FINAL_FILES = {
@@ -26,6 +29,8 @@ FINAL_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # Loads the adapter in a process that cannot import echo_trainer, and prints the logits of one prompt.
 LOADER = """
@@ -74,6 +79,28 @@ def test_saved_adapter_is_an_ordinary_one(tmp_path, dora, portable):
     else:
         assert config["r"] == 4
         assert torch.equal(torch.load(logits), plain_logits(trainer.model))
+
+
+def test_the_saved_adapter_is_trained_on(tmp_path):
+    """The portable form holds ranks and modules that were not trained; all of them learn in the next run."""
+    first = echo_trainer(
+        tmp_path / "sft", max_steps=2, lora=lora_config(target_modules=LINEAR, layers_to_transform=[0, 1])
+    )
+    first.train()
+    first.save_model()
+    saved = load_file(tmp_path / "sft" / "adapter_model.safetensors")
+    assert len(saved) == 2 * 7 * DEPTH and all(16 in value.shape for value in saved.values())
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "sft", is_trainable=True)
+    second = EchoSFTTrainer(
+        model=model,
+        args=EchoSFTConfig(output_dir=str(tmp_path / "more"), **{**SETTINGS, "max_steps": 2, "warmup_steps": 0}),
+        train_dataset=Dataset.from_list(prompt_completion_rows(40)),
+        processing_class=tiny_tokenizer(),
+    )
+    before = adapter(second)
+    second.train()
+    still = [name for name, value in adapter(second).items() if torch.equal(value, before[name])]
+    assert len(before) == len(saved) and not still
 
 
 def test_an_adapter_is_read_once_for_every_state_of_its_files(tmp_path, monkeypatch):
@@ -127,9 +154,6 @@ def test_save_only_model_leaves_the_echo_out_and_resume_says_so(tmp_path):
 
 
 def test_best_model_brings_its_echo_networks(tmp_path):
-    from datasets import Dataset
-    from models import prompt_completion_rows
-
     trainer = echo_trainer(
         tmp_path,
         trainer_kwargs={"eval_dataset": Dataset.from_list(prompt_completion_rows(8, seed=5))},
