@@ -5,6 +5,7 @@ Override: only fields; their validation is in `options.py`. Everything `SFTConfi
 
 import copy
 from dataclasses import dataclass, field
+from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -199,7 +200,13 @@ class EchoSFTConfig(SFTConfig):
         return duplicate
 
     def __getstate__(self) -> dict[str, Any]:
-        """What `torch.save` and `pickle` see: everything except access tokens."""
+        """
+        What `torch.save` and `pickle` see: everything except access tokens, since that may become a file.
+
+        A process that is being spawned gets all of it, through a pipe.
+        """
+        if get_spawning_popen() is not None:
+            return self.__dict__.copy()
         return {name: None if name in TOKEN_FIELDS else value for name, value in self.__dict__.items()}
 
 

@@ -79,12 +79,17 @@ def distillation(plain_EV: Tensor, echo_EV: Tensor, temperature: float, teacher:
         plain_EV, echo_EV: logits of the plain and of the echo pass at the same positions.
         temperature: tau.
         teacher: "echo", "plain", or "mutual" (both terms are added). A teacher gets no gradient.
+
+    A token that the teacher rules out (a logit of -inf) adds nothing. One that the student alone rules out makes KD
+    infinite.
     """
 
     def divergence(teacher_EV: Tensor, student_EV: Tensor) -> Tensor:
         teacher_log = F.log_softmax(teacher_EV.detach() / temperature, dim=-1)
         student_log = F.log_softmax(student_EV / temperature, dim=-1)
-        return temperature**2 * F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
+        p_EV = teacher_log.exp()
+        difference = (teacher_log - student_log).masked_fill(p_EV == 0, 0.0)  # not 0 times (-inf - -inf)
+        return temperature**2 * (p_EV * difference).sum(-1)
 
     if teacher == "echo":
         return divergence(echo_EV, plain_EV)
@@ -183,7 +188,8 @@ def _objective(plain_nd, echo_ed, labels_N, plain_weight_N, reach_E, head, kd):
     loss = (plain_weight_N * ce_plain_N).sum()
     with torch.no_grad():
         log_NV = F.log_softmax(plain_NV, dim=-1)
-        entropy = -(log_NV.exp() * log_NV).sum()
+        p_NV = log_NV.exp()
+        entropy = -(p_NV * log_NV.masked_fill(p_NV == 0, 0.0)).sum()
         top_N = plain_NV.argmax(-1)
         correct = top_N.eq(labels_N).float().sum()
         # Where the echo cannot reach, the plain terms are the terms of both passes.

@@ -35,11 +35,16 @@ def unit_roundoff(setup: EchoSetup, dtype: torch.dtype) -> float:
 
 
 def relative(states: Tensor, reference: Tensor) -> float:
-    """Root mean square over positions of |states - reference| / |reference|; infinite where one of them is NaN."""
+    """
+    Root mean square over positions of |states - reference| / |reference|; infinite where one of them is NaN.
+
+    Infinities that both have, such as the logits -inf of tokens that a model rules out, do not count.
+    """
     if not states.numel():
         return 0.0
     exact = torch.float32 if states.device.type == "mps" else torch.float64  # mps knows no float64
-    reference, states = reference.to(exact), states.to(exact)
+    alike = torch.isinf(reference) & (states == reference)
+    reference, states = (x.masked_fill(alike, 0.0).to(exact) for x in (reference, states))
     distance = (states - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return float(distance.square().mean().sqrt().nan_to_num(nan=math.inf))
 

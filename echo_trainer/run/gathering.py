@@ -1,19 +1,30 @@
 """Whole tensors from parameters that an engine has sharded, and back. Every process must call these functions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters of a module by name, whole and on the CPU, whatever engine holds them."""
-    named = dict(module.named_parameters())
-    if any(hasattr(parameter, "ds_id") for parameter in named.values()):  # ZeRO-3
+@contextmanager
+def gathered(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The values of parameters, whole, whatever engine holds them; inside the block only, and not to be changed."""
+    in_shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]  # ZeRO-3
+    if in_shards:
         import deepspeed  # pyright: ignore[reportMissingImports]  an optional engine
 
-        with deepspeed.zero.GatheredParameters(list(named.values())):
-            return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in named.items()}
-    return {name: _whole(parameter.detach()).cpu().contiguous() for name, parameter in named.items()}
+        with deepspeed.zero.GatheredParameters(in_shards):
+            yield [_whole(parameter.detach()) for parameter in parameters]
+    else:
+        yield [_whole(parameter.detach()) for parameter in parameters]
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters of a module by name, whole and copied to the CPU, whatever engine holds them."""
+    named = dict(module.named_parameters())
+    with gathered(list(named.values())) as values:
+        return {name: value.cpu().clone().contiguous() for name, value in zip(named, values, strict=True)}
 
 
 def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..manifest import read_manifest
 from .checkpoint_files import checkpoints, damage, last_whole_checkpoint
+from .gathering import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +61,19 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
     """
     Two hashes of the frozen parameters of a model: of their names and shapes, and of a few values of each.
 
-    Must be taken before an engine shards the model. Parameters that hold no values in this process do not count.
+    The same for a model that was sharded while it was loaded (ZeRO-3, FSDP2): its parameters are gathered, one at a
+    time, and every process must call this. Parameters that hold no values in this process do not count.
     """
     shapes, values = hashlib.sha256(), hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or "lora_" in name:
             continue
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed has it already in shards
-        shapes.update(f"{name} {tuple(shape)}\n".encode())
-        if parameter.numel() and not parameter.is_meta:
-            flat = parameter.reshape(-1)
-            some = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-            values.update(f"{some.dtype} {some.cpu().double().tolist()}\n".encode())
+        with gathered([parameter]) as (whole,):
+            shapes.update(f"{name} {tuple(whole.shape)}\n".encode())
+            if whole.numel() and not whole.is_meta:
+                flat = whole.reshape(-1)
+                some = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+                values.update(f"{some.dtype} {some.cpu().double().tolist()}\n".encode())
     return {"base_shapes": shapes.hexdigest(), "base_values": values.hexdigest()}
 
 

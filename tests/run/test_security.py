@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 from pathlib import Path
@@ -42,6 +43,28 @@ def test_pickles_in_a_checkpoint_are_not_run(tmp_path, name, form):
     with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported|unpickl"):
         echo_trainer(out, max_steps=4).train(resume_from_checkpoint=True)
     assert not mark.exists()
+
+
+def tokens_of(config, pipe):
+    """What a process that was given a config sees of its tokens, and what it would write of them."""
+    saved = io.BytesIO()
+    torch.save(config, saved)
+    pipe.send([config.hub_token, TOKEN.encode() in saved.getvalue() + pickle.dumps(config)])
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_spawned_process_gets_the_token_and_no_file_does(tmp_path, method):
+    config = EchoSFTConfig(output_dir=str(tmp_path), hub_token=TOKEN, use_cpu=True)
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=tokens_of, args=(config, theirs))
+    process.start()
+    theirs.close()
+    assert ours.recv() == [TOKEN, False]
+    process.join()
+    saved = io.BytesIO()
+    torch.save(config, saved)
+    assert TOKEN.encode() not in saved.getvalue() + pickle.dumps(config) and config.hub_token == TOKEN
 
 
 def test_an_adapter_in_a_pickle_is_not_resumed_from(tmp_path):

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from models import lora_config, prompt_completion_rows, tiny_model, tiny_tokenizer
+from models import FAMILIES, VOCABULARY, lora_config, prompt_completion_rows, tiny_model, tiny_tokenizer
 from peft import get_peft_model
 from safetensors.torch import load_file
 from steps import padded_collator
-from training import echo_trainer, losses, revive, trainable
+from training import adapter, echo_trainer, losses, plain_trainer, revive, trainable
+from transformers import AutoConfig, LlamaForCausalLM
 
 from echo_trainer import EchoSFTConfig, EchoSFTTrainer
 
@@ -163,6 +164,75 @@ def test_a_run_whose_metrics_were_not_finite_leaves_a_record_that_is_json(tmp_pa
     record = (tmp_path / "echo_run.json").read_text()
     assert "NaN" not in record
     assert json.loads(record)["metrics"][-1]["loss"] == "nan"
+
+
+class RulesOut(LlamaForCausalLM):
+    """A model that rules tokens out, such as those that pad its vocabulary."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        banned = torch.arange(outputs.logits.shape[-1]) >= VOCABULARY
+        outputs.logits = outputs.logits.masked_fill(banned.to(outputs.logits.device), -torch.inf)
+        return outputs
+
+
+@pytest.mark.parametrize("teacher", ["echo", "plain", "mutual"])
+def test_a_model_that_rules_tokens_out(tmp_path, teacher):
+    """Losses, distillation and weights are those of the model without these tokens."""
+    small = tiny_model()
+    wide = RulesOut(AutoConfig.for_model("llama", **{**FAMILIES["llama"], "vocab_size": VOCABULARY + 4}))
+    state = wide.state_dict() | {n: v for n, v in small.state_dict().items() if v.shape[0] != VOCABULARY}
+    for name, value in small.state_dict().items():
+        if value.shape[0] == VOCABULARY:
+            state[name][:VOCABULARY] = value
+    wide.load_state_dict(state)
+    runs = []
+    for name, model in (("small", small), ("wide", wide)):
+        trainer = echo_trainer(tmp_path / name, model=model, echo_p_end=1.0, echo_teacher=teacher, max_steps=4)
+        revive(trainer)
+        trainer.train()
+        runs.append(trainer)
+    for key in ("loss", "echo/kd", "echo/ce_echo", "entropy"):
+        ours, theirs = ([entry[key] for entry in t.state.log_history if key in entry] for t in runs)
+        assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-4), key
+    assert max(entry.get("echo/kd", 0) for entry in runs[1].state.log_history) > 0
+
+
+class PerMicroBatch(LlamaForCausalLM):
+    """As the conditional-generation classes of Qwen3-VL and Gemma 4: the trainer must not count its tokens."""
+
+    accepts_loss_kwargs = False
+
+
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, PerMicroBatch])
+def test_normalisation_is_that_of_trl(tmp_path, model_class):
+    """With accumulation the answer tokens of the global batch, or of each micro-batch where the model asks for it."""
+    settings = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "optim": "sgd", "max_steps": 4}
+    runs = []
+    for make, more in ((plain_trainer, {}), (echo_trainer, {"echo_p_start": 1e-12, "echo_p_end": 1e-12})):
+        model = model_class(tiny_model().config)
+        model.load_state_dict(tiny_model().state_dict())
+        trainer = make(tmp_path / make.__name__, model=model, **settings, **more)
+        trainer.train()
+        runs.append(trainer)
+    assert runs[1].echo is not None and runs[1].model_accepts_loss_kwargs == (model_class is LlamaForCausalLM)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-6)
+    for name, value in adapter(runs[0]).items():
+        torch.testing.assert_close(adapter(runs[1])[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_the_two_normalisations_differ(tmp_path):
+    """Else the test above would see nothing."""
+    both = []
+    for model_class in (LlamaForCausalLM, PerMicroBatch):
+        model = model_class(tiny_model().config)
+        model.load_state_dict(tiny_model().state_dict())
+        trainer = echo_trainer(
+            tmp_path, model=model, gradient_accumulation_steps=4, per_device_train_batch_size=1, max_steps=1
+        )
+        trainer.train()
+        both.append(losses(trainer)[0])
+    assert abs(both[0] - both[1]) > 1e-3 * both[0]
 
 
 def test_copies_of_the_config_keep_the_token(tmp_path):
