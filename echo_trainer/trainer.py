@@ -103,6 +103,7 @@ class EchoSFTTrainer(JointTrainer):
         self.echo: EchoSetup | None = None
         self.pass_choice: PassChoice | None = None
         self.dataset_name: str | None = None
+        self.agreement = Agreement()
         self.echo_metrics = EchoMetrics()
         self.batches, self.guard, self.checkpoints = Batches(self), Guard(self), Checkpoints(self)
         self.saver, self.pushes = Saver(self), Pushes(self)
@@ -124,7 +125,8 @@ class EchoSFTTrainer(JointTrainer):
         layers = decoder_layers(self.model, args.echo_layers)
         if args.gradient_checkpointing:
             require_replay(layers)
-        named = named_layers(args, self.model, self.train_dataset, self.processing_class)
+        by_name_or_cka = partial(named_layers, args, self.model, self.train_dataset, self.processing_class)
+        named = self.agreement.decide(by_name_or_cka)
         sources, targets = resolve_layers(*named, len(layers))
         base = base_model_of(self.model)
         sites = find_sites(base, targets, args.echo_layers)
@@ -141,7 +143,7 @@ class EchoSFTTrainer(JointTrainer):
         install_echo_forward(self.model, self.echo, self._distillation)
         in_step = needs_lockstep(self.accelerator, self.model)
         self.data_collator = EchoCollator(self.data_collator, args.echo_positions, lockstep=in_step)
-        self.pass_choice = PassChoice(args.echo_pass, Agreement(), type(base).__name__, one_form=in_step)
+        self.pass_choice = PassChoice(args.echo_pass, self.agreement, type(base).__name__, one_form=in_step)
         logger.info("Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s.", sources, len(sites), targets)
 
     def dataset_prepared(self, name: str, given: Any, prepared: Any, packed: bool, max_length: int | None) -> None:

@@ -34,13 +34,16 @@ def read_base(base: Any, download: bool = False) -> Base:
     """The shapes of a base model, without its weights.
 
     Args:
-        base: a model (also a PeftModel), its config, a folder with ``config.json``, or a name on the Hub.
+        base: a model (also a PeftModel), its config, a folder with ``config.json``, or a name on the Hub; or what this
+            returned before. All but a model are built on "meta", which is nothing to do beside a training.
         download: whether ``config.json`` may be fetched from the Hub when it is not in the local cache.
 
     Raises:
         AdapterError: the config is not found, or this transformers does not know the architecture.
 
     """
+    if isinstance(base, Base):
+        return base
     if isinstance(base, torch.nn.Module):
         adapted: Any = base  # torch types every attribute of a module as one of its tensors or modules
         model = adapted.get_base_model() if hasattr(base, "get_base_model") else adapted

@@ -9,6 +9,7 @@ and 5.24. A joint that is gone is named when a trainer is built, since what hang
 | `_save_checkpoint` | transformers | a checkpoint must appear whole; callbacks come after it is written |
 | `_get_output_dir` | transformers | where a checkpoint is written, for the staging folder |
 | `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler` | transformers | the echo networks belong to them |
+| `_load_from_checkpoint`, `_load_rng_state` | transformers | an error of one process must end them all |
 | `_load_best_model` | transformers | must not load a damaged checkpoint, and must load the echo networks |
 | `_run_epoch` | transformers | none may begin where a resumed run had done its last step |
 | `_push_from_checkpoint`, `_finish_current_push` | transformers | pushes only listed files, and says what failed |
@@ -36,7 +37,8 @@ R = TypeVar("R")
 
 _JOINTS = (
     "_save_checkpoint", "_get_output_dir", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler",
-    "_load_best_model", "_run_epoch", "_push_from_checkpoint", "_finish_current_push", "_save", "_prepare_dataset",
+    "_load_from_checkpoint", "_load_rng_state", "_load_best_model", "_run_epoch",
+    "_push_from_checkpoint", "_finish_current_push", "_save", "_prepare_dataset",
 )  # fmt: skip
 
 
@@ -68,11 +70,14 @@ class CheckpointJoints(Protocol):
     def write(self, write: Callable[[], None], run_dir: str) -> None:
         """Write a checkpoint of the current step into `run_dir`."""
 
-    def wrote_optimizer(self, folder: str) -> None:
-        """The optimizer's state was written into `folder`."""
+    def save_optimizer(self, save: Callable[[], None], folder: str) -> None:
+        """Write the optimizer's state into `folder`."""
 
-    def before_optimizer_loads(self, checkpoint: str | None) -> None:
-        """The optimizer's state is about to be loaded from `checkpoint` (None: training begins anew)."""
+    def load_optimizer(self, load: Callable[[], None], checkpoint: str | None) -> None:
+        """Load the optimizer's state from `checkpoint` (None: training begins anew)."""
+
+    def load(self, load: Callable[[], None]) -> None:
+        """Load another part of a checkpoint."""
 
     def load_best(self, load: Callable[[], None]) -> None:
         """Load the best checkpoint."""
@@ -157,12 +162,16 @@ class JointTrainer(SFTTrainer):
         return self.staging_folder or super()._get_output_dir(trial=trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        self.checkpoints.wrote_optimizer(output_dir)
+        self.checkpoints.save_optimizer(partial(super()._save_optimizer_and_scheduler, output_dir), output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self.checkpoints.before_optimizer_loads(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        self.checkpoints.load_optimizer(partial(super()._load_optimizer_and_scheduler, checkpoint), checkpoint)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.checkpoints.load(partial(super()._load_from_checkpoint, *args, **kwargs))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self.checkpoints.load(partial(super()._load_rng_state, checkpoint))
 
     def _load_best_model(self) -> None:
         self.checkpoints.load_best(super()._load_best_model)

@@ -1,8 +1,8 @@
 """Talking to the Hub with patience: timeouts, retries with backoff, and what an error means in plain words.
 
 huggingface_hub's client waits for ever on a server that does not answer, and repeats only some of its requests. Here
-every attempt has a timeout, every passing fault (network, 408, 409, 429, 5xx) is tried again, and a lasting one (401,
-403, 404 ...) stops at once.
+every attempt has a timeout (`compat.hub_client`), passing faults (network, 408, 409, 429, 5xx) are tried again, and a
+lasting one (401, 403, 404 ...) stops at once.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from huggingface_hub import get_session, set_client_factory
 from huggingface_hub.errors import OfflineModeIsEnabled
 from tenacity import (
     RetryCallState,
@@ -26,13 +25,10 @@ from tenacity import (
     stop_before_delay,
 )
 
-from ..compat.hub_client import client_factory
-
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
-_timeout_seconds: float | None = None  # what the client factory below gives to new clients
 
 
 class PushError(RuntimeError):
@@ -79,7 +75,6 @@ def patiently(what: str, call: Callable[[], Result], patience: Patience, secrets
     Raises:
         Exception: what `call` raised last, if it does not pass or patience is at an end.
     """
-    use_timeout(patience.timeout)
 
     def error_of(state: RetryCallState) -> BaseException:
         error = state.outcome.exception() if state.outcome is not None else None
@@ -103,23 +98,6 @@ def patiently(what: str, call: Callable[[], Result], patience: Patience, secrets
         reraise=True,
     )
     return retrying(call)
-
-
-def use_timeout(seconds: float) -> None:
-    """Give huggingface_hub's shared HTTP client, which waits for ever, a timeout. Stays in force in this process."""
-    global _timeout_seconds
-    first, _timeout_seconds = _timeout_seconds is None, seconds
-    if first:
-        # The factory as well: the library makes a new client after a refused connection.
-        make = client_factory()  # perhaps the user's own
-
-        def make_with_timeout() -> Any:
-            client = make()
-            client.timeout = _timeout_seconds
-            return client
-
-        set_client_factory(make_with_timeout)
-    get_session().timeout = seconds
 
 
 def status_of(error: BaseException) -> int | None:

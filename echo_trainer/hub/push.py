@@ -1,29 +1,31 @@
 """Pushing a finished run to the Hub: preflight, a clean copy, one upload, checksums, and clear last words.
 
 folder -> copy of the listed files, without local paths     [files]
-       -> refuse NaN, access tokens, folders without adapter
+       -> refuse NaN, folders without adapter               [pack, in the thread that trains]
 token, repository, privacy                                  [preflight]
+refuse access tokens in files
 one upload_folder, again after passing faults               [client]
-checksums of every file, read back from the Hub
+checksums of every file, read back from the Hub             [send, perhaps in the background]
+what is said when it fails                                  [last_words]
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import shlex
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..adapter.folder import Adapter, AdapterError
-from ..report.folder import update_record
-from .client import Patience, PushError, in_words, passes, patiently, status_of
+from ..adapter.check import check_adapter
+from ..adapter.folder import Adapter
+from ..compat.hub_client import use_timeout
+from ..files import RUN_RECORD
+from ..report.folder import saved_facts, update_record
+from .client import Patience, patiently
 from .files import clean_copy, copy_run, require_finite, require_no_token
+from .last_words import Again, RefusedError, known_tokens, last_words
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,24 @@ class Target:
     private: bool
     token: str = field(repr=False)
     revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """
+    A copy of what is to be pushed, ready to be sent.
+
+    Attributes:
+        folder: the copy; every file in it may be uploaded.
+        again: where it goes, and how to push it again.
+        saved: what the adapter's files say (`report.folder.saved_facts`); None without a record of the run.
+        notes: what the user should know.
+    """
+
+    folder: Path
+    again: Again
+    saved: dict[str, Any] | None
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -59,10 +79,6 @@ class Pushed:
     commit_url: str
     files: list[str]
     notes: list[str] = field(default_factory=list)
-
-
-class RefusedError(ValueError):
-    """The token, the repository or its visibility does not allow the push; nothing was uploaded."""
 
 
 def push_adapter(
@@ -99,33 +115,48 @@ def push_adapter(
         PushError: not pushed; the message says what failed, where the files are, and the command to push again.
     """
     patience = patience or Patience()
-    with tempfile.TemporaryDirectory(prefix="echo-push-") as stage:
+    use_timeout(patience.timeout)
+    again = Again(folder, repo_id, private, revision, base_model, whole_model)
+    with tempfile.TemporaryDirectory(prefix="echo-push-") as stage, last_words(again, token):
         copy = Path(stage, "push")
         copy.mkdir()
-        with last_words(Again(folder, repo_id, private, revision, base_model, whole_model), token):
-            adapter = copy_run(Path(folder), copy, whole_model)
-            return push_copy(copy, adapter, repo_id, private, token, revision, base_model, commit_message, patience)
+        parcel = pack(copy, copy_run(Path(folder), copy, whole_model), again)
+        return send(parcel, token, commit_message, patience)
 
 
-def push_copy(
-    copy: Path,
-    adapter: Adapter | None,
-    repo_id: str,
-    private: bool | None,
-    token: str | None,
-    revision: str | None,
-    base_model: str | None,
-    commit_message: str,
-    patience: Patience,
-) -> Pushed:
-    """Push a folder of which every file may be uploaded, and its adapter; files are changed. See `push_adapter`."""
+def pack(copy: Path, adapter: Adapter | None, again: Again, base: Any = None) -> Parcel:
+    """
+    Make a copy of a run ready to be sent, in the thread that trains.
+
+    Args:
+        copy: from `files.copy_run`; its files are changed.
+        adapter: the adapter in it; None for a whole model.
+        again: where it goes, and how to push it again.
+        base: the base model or its shapes, for the engines' verdicts; None takes the name in the adapter's config.
+
+    Raises:
+        AdapterError: a tensor holds NaN or infinity.
+    """
     require_finite(copy, adapter)
-    target = preflight(repo_id, private, token, patience, revision)
-    notes = clean_copy(copy, base_model)
-    known = {"base_model": base_model} if base_model else {}
-    update_record(copy, adapter=adapter, repo_id=target.repo_id, **known)
-    require_no_token(copy, known_tokens(target.token))
-    return _upload(copy, target, commit_message, patience, notes)
+    saved = None
+    if adapter is not None and (copy / RUN_RECORD).is_file():
+        saved = saved_facts(check_adapter(adapter, base=base, values=False))
+    return Parcel(copy, again, saved, clean_copy(copy, again.base_model))
+
+
+def send(parcel: Parcel, token: str | None, commit_message: str, patience: Patience) -> Pushed:
+    """
+    Upload what was packed. It may run beside a training: nothing of the process is changed, and no model is built.
+
+    Raises:
+        RefusedError, Exception: as `preflight`, or what huggingface_hub raised.
+    """
+    again = parcel.again
+    target = preflight(again.repo_id, again.private, token, patience, again.revision)
+    known = {"base_model": again.base_model} if again.base_model else {}
+    update_record(parcel.folder, saved=parcel.saved, repo_id=target.repo_id, **known)
+    require_no_token(parcel.folder, known_tokens(target.token))
+    return _upload(parcel.folder, target, commit_message, patience, parcel.notes)
 
 
 def preflight(
@@ -202,55 +233,3 @@ def hub_api(token: str) -> Any:
     from huggingface_hub import HfApi
 
     return HfApi(token=token)
-
-
-def known_tokens(*given: str | None) -> tuple[str, ...]:
-    """Every access token that this process knows."""
-    from huggingface_hub import get_token
-
-    return tuple({token for token in (*given, get_token(), os.environ.get("HF_TOKEN")) if token})
-
-
-@dataclass(frozen=True)
-class Again:
-    """How to push again what could not be pushed."""
-
-    folder: str | Path
-    repo_id: str
-    private: bool | None = None
-    revision: str | None = None
-    base_model: str | None = None
-    whole_model: bool = False
-
-    @property
-    def command(self) -> str:
-        """The command line, without the token."""
-        words = ["echo-trainer", "push", str(Path(self.folder).resolve()), self.repo_id]
-        words += ["--private"] * bool(self.private) + ["--public"] * (self.private is False)
-        words += ["--revision", self.revision] if self.revision else []
-        words += ["--base", self.base_model] if self.base_model else []
-        words += ["--model"] * self.whole_model
-        return shlex.join(words)
-
-    def error(self, reason: str) -> PushError:
-        """The error with its last words."""
-        return PushError(
-            f"Not pushed to {self.repo_id}: {reason}.\n"
-            f"The files are in {Path(self.folder).resolve()}; nothing there was changed. To push again:\n"
-            f"    {self.command}"
-        )
-
-
-@contextmanager
-def last_words(again: Again, token: str | None = None) -> Iterator[None]:
-    """Turn whatever ends a push into a `PushError`."""
-    try:
-        yield
-    except PushError:
-        raise
-    except (RefusedError, AdapterError) as error:
-        raise again.error(str(error).strip().rstrip(".")) from error
-    except Exception as error:
-        plain = isinstance(error, ValueError) and status_of(error) is None and not passes(error)
-        reason = str(error).strip().rstrip(".") if plain else in_words(error, known_tokens(token))
-        raise again.error(reason) from error

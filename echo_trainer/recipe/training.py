@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from trl import DatasetMixtureConfig, get_peft_config, get_quantization_config
 from ..config import EchoSFTConfig
 from ..files import RUN_RECORD
 from ..options import CKA
+from ..run.agreement import Agreement
 from ..selection.lora_config import lora_config_kwargs
 from ..selection.select import number_of_layers, select_layers
 from ..selection.use import baseline_layers
@@ -57,13 +59,14 @@ def run(
     )
     trainer.dataset_name = None if data.dataset_name and Path(data.dataset_name).exists() else data.dataset_name
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model(config.output_dir)
+    if not config.push_to_hub:
+        trainer.save_model(config.output_dir)
+    elif not trainer.pushes.final:  # with hub_strategy="end" training has pushed, and so saved, it already
+        trainer.push_to_hub()
     trainer.accelerator.print(
         f"The adapter is in {config.output_dir}. Next: `echo-trainer check {config.output_dir}` says which servers "
         f"take it, `echo-trainer evaluate {config.output_dir} --tasks FILE.jsonl` measures it."
     )
-    if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=trainer.dataset_name)
     trainer.end()
     return trainer
 
@@ -134,10 +137,9 @@ def _on_selected_layers(
     model, tokenizer = load_model(adapter, config)
     depth = model.config.get_text_config().num_hidden_layers
     if adapter.lora_layers == CKA:
-        selection = select_layers(
-            model, dataset, processing_class=tokenizer, ratio=adapter.lora_layers_ratio, seed=config.seed
-        )
-        layers = selection.layers
+        options = {"ratio": adapter.lora_layers_ratio, "seed": config.seed}
+        selected = partial(select_layers, model, dataset, processing_class=tokenizer, **options)
+        layers = Agreement().decide(lambda: selected().layers)
     else:
         count = number_of_layers(adapter.lora_layers_ratio, depth)
         layers = baseline_layers(adapter.lora_layers, depth, count, config.seed)

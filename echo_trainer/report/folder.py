@@ -6,41 +6,43 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.check import Report, check_adapter
-from ..adapter.folder import Adapter, AdapterError
+from ..adapter.folder import AdapterError
 from ..adapter.read import adapter_folder
 from ..files import CARD, RUN_RECORD
 from .record import run_record
 from .render import render_card
 
 
-def write_run_folder(trainer: Any, folder: str, report: Report | None = None, dataset_name: str | None = None) -> None:
+def write_run_folder(
+    trainer: Any, folder: str, saved: dict[str, Any] | None = None, dataset_name: str | None = None
+) -> None:
     """
     Write record, curves and card of a run beside its adapter. The card comes last: PEFT rewrites README.md on save.
 
     Args:
         trainer: an `EchoSFTTrainer`.
         folder: where the adapter is.
-        report: the adapter as it was saved; None where there is none yet.
+        saved: `saved_facts` of the adapter; None where there is none yet.
         dataset_name: public id of the training data, if the caller knows it; else `trainer.dataset_name`.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     record = run_record(trainer, dataset_name or getattr(trainer, "dataset_name", None))
-    record["saved"] = saved_facts(report)
+    record["saved"] = saved
     record["evaluation"] = _evaluation_of_the_same(record["saved"], Path(trainer.args.output_dir))
     record["repo_id"] = None  # known when it is pushed
     record["curves"] = _write_curves(trainer.state.log_history, path / "assets")
     _write(path, _finite(record))
 
 
-def update_record(folder: Path, base: Any = None, adapter: Adapter | None = None, **changes: Any) -> bool:
+def update_record(folder: Path, base: Any = None, saved: dict[str, Any] | None = None, **changes: Any) -> bool:
     """
     Change entries of a run's record, and make its card again; what the adapter's files say is read again as well.
 
     Args:
         folder: a finished run's folder, or a copy of it.
         base: the base or its config, for the engines' verdicts; None takes the name in the adapter's config.
-        adapter: the adapter in the folder, where it was read already.
+        saved: `saved_facts` of the adapter in the folder, where they are known; None reads them.
         changes: new values, such as `evaluation` (results), `base_model` or `repo_id` (ids on the Hub).
 
     Returns:
@@ -57,7 +59,7 @@ def update_record(folder: Path, base: Any = None, adapter: Adapter | None = None
     record["steps"] = {"adapter": record["steps"]["done"], "best_by": None, **record["steps"]}
     card = folder / CARD
     edited = card.is_file() and card.read_text(encoding="utf-8") != render_card(record)
-    saved = saved_facts(_report(folder, adapter, base))
+    saved = saved or saved_facts(_report(folder, base))
     if saved is not None and record["saved"] is not None and saved["sha256"] == record["saved"]["sha256"]:
         saved["engines"] = record["saved"]["engines"]  # found with the base at hand
     record |= {**changes, "saved": saved}
@@ -82,10 +84,10 @@ def saved_facts(report: Report | None) -> dict[str, Any] | None:
     }
 
 
-def _report(folder: Path, adapter: Adapter | None, base: Any) -> Report | None:
+def _report(folder: Path, base: Any) -> Report | None:
     """The adapter in a folder; None where there is none that can be read."""
     try:
-        return check_adapter(adapter or adapter_folder(folder), base=base, values=False)
+        return check_adapter(adapter_folder(folder), base=base, values=False)
     except AdapterError:
         return None
 

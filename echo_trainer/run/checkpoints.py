@@ -4,18 +4,20 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from ..manifest import write_manifest
+from ..manifest import read_manifest, write_manifest
 from ..method.sites import site_key
 from ..passes.setup import EchoSetup
-from .checkpoint_files import STAGING, bring_back, damage, publish, rotate
+from .checkpoint_files import STAGING, STATE, bring_back, damage, publish, rotate
 from .full_disk import clean_failure
 from .gathering import load_whole_state, whole_state
 from .host import Host
@@ -50,30 +52,53 @@ class Checkpoints:
         Args:
             write: the Trainer's save; writes into the trainer's `staging_folder`.
             run_dir: folder of the run.
+
+        Raises:
+            OSError: it could not be written; on every process, whichever it was that could not.
         """
         host = self.host
         name = f"{PREFIX_CHECKPOINT_DIR}-{host.state.global_step}"
         staging, final = os.path.join(run_dir, STAGING), os.path.join(run_dir, name)
-        if host.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        host.accelerator.wait_for_everyone()
-        with clean_failure(staging, run_dir, final):
+        publishes = self._clear(staging)
+        with host.agreement.together(), clean_failure(staging, run_dir, final):
             host.staging_folder, host.push_is_due = staging, False
             try:
                 write()
             finally:
                 host.staging_folder = None
-            host.state.best_model_checkpoint = self._best_checkpoint(run_dir, final)
-            host.accelerator.wait_for_everyone()
-            if host.args.should_save:
-                host.state.save_to_json(os.path.join(staging, name, "trainer_state.json"))
-                write_manifest(os.path.join(staging, name), run_facts(host))
+        host.state.best_model_checkpoint = host.agreement.decide(lambda: self._best_checkpoint(run_dir, final))
+        with host.agreement.together(), clean_failure(staging, run_dir, final):
+            if publishes and os.path.isdir(os.path.join(staging, name)):
+                host.state.save_to_json(os.path.join(staging, name, STATE))
+                facts = {**run_facts(host), "published_by": host.args.process_index}
+                write_manifest(os.path.join(staging, name), facts)
                 publish(os.path.join(staging, name), final)
-                shutil.rmtree(staging)
                 rotate(run_dir, host.args.save_total_limit, [final, host.state.best_model_checkpoint])
-        host.accelerator.wait_for_everyone()
+            if publishes:
+                shutil.rmtree(staging)
         if host.push_is_due:
             host.pushes.checkpoint(final)
+
+    def _clear(self, staging: str) -> bool:
+        """
+        Make an empty staging folder.
+
+        Returns:
+            Whether this process publishes what is written there. The main one does; and so does one process of every
+            node that has a disk of its own, where the shards of its processes are.
+        """
+        args, agreement = self.host.args, self.host.agreement
+        sign = os.path.join(staging, agreement.decide(lambda: f".{uuid.uuid4().hex}"))
+        with agreement.together(), clean_failure(staging, os.path.dirname(staging), staging):
+            if args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+                os.makedirs(staging, exist_ok=True)
+                Path(sign).touch()
+        own_disk = args.local_process_index == 0 and not os.path.exists(sign)
+        with agreement.together():
+            if own_disk:
+                shutil.rmtree(staging, ignore_errors=True)
+        return args.should_save or own_disk
 
     def _best_checkpoint(self, run_dir: str, final: str) -> str | None:
         """The best checkpoint under its final name, also where the run's folder has another name than it had then."""
@@ -83,46 +108,75 @@ class Checkpoints:
         named = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.host.state.best_global_step}")
         return named if named == final or os.path.isdir(named) else best
 
-    def wrote_optimizer(self, folder: str) -> None:
-        """Save the echo networks with the optimizer state they belong to (skipped by `save_only_model`)."""
-        echo, passes = self.host.echo, self.host.pass_choice
+    def save_optimizer(self, save: Callable[[], None], folder: str) -> None:
+        """Save the optimizer, and the echo networks that its state belongs to (skipped by `save_only_model`)."""
+        agreement, echo, passes = self.host.agreement, self.host.echo, self.host.pass_choice
+        with agreement.together():
+            save()
         if echo is None or passes is None:
             return
         state = whole_state(echo.networks)
-        if self.host.args.should_save:
-            metadata = {"echo": json.dumps(self._echo_options(echo)), "passes": json.dumps(passes.state())}
-            save_file(state, os.path.join(folder, ECHO_WEIGHTS), metadata=metadata)
+        with agreement.together():
+            if self.host.args.should_save:
+                metadata = {"echo": json.dumps(self._echo_options(echo)), "passes": json.dumps(passes.state())}
+                save_file(state, os.path.join(folder, ECHO_WEIGHTS), metadata=metadata)
 
     # Resuming
 
     def resume_point(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to continue from, the same on every process (see `resume.find_checkpoint`)."""
-        found: list[Any] = [None, None]
-        if self.host.accelerator.is_main_process:
-            try:
-                bring_back(self.host.args.output_dir)
-                found[0] = find_checkpoint(self.host.args.output_dir, wanted)
-                if found[0] is not None:
-                    facts = run_facts(self.host)
-                    del facts["planned_steps"]  # known once training begins
-                    if self.host.args.auto_find_batch_size:  # the trainer takes up the batch size it had found
-                        del facts["global_batch"]
-                    check_same_run(found[0], facts)
-            except ValueError as error:
-                found[1] = str(error)
-        broadcast_object_list(found)
-        if found[1] is not None:
-            raise ValueError(found[1])
-        return found[0]
+        host = self.host
 
-    def before_optimizer_loads(self, checkpoint: str | None) -> None:
-        """Load the echo networks before the optimizer state that belongs to them."""
-        if checkpoint is not None and self.host.accelerator.is_main_process:
+        def find() -> str | None:
+            bring_back(host.args.output_dir)
+            found = find_checkpoint(host.args.output_dir, wanted)
+            if found is not None:
+                facts = run_facts(host)
+                del facts["planned_steps"]  # known once training begins
+                if host.args.auto_find_batch_size:  # the trainer takes up the batch size it had found
+                    del facts["global_batch"]
+                check_same_run(found, facts)
+            return found
+
+        found = host.agreement.decide(find)
+        with host.agreement.together():
+            if found is not None and not host.is_world_process_zero():
+                self._check_own_part(found)
+        return found
+
+    def _check_own_part(self, checkpoint: str) -> None:
+        """Look at a checkpoint that the main process has found: here it may be the part on the disk of this node."""
+        if self.host.args.local_process_index == 0:
+            bring_back(self.host.args.output_dir)
+        part = read_manifest(checkpoint)
+        own = part is not None and part.get("published_by") == self.host.args.process_index
+        why = damage(checkpoint) if own or not os.path.isfile(os.path.join(checkpoint, STATE)) else None
+        if why is not None:
+            raise ValueError(
+                f"The checkpoint {checkpoint} is whole on the main process, and on the node of process "
+                f"{self.host.args.process_index} it is not: {why}. Copy the node's part back to where it was, or "
+                f"continue from another checkpoint."
+            )
+
+    def load(self, load: Callable[[], None]) -> None:
+        """Load a part of a checkpoint, on every process or on none."""
+        with self.host.agreement.together():
+            load()
+
+    def load_optimizer(self, load: Callable[[], None], checkpoint: str | None) -> None:
+        """Load the echo networks, then the optimizer state that belongs to them."""
+        if checkpoint is not None:
+            with self.host.agreement.together():
+                self._check_before_loading(checkpoint)
+            echo, passes = self.host.echo, self.host.pass_choice
+            if echo is not None and passes is not None:
+                passes.begin(self._load_echo_networks(echo, checkpoint))
+        self.load(load)
+
+    def _check_before_loading(self, checkpoint: str) -> None:
+        if self.host.is_world_process_zero():
             check_same_run(checkpoint, {"planned_steps": self.host.state.max_steps})
-        echo, passes = self.host.echo, self.host.pass_choice
-        if checkpoint is not None and echo is not None and passes is not None:
-            passes.begin(self._load_echo_networks(echo, checkpoint))
-        elif checkpoint is not None and os.path.isfile(os.path.join(checkpoint, ECHO_WEIGHTS)):
+        if self.host.echo is None and os.path.isfile(os.path.join(checkpoint, ECHO_WEIGHTS)):
             raise ValueError(
                 f"The checkpoint {checkpoint} was saved with the echo on, and this run has it off. Continue with the "
                 f"echo_* options of that run, or start a new run from its adapter."
@@ -138,22 +192,34 @@ class Checkpoints:
     def load_best(self, load: Callable[[], None]) -> None:
         """Load the best adapter, and its echo networks where the checkpoint holds them; not a damaged one."""
         best = self.host.state.best_model_checkpoint
-        why = [damage(best) if best and self.host.accelerator.is_main_process and os.path.isdir(best) else None]
-        broadcast_object_list(why)
-        if why[0] is not None:
+
+        def look() -> tuple[str | None, bool]:
+            if not best or not os.path.isdir(best):
+                return None, False
+            return damage(best), os.path.isfile(os.path.join(best, ECHO_WEIGHTS))
+
+        why, with_echo = self.host.agreement.decide(look)
+        if why is not None:
             logger.error(
                 "The best checkpoint %s is damaged (%s), so it is not loaded: the model is that of the last step.",
                 best,
-                why[0],
+                why,
             )
             return
-        load()
+        self.load(load)
         self.weights_of_step = self.host.state.best_global_step
-        if self.host.echo is not None and best and os.path.isfile(os.path.join(best, ECHO_WEIGHTS)):
+        if self.host.echo is not None and with_echo:
             self._load_echo_networks(self.host.echo, best)
 
     def _load_echo_networks(self, echo: EchoSetup, checkpoint: str) -> dict[str, str]:
         """Load the networks; the forms of the echo pass that had failed by then (`PassChoice.state`)."""
+        with self.host.agreement.together():
+            state, passes = self._read_echo_networks(echo, checkpoint)
+        if not self.host.is_deepspeed_enabled:  # DeepSpeed's own holds all that is trained, and is loaded by now
+            load_whole_state(echo.networks, state)
+        return passes
+
+    def _read_echo_networks(self, echo: EchoSetup, checkpoint: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         path = os.path.join(checkpoint, ECHO_WEIGHTS)
         if not os.path.isfile(path):
             raise ValueError(
@@ -173,9 +239,7 @@ class Checkpoints:
                 f"The checkpoint {checkpoint} belongs to other echo options: {'; '.join(changed)}. Continue with the "
                 f"options it was saved with, or start a new run."
             )
-        if not self.host.is_deepspeed_enabled:  # DeepSpeed's own holds all that is trained, and is loaded by now
-            load_whole_state(echo.networks, state)
-        return json.loads(metadata.get("passes", "{}"))
+        return state, json.loads(metadata.get("passes", "{}"))
 
     def _echo_options(self, echo: EchoSetup) -> dict[str, Any]:
         """What must not change between stop and resume, since the echo networks were trained for it."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 
 from ..passes.setup import EchoSetup
+from .agreement import Agreement
 from .metrics import EchoMetrics
 from .pass_choice import PassChoice
 
@@ -22,6 +23,7 @@ class Host(Protocol):
         args, state, model, model_wrapped, accelerator, train_dataset, data_collator, callback_handler, control,
         hub_model_id, is_deepspeed_enabled, is_fsdp_enabled: those of `transformers.Trainer`.
         staging_folder, push_is_due: see `compat.trainer.JointTrainer`.
+        agreement: the talks between the processes of the run.
         echo: the echo's parts of the model, None with the echo off.
         echo_metrics: sums since the last log.
         pass_choice: which form the echo pass takes; None with the echo off.
@@ -44,6 +46,7 @@ class Host(Protocol):
     is_fsdp_enabled: bool
     staging_folder: str | None
     push_is_due: bool
+    agreement: Agreement
     echo: EchoSetup | None
     echo_metrics: EchoMetrics
     pass_choice: PassChoice | None

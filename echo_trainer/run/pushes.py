@@ -1,7 +1,8 @@
 """A trainer's pushes: saved locally first, only listed files, and no failure is silent.
 
 - before training: a Hub that cannot be reached is a warning, not the end of the run;
-- at checkpoints: in the background, the same list of files and the same care;
+- at checkpoints: in the background, the same list of files and the same care; what is sent is made ready in the thread
+  that trains, and the other one only talks to the Hub;
 - after training: the newest adapter is on the Hub, also with `hub_strategy="end"` or when a background push failed.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,12 +19,15 @@ from typing import Any
 
 from transformers.trainer_utils import HubStrategy
 
-from ..adapter.folder import Adapter, AdapterError
+from ..adapter.base import Base, read_base
+from ..adapter.folder import Adapter
 from ..adapter.portable import NotPortableError, make_portable
 from ..adapter.read import read_adapter
+from ..compat.hub_client import use_timeout
 from ..hub.client import Patience, PushError, in_words
 from ..hub.files import ADAPTER, RESUME, TOKENIZER, copy_listed, copy_run
-from ..hub.push import Again, Pushed, RefusedError, last_words, preflight, push_adapter, push_copy
+from ..hub.last_words import Again, RefusedError, last_words
+from ..hub.push import Pushed, pack, preflight, send
 from .host import Host
 
 logger = logging.getLogger(__name__)
@@ -34,12 +39,15 @@ class Pushes:
 
     Attributes:
         patience: how long to go on trying.
+        final: whether the adapter of the finished training is on the Hub.
     """
 
     patience: Patience = Patience()
 
     def __init__(self, host: Host):
         self.host = host
+        self.final = False
+        self._base: Base | None = None  # shapes of the base
         self._worker: ThreadPoolExecutor | None = None
         self._jobs: tuple[tuple[str, Future], ...] = ()
         self._due: str | None = None  # the newest checkpoint that should be on the Hub
@@ -50,6 +58,7 @@ class Pushes:
         host = self.host
         if not host.is_world_process_zero():
             return
+        use_timeout(self.patience.timeout)
         host.hub_model_id = self._name()
         private = private if private is not None else host.args.hub_private_repo
         token = token or host.args.hub_token
@@ -79,6 +88,8 @@ class Pushes:
         """
         Save the adapter in `output_dir`, then push it and compare its checksums; see `EchoSFTTrainer.push_to_hub`.
 
+        Every process must call it; the main one pushes, and the others wait for it.
+
         Raises:
             PushError: not pushed; the files are in `output_dir`, and the message holds the command to push again.
         """
@@ -86,49 +97,49 @@ class Pushes:
         host.callback_handler.on_push_begin(host.args, host.state, host.control)
         host.dataset_name = dataset_name or host.dataset_name  # for the card
         host.save_model(_internal_call=True)
-        if not host.is_world_process_zero():
-            return None
-        self.finish()
-
-        def push() -> Pushed:
-            return push_adapter(
-                host.args.output_dir,
-                host.hub_model_id or self._name(),
-                private=private if private is not None else host.args.hub_private_repo,
-                token=token or host.args.hub_token,
-                revision=revision or host.args.hub_revision,
-                base_model=base_model,
-                whole_model=not hasattr(host.model, "peft_config"),
-                commit_message=commit_message or "End of training",
-                patience=self.patience,
-            )
-
-        if not blocking:
-            return self._in_background("the final push", push, self._due)
-        pushed = push()
-        self._after(pushed, self._due)
-        return pushed
+        result = None
+        with host.agreement.together():
+            if host.is_world_process_zero():
+                self.finish()
+                use_timeout(self.patience.timeout)
+                private = private if private is not None else host.args.hub_private_repo
+                revision, name = revision or host.args.hub_revision, host.hub_model_id or self._name()
+                push = self._prepared(
+                    Again(host.args.output_dir, name, private, revision, base_model, self._whole_model),
+                    token or host.args.hub_token,
+                    commit_message or "End of training",
+                    lambda stage: copy_run(Path(host.args.output_dir), stage, self._whole_model),
+                )
+                result = push() if blocking else self._in_background("the final push", push, self._due)
+                if blocking:
+                    self._after(result, self._due)
+        return result
 
     def after_training(self) -> None:
         """See to it that the newest adapter is on the Hub, if `push_to_hub` is set."""
-        args = self.host.args
+        args, self.final = self.host.args, False
         if not args.push_to_hub:
             return
         try:
             if args.hub_strategy == HubStrategy.END:
                 self.host.push_to_hub()
-            elif self._due is not None and self._due != self._done:
-                logger.warning("Pushing %s, which is not on the Hub yet.", self._due)
-                self._after(self._checkpoint_push(self._due)(), self._due)
+                self.final = True
+            with self.host.agreement.together():
+                if args.hub_strategy != HubStrategy.END and self._due is not None and self._due != self._done:
+                    logger.warning("Pushing %s, which is not on the Hub yet.", self._due)
+                    self._after(self._checkpoint_push(self._due)(), self._due)
         except PushError as error:
-            logger.error("%s", error)  # the result of a finished training is worth more than its push
+            if self.host.is_world_process_zero():
+                logger.error("%s", error)  # the result of a finished training is worth more than its push
 
     def checkpoint(self, folder: str) -> None:
         """Push a checkpoint in the background; left out while another is on its way, unless `hub_always_push`."""
-        host = self.host
-        if not host.is_world_process_zero() or host.args.hub_strategy == HubStrategy.END:
-            return
-        self._due = folder
+        with self.host.agreement.together():
+            if self.host.is_world_process_zero() and self.host.args.hub_strategy != HubStrategy.END:
+                self._push_or_leave_out(folder)
+
+    def _push_or_leave_out(self, folder: str) -> None:
+        host, self._due = self.host, folder
         if not host.args.hub_always_push and any(not job.done() for _, job in self._jobs):
             return  # `after_training` makes up for it in the end, if no later one does
         host.callback_handler.on_push_begin(host.args, host.state, host.control)
@@ -157,41 +168,70 @@ class Pushes:
     def _name(self) -> str:
         return self.host.args.hub_model_id or Path(self.host.args.output_dir).absolute().name
 
-    def _checkpoint_push(self, checkpoint_folder: str) -> Any:
+    @property
+    def _whole_model(self) -> bool:
+        return not hasattr(self.host.model, "peft_config")
+
+    def _checkpoint_push(self, checkpoint_folder: str) -> Callable[[], Pushed]:
         """
         A function that pushes a checkpoint as it is now: the files are copied before this returns.
 
         Raises:
             PushError: the files cannot be copied.
         """
-        args, source, model = self.host.args, Path(checkpoint_folder), self.host.model
-        repo_id = self.host.hub_model_id or self._name()
-        again = Again(checkpoint_folder, repo_id, args.hub_private_repo, args.hub_revision)
-        whole_model = not hasattr(model, "peft_config")
-        with ExitStack() as on_failure, last_words(again, args.hub_token):
-            stage = Path(tempfile.mkdtemp(prefix="echo-push-"))
-            on_failure.callback(shutil.rmtree, stage, ignore_errors=True)
-            adapter = copy_run(source, stage, whole_model)
+        args, source = self.host.args, Path(checkpoint_folder)
+
+        def fill(stage: Path) -> Adapter | None:
+            adapter = copy_run(source, stage, self._whole_model)
             copy_listed(Path(args.output_dir), stage, ("README.md", "echo_run.json", "assets/*.png"))
             if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = args.hub_strategy == HubStrategy.CHECKPOINT
                 inner = stage / ("last-checkpoint" if last else source.name)
                 copy_listed(source, inner, (*ADAPTER, *TOKENIZER, *RESUME))
-            on_failure.pop_all()  # the push removes it
+            if adapter is not None and args.portable_adapter:
+                return _portable(adapter, self._shapes())
+            return adapter
+
+        again = Again(
+            checkpoint_folder, self.host.hub_model_id or self._name(), args.hub_private_repo, args.hub_revision
+        )
         message = f"Training in progress, step {self.host.state.global_step}"
+        return self._prepared(again, args.hub_token, message, fill)
+
+    def _prepared(
+        self, again: Again, token: str | None, message: str, fill: Callable[[Path], Adapter | None]
+    ) -> Callable[[], Pushed]:
+        """
+        A function that pushes what is packed now, and may run in the background.
+
+        Args:
+            again: where to, and how to push it again.
+            token, message: access token; first line of the commit.
+            fill: copies what is pushed into the folder it is given; its adapter.
+
+        Raises:
+            PushError: there is nothing to push, or it cannot be copied.
+        """
+        with ExitStack() as on_failure, last_words(again, token):
+            stage = Path(tempfile.mkdtemp(prefix="echo-push-"))
+            on_failure.callback(shutil.rmtree, stage, ignore_errors=True)
+            adapter = fill(stage)
+            parcel = pack(stage, adapter, again, None if adapter is None else self._shapes())
+            on_failure.pop_all()  # the push removes it
 
         def push() -> Pushed:
             try:
-                with last_words(again, args.hub_token):
-                    sent = adapter
-                    if sent is not None and args.portable_adapter:
-                        sent = _portable(sent, model.get_base_model().config)
-                    options = (args.hub_private_repo, args.hub_token, args.hub_revision, None, message)
-                    return push_copy(stage, sent, repo_id, *options, self.patience)
+                with last_words(again, token):
+                    return send(parcel, token, message, self.patience)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
 
         return push
+
+    def _shapes(self) -> Base:
+        """The shapes of the base, read off the model at hand and once."""
+        self._base = self._base or read_base(self.host.model)
+        return self._base
 
     def _in_background(self, name: str, push: Any, checkpoint: str | None = None) -> Future:
         if self._worker is None:
@@ -217,10 +257,8 @@ class Pushes:
             logger.warning("%s", note)
 
 
-def _portable(adapter: Adapter, base: Any) -> Adapter:
+def _portable(adapter: Adapter, base: Base) -> Adapter:
     try:
         return read_adapter(make_portable(adapter, base))
     except NotPortableError:
         return adapter  # DoRA and the like keep their form; the final save says so
-    except AdapterError as error:
-        raise RefusedError(str(error)) from error

@@ -4,11 +4,14 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-from ..adapter.check import Report
+from torch import Tensor
+
 from ..files import publish_files
-from ..report.folder import write_run_folder
+from ..report.folder import saved_facts, write_run_folder
 from .checkpoint_files import STAGING, is_checkpoint
 from .final_save import compare_written, finish_adapter, refuse_non_finite, trained_tensors
 from .full_disk import clean_failure
@@ -25,7 +28,7 @@ class Saver:
 
     def __init__(self, host: Host):
         self.host = host
-        self._saved: Report | None = None  # of the adapter that was last saved into `output_dir`
+        self._saved: dict[str, Any] | None = None  # facts of the adapter that was last saved into `output_dir`
 
     def save_model(self, save: Callable[..., None], output_dir: str | None, _internal_call: bool) -> None:
         """
@@ -53,19 +56,26 @@ class Saver:
             write: the Trainer's save, into the folder it is given.
             state_dict: tensors that an engine has gathered; None takes the model's.
 
+        Every process must call it; an error of one is raised on all of them.
+
         Raises:
             NonFiniteAdapterError: the adapter holds NaN or infinity; nothing was written.
             OSError: what was written is not what was trained.
         """
         host = self.host
-        adapters = trained_tensors(host.model, state_dict) if host.args.should_save else {}
-        refuse_non_finite(adapters, host.args.output_dir)
-        if is_checkpoint(folder):
-            write(folder)
-            if host.args.should_save:
-                drop_pickle(folder)
-            return
-        staging = os.path.join(folder, STAGING)
+        with host.agreement.together():
+            adapters = trained_tensors(host.model, state_dict) if host.args.should_save else {}
+            refuse_non_finite(adapters, host.args.output_dir)
+        with host.agreement.together():
+            if is_checkpoint(folder):
+                write(folder)
+                if host.args.should_save:
+                    drop_pickle(folder)
+            else:
+                self._write_final(folder, write, adapters)
+
+    def _write_final(self, folder: str, write: Callable[[str], None], adapters: dict[str, dict[str, Tensor]]) -> None:
+        host, staging = self.host, os.path.join(folder, STAGING)
         if host.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         with clean_failure(staging, host.args.output_dir, folder):
@@ -75,26 +85,35 @@ class Saver:
             drop_pickle(staging)
             compare_written(staging, adapters)
             report = finish_adapter(staging, host.model, portable=host.args.portable_adapter, shown_as=folder)
-            self._describe(staging, report)
+            saved = saved_facts(report)  # now: the files will have another place
+            self._describe(staging, saved)
             publish_files(staging, folder)
         if folder == host.args.output_dir:
-            self._saved = report
+            self._saved = saved
 
     def card(self, dataset_name: str | None) -> None:
-        """Write our model card and run record to `output_dir` (TRL asks for it at every checkpoint and push)."""
-        if not self.host.is_world_process_zero():
-            return
-        folder = self.host.args.output_dir
+        """
+        Write our model card and run record to `output_dir`.
+
+        TRL asks for it at every checkpoint, where an error ends every process. A script may ask for it on the main
+        process alone.
+        """
+        host = self.host
+        with host.agreement.together() if host.staging_folder else nullcontext():
+            if host.is_world_process_zero():
+                self._write_card(host.args.output_dir, dataset_name)
+
+    def _write_card(self, folder: str, dataset_name: str | None) -> None:
         staging = os.path.join(folder, f"{STAGING}-card")
         with clean_failure(staging, folder, folder):
             os.makedirs(staging, exist_ok=True)
             self._describe(staging, self._saved, dataset_name)
             publish_files(staging, folder)
 
-    def _describe(self, folder: str, report: Report | None, dataset_name: str | None = None) -> None:
+    def _describe(self, folder: str, saved: dict[str, Any] | None, dataset_name: str | None = None) -> None:
         """Write card, record and curves. Whatever fails there, disks aside, must not cost the adapter."""
         try:
-            write_run_folder(self.host, folder, report, dataset_name)
+            write_run_folder(self.host, folder, saved, dataset_name)
         except OSError:
             raise
         except Exception:
