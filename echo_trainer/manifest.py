@@ -45,9 +45,11 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest["files"], dict) or not manifest.keys() >= FACTS:
+        if not manifest.keys() >= FACTS or not isinstance(manifest["adapter"], dict):
             raise TypeError
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        if not all({"size", "sha256"} <= file.keys() for file in manifest["files"].values()):
+            raise TypeError
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError):
         raise ValueError(f"{MANIFEST} cannot be read") from None
     return manifest
 

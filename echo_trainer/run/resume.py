@@ -144,7 +144,7 @@ def check_same_run(checkpoint: str, now: dict[str, Any]) -> None:
         return
 
     def changed(fact: str) -> bool:
-        return fact in now and then[fact] != now[fact]
+        return fact in now and fact in then and then[fact] != now[fact]  # another version may have kept fewer facts
 
     for name, value in now.get("adapter", {}).items():
         if then["adapter"].get(name) != value:
@@ -166,7 +166,8 @@ def check_same_run(checkpoint: str, now: dict[str, Any]) -> None:
     if changed("global_batch"):
         raise ValueError(
             f"The checkpoint {checkpoint} was written with a global batch of {then['global_batch']} samples "
-            f"({then['processes']} processes), and this run has {now['global_batch']} ({now['processes']} processes). "
+            f"({then.get('processes', '?')} processes), and this run has {now['global_batch']} ({now['processes']} "
+            f"processes). "
             f"Data and routes would go on at another place. Choose per_device_train_batch_size and "
             f"gradient_accumulation_steps so that processes x batch x accumulation is {then['global_batch']} again."
         )

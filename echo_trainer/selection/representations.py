@@ -155,6 +155,18 @@ def _frozen(model: nn.Module, device: torch.device | str | None) -> Iterator[tor
             model.to(home)
 
 
+def refuse_shards(model: nn.Module) -> None:
+    """Refuse a model of which each process holds a part, with a ValueError: layers are selected in one process."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh"):
+            engine = "DeepSpeed's ZeRO-3" if hasattr(parameter, "ds_id") else "FSDP2 or tensor parallelism"
+            raise ValueError(
+                f"The model was sharded by {engine} while it was loaded, so no process can run it alone, and layers "
+                f"are selected in one process. Select them before, `echo-trainer select-layers --config RECIPE` in "
+                f"one process, and write the layers where 'cka' is now."
+            )
+
+
 def collect_representations(
     model: nn.Module,
     batches: Sequence[dict[str, Tensor]],

@@ -27,7 +27,7 @@ from ..passes.modules import base_model_of
 from .cka import consecutive_cka, is_constant
 from .lora_config import lora_config_kwargs
 from .plot import plot_selection
-from .representations import POOLINGS, collect_representations, find_blocks, is_encoder
+from .representations import POOLINGS, collect_representations, find_blocks, is_encoder, refuse_shards
 from .samples import draw_rows, encode_row, make_batches
 
 
@@ -200,7 +200,7 @@ def select_layers(
     """Choose the layers of `model` worth adapting on `dataset`.
 
     Args:
-        model: decoder, encoder or vision-language model of transformers, on any device, quantised or sharded; or a
+        model: decoder, encoder or vision-language model of transformers, on any device or several, quantised; or a
             `PeftModel` around one (its adapters are off meanwhile). It is left as it was.
         dataset: rows of prompt and completion (plain or conversational), "messages", "text" or "input_ids", with
             "images" for a processor; a `Dataset`, a list, or a stream, of which the first rows are read.
@@ -226,8 +226,10 @@ def select_layers(
         The chosen layers and what speaks for them: importance, interval and stability of every layer.
 
     Raises:
-        ValueError: an option outside its range, an unknown data format, too few samples, an encoder-decoder model.
+        ValueError: an option outside its range, an unknown data format, too few samples, an encoder-decoder model, or
+            one that is sharded over processes.
     """
+    refuse_shards(model)
     pooling = pooling or ("cls" if is_encoder(model) else "last")
     if pooling not in POOLINGS:
         raise ValueError(
