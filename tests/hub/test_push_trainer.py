@@ -1,5 +1,6 @@
 """`EchoSFTTrainer` and the Hub: `push_to_hub`, `hub_strategy`, and failures in the background."""
 
+import hashlib
 import json
 
 import pytest
@@ -162,3 +163,77 @@ def test_wrong_token_is_said_before_training(client, hub, base, tmp_path):
     log = answer["log"]
     assert log.index("does not accept the token (401)") < log.index("Echo-LoRA: echo from layers")
     assert "hf_wrong" not in log and STRANGER_TOKEN not in log
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_sft_pushes_once(client, hub, base, tmp_path, strategy):
+    answer = client("sft", tmp_path, base, WRITE_TOKEN, hub_strategy=strategy)
+    assert answer["status"] == 0, answer
+    repo = hub.repos["ada/one"]
+    assert [message for message, _ in repo.commits] == ["End of training"]
+    assert hub.count("POST /api/models/ada/one/commit/") == 1
+    saved = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert repo.files["adapter_model.safetensors"] == saved and repo.files.keys() == FINAL
+
+
+def test_sft_pushes_checkpoints_and_the_end_once_each(client, hub, base, tmp_path):
+    more = {"save_strategy": "steps", "save_steps": 2, "hub_always_push": "true"}
+    answer = client("sft", tmp_path, base, WRITE_TOKEN, **more)
+    assert answer["status"] == 0, answer
+    expected = ["Training in progress, step 2", "Training in progress, step 4", "End of training"]
+    assert [message for message, _ in hub.repos["ada/one"].commits] == expected
+
+
+def test_sft_tries_again_what_training_could_not_push(client, hub, base, tmp_path):
+    hub.faults = [Fault("/commit/", 500, 2)]
+    answer = client("sft", tmp_path, base, WRITE_TOKEN, hub_strategy="end")
+    assert answer["status"] == 0, answer
+    assert "Not pushed to ada/one" in answer["log"] and len(hub.repos["ada/one"].commits) == 1
+
+
+def test_sft_whose_push_fails_ends_with_that(client, hub, base, tmp_path):
+    hub.faults = [Fault("/commit/", 500, 100)]
+    answer = client("sft", tmp_path, base, WRITE_TOKEN, hub_strategy="end")
+    assert answer["status"] == 1
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+OF_THE_PROCESS = {
+    "default dtype": ("__init__.py:set_default_dtype", "modeling_utils.py:local_torch_dtype"),
+    "client": ("_http.py:set_client_factory", "hub_client.py:use_timeout"),
+    "model": ("module.py:__init__", "modeling_utils.py:_from_config", "building.py:empty_model"),
+    "ZeRO-3": ("modeling_utils.py:set_zero3_state",),
+    "shapes, digests and forms": ("base.py:read_base", "portable.py:make_portable", "check.py:check_adapter"),
+}
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_a_push_beside_the_training_leaves_the_process_alone(client, hub, base, tmp_path, strategy):
+    """The training goes on while a push hangs; nothing of the process changes, and the losses are the same bits."""
+    hub.repos["ada/one"] = Repo(private=False)
+    hub.faults = [Fault("/commit/", "hang", 1, seconds=4.0)]
+    pushing = {"hub_strategy": strategy, "hub_always_push": True, **PUSHING}
+    answer = client("train_and_look", tmp_path / "pushed", base, WRITE_TOKEN, **pushing)
+    assert "error" not in answer, answer
+    assert answer["beside"] and answer["threads"] == ["echo-push_0"]
+    assert answer["dtypes"] == ["torch.float32"] and len(answer["clients"]) == 1
+    for what, functions in OF_THE_PROCESS.items():
+        assert not set(functions) & set(answer["calls"]), what
+    assert "push.py:send" in answer["calls"] and "hf_api.py:upload_folder" in answer["calls"]
+    assert hub.repos["ada/one"].commits[-1][0] == "Training in progress, step 6"
+    alone = client("train_and_look", tmp_path / "alone", base, WRITE_TOKEN)
+    assert len(alone["losses"]) == 6 and answer["losses"] == alone["losses"]
+
+
+def test_the_final_push_in_the_background_is_made_ready_before(client, hub, base, tmp_path):
+    """What is saved afterwards does not change what is on its way."""
+    answer = client("push_and_save", tmp_path, base, WRITE_TOKEN)
+    assert "error" not in answer, answer
+    assert (
+        hub.repos["ada/one"].files["adapter_model.safetensors"]
+        != (tmp_path / "adapter_model.safetensors").read_bytes()
+    )
+    digest = hashlib.sha256(hub.repos["ada/one"].files["adapter_model.safetensors"]).hexdigest()
+    assert json.loads(hub.repos["ada/one"].files["echo_run.json"])["saved"]["sha256"] == digest
+    for what, functions in OF_THE_PROCESS.items():
+        assert not set(functions) & set(answer["calls"]), what

@@ -9,8 +9,10 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 SETTINGS = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "PYTHONUNBUFFERED": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
@@ -104,6 +106,101 @@ def train(folder: str, base: str, token: str, **options: object) -> dict:
     with torch.no_grad():
         torch.save(trainer.model(input_ids=torch.arange(2, 20)[None]).logits, Path(folder, "trained.pt"))
     return {"hub_model_id": trainer.hub_model_id}
+
+
+def sft(folder: str, base: str, token: str, **options: object) -> dict:
+    """`echo-trainer sft` with a push; what it returned."""
+    from models import prompt_completion_rows, tiny_tokenizer
+
+    from echo_trainer import cli
+    from echo_trainer.hub.client import Patience
+    from echo_trainer.run.pushes import Pushes
+
+    Pushes.patience = Patience(attempts=2, wait=0.05, timeout=5.0)
+    data = Path(folder, "data")
+    data.mkdir(parents=True)
+    (data / "train.jsonl").write_text("\n".join(json.dumps(row) for row in prompt_completion_rows(16)))
+    tiny_tokenizer().save_pretrained(base)
+    settings = {
+        "model_name_or_path": base, "dataset_name": data, "output_dir": Path(folder, "out"), "max_steps": 4,
+        "use_cpu": "true", "bf16": "false", "report_to": "none", "push_to_hub": "true", "hub_token": token,
+        "hub_model_id": "ada/one", "save_strategy": "no", "logging_steps": 1, **options,
+    }  # fmt: skip
+    return {"status": cli.main(["sft", *(str(word) for name, v in settings.items() for word in (f"--{name}", v))])}
+
+
+class Watch:
+    """While it is entered, collects the functions that are called in threads that push, as "file:function"."""
+
+    def __init__(self) -> None:
+        self.calls: set[str] = set()
+        self.threads: set[str] = set()
+
+    def __enter__(self) -> "Watch":
+        threading.setprofile(self._see)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        threading.setprofile(None)
+
+    def _see(self, frame: Any, event: str, argument: object) -> None:
+        name = threading.current_thread().name
+        if event == "call" and name.startswith("echo-push"):
+            self.threads.add(name)
+            self.calls.add(f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}")
+
+
+def train_and_look(folder: str, base: str, token: str, **options: object) -> dict:
+    """
+    Train, and look at what belongs to the whole process, from the thread that trains and into the one that pushes.
+
+    Returns:
+        The losses; the steps that ended while a push was on its way; what the training thread saw of the default dtype
+        and of the Hub's client; and what was called in the thread that pushes.
+    """
+    import torch
+    from huggingface_hub.utils import _http
+    from training import echo_trainer, losses
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    from echo_trainer.hub.client import Patience
+    from echo_trainer.run.pushes import Pushes
+
+    Pushes.patience = Patience(attempts=2, wait=0.05, timeout=5.0)
+    dtypes, clients, beside = set(), set(), []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            dtypes.add(str(torch.get_default_dtype()))
+            clients.add((id(_http._GLOBAL_CLIENT_FACTORY), id(_http._GLOBAL_CLIENT)))
+            if any(not job.done() for _, job in trainer.pushes._jobs):
+                beside.append(state.global_step)
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    trainer = echo_trainer(folder, model=model, hub_token=token, **{"max_steps": 6, **options})
+    trainer.add_callback(Look())
+    with Watch() as watch:
+        trainer.train()
+    return {
+        "losses": losses(trainer), "beside": beside, "dtypes": sorted(dtypes), "clients": sorted(clients),
+        "threads": sorted(watch.threads), "calls": sorted(watch.calls),
+    }  # fmt: skip
+
+
+def push_and_save(folder: str, base: str, token: str) -> dict:
+    """Push in the background, train on and save again while that is on its way."""
+    from training import echo_trainer
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    trainer = echo_trainer(folder, model=model, hub_token=token, max_steps=2, hub_model_id="ada/one")
+    trainer.train()
+    with Watch() as watch:
+        job = trainer.push_to_hub(blocking=False)
+        trainer.train()
+        trainer.save_model()
+        job.result(60)
+    return {"calls": sorted(watch.calls)}
 
 
 def _serve() -> None:
