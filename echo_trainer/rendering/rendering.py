@@ -77,9 +77,9 @@ class Rendering:
         template = getattr(self.processing_class, "chat_template", None)
         if template is None:
             raise ValueError(
-                f"The rows are conversations, and {type(self.processing_class).__name__} has no chat template to "
-                f"write them as text. Name one in chat_template_path (a Jinja file, or a model that has one), take "
-                f"the tokenizer of the model's chat variant, or use rows whose prompt and completion are text."
+                "The rows are conversations, and the tokenizer has no chat template to write them as text. Name one "
+                "in chat_template_path (a Jinja file, or a model that has one), take the tokenizer of the model's "
+                "chat variant, or use rows whose prompt and completion are text."
             )
         if has_generation_markers(template):
             return Marks(True, None, "marked by the chat template")
