@@ -8,6 +8,8 @@ from trl import DatasetMixtureConfig, get_peft_config, get_quantization_config
 
 from ..config import EchoSFTConfig
 from ..options import CKA
+from ..rendering.forms import RowOptions
+from ..rendering.rendering import Rendering
 from ..selection.lora_config import lora_config_kwargs
 from ..selection.select import number_of_layers, select_layers
 from ..selection.use import baseline_layers
@@ -68,10 +70,22 @@ def load_model(adapter: AdapterArguments, config: EchoSFTConfig) -> tuple[Any, A
     model = AutoModelForCausalLM.from_pretrained(
         adapter.model_name_or_path, quantization_config=get_quantization_config(adapter), **options
     )
-    tokenizer = AutoTokenizer.from_pretrained(
-        adapter.model_name_or_path, revision=options.get("revision"), trust_remote_code=config.trust_remote_code
-    )
-    return model, tokenizer
+    return model, load_tokenizer(adapter, config)
+
+
+def load_tokenizer(adapter: AdapterArguments, config: EchoSFTConfig) -> Any:
+    """The tokenizer of the base, with the end token and the chat template that the trainer would give it."""
+    options = {"trust_remote_code": config.trust_remote_code}
+    revision = (config.model_init_kwargs or {}).get("revision") or adapter.model_revision
+    tokenizer = AutoTokenizer.from_pretrained(adapter.model_name_or_path, revision=revision, **options)
+    if config.eos_token is not None:
+        tokenizer.eos_token = config.eos_token
+    template = config.chat_template_path
+    if template is not None and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    elif template is not None:
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(template, **options).get_chat_template()
+    return tokenizer
 
 
 def _on_selected_layers(
@@ -82,7 +96,12 @@ def _on_selected_layers(
     depth = model.config.get_text_config().num_hidden_layers
     if adapter.lora_layers == CKA:
         selection = select_layers(
-            model, dataset, processing_class=tokenizer, ratio=adapter.lora_layers_ratio, seed=config.seed
+            model,
+            dataset,
+            processing_class=tokenizer,
+            ratio=adapter.lora_layers_ratio,
+            seed=config.seed,
+            rendering=Rendering(RowOptions.of(config), tokenizer),
         )
         layers = selection.layers
     else:

@@ -14,6 +14,9 @@ ROLES = {
     "tool": "tool", "observation": "tool", "function_response": "tool", "function": "tool",
 }  # fmt: skip
 
+COLUMNS = ("prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs")
+"""Columns that decide how a row is written, beside that of a text."""
+
 # Columns that make TRL take a conversation for a row of another kind.
 MISLEADING = ("prompt", "chosen", "rejected", "label")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
+import pyarrow
 from datasets import Dataset
 from trl import get_training_chat_template
 from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
@@ -118,30 +119,31 @@ class Rendering:
             return Form.TEXT
         return form_of(row, self.options)
 
-    def examples(self, rows: list[dict[str, Any]]) -> list[dict[str, list[int]]]:
+    def examples(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, list[int]]]:
         """
-        `input_ids` and `labels` of each row, as training makes them; nothing is cut off.
-
-        Args:
-            rows: of one form.
+        `input_ids` and `labels` of each row, as training makes them; nothing is cut off and no row is dropped.
 
         Raises:
-            ValueError: as `ready`, and where training would leave a row out.
+            ValueError: as `ready`, and for rows that a dataset cannot hold side by side.
         """
-        strict = Rendering(
-            replace(self.options, drop_without_marker=False), self.processing_class, self.formatting_func
-        )
-        ready = strict.ready(Dataset.from_list(rows), "given")
-        form = strict.form(rows[0])
-        prepared = prepare_rows(
-            ready.dataset,
-            self.processing_class,
-            text_field=self.options.dataset_text_field,
-            assistant_only_loss=ready.assistant_only_loss,
-            completion_only_loss=form is Form.PAIR,
-            chat_template=ready.chat_template,
-        )
-        return [{name: list(row[name]) for name in ("input_ids", "labels")} for row in prepared]
+        options = replace(self.options, drop_without_marker=False)
+        rendering = Rendering(options, self.processing_class, self.formatting_func)
+        found: dict[int, dict[str, list[int]]] = {}
+        forms = [rendering.form(row) for row in rows]
+        for form in dict.fromkeys(forms):
+            numbers = [number for number, other in enumerate(forms) if other is form]
+            ready = rendering.ready(as_dataset([rows[number] for number in numbers]), "given")
+            prepared = prepare_rows(
+                ready.dataset,
+                self.processing_class,
+                text_field=options.dataset_text_field,
+                assistant_only_loss=ready.assistant_only_loss,
+                completion_only_loss=form is Form.PAIR,
+                chat_template=ready.chat_template,
+            )
+            for number, row in zip(numbers, prepared, strict=True):
+                found[number] = {name: list(row[name]) for name in ("input_ids", "labels")}
+        return [found[number] for number in range(len(rows))]
 
     def chat_template(self, row: dict[str, Any]) -> str | None:
         """The chat template that messages of a row are written with; None is the tokenizer's own."""
@@ -226,3 +228,19 @@ def _say_dropped(before: Any, after: Any, marker: str) -> None:
             len(before),
             marker,
         )
+
+
+def as_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
+    """
+    Rows as a dataset holds them: a key that one row has and another lacks is None there.
+
+    Raises:
+        ValueError: values of one column are of different kinds.
+    """
+    try:
+        return Dataset.from_list(list(rows))
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        raise ValueError(
+            f"The rows cannot be held in one dataset, since values of a column are of different kinds ({error}). "
+            f"Write nested values, such as `tools`, as JSON text."
+        ) from error

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from datasets import Dataset
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 class Rows:
     """
-    The rows of a run. With the echo off only texts with a marker are touched; the rest is TRL's.
+    The rows of a run.
 
     Args:
         config: of the trainer.
@@ -38,8 +39,13 @@ class Rows:
 
     @property
     def ours(self) -> bool:
-        """Whether it is for us to say what the answers are; with the echo off TRL does, as it knows no marker."""
-        return self.config.echo_enabled or self.options.answer_marker is not None
+        """
+        Whether it is for us to say what the answers are: with an echo, and where an option asks for answers.
+
+        With the echo off and no such option the rows are TRL's alone.
+        """
+        asked = self.options.answer_marker is not None or bool(self.options.assistant_only_loss)
+        return self.config.echo_enabled or asked
 
     @contextmanager
     def kept_from_trl(self, call: dict[str, Any]) -> Iterator[None]:
@@ -51,12 +57,12 @@ class Rows:
         """
         if self.options.answer_marker is not None:
             call["formatting_func"] = None  # applied here; TRL refuses it beside the columns prompt and completion
-        if self.config.echo_enabled:
+        if self.ours:
             self.config.assistant_only_loss = None
         try:
             yield
         finally:
-            if self.config.echo_enabled and self.config.assistant_only_loss is None:
+            if self.config.assistant_only_loss is None:
                 self.config.assistant_only_loss = self.options.assistant_only_loss
 
     def prepare(
@@ -81,15 +87,18 @@ class Rows:
         if self.ours and not (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
             ready = self._renders(processing_class).ready(dataset, dataset_name, args.dataset_num_proc)
             dataset, formatting_func = ready.dataset, ready.formatting_func
-            if self.config.echo_enabled:
-                host.chat_template = ready.chat_template
-                args = copy.copy(args)
-                args.assistant_only_loss = ready.assistant_only_loss
+            host.chat_template = ready.chat_template
+            args = copy.copy(args)
+            args.assistant_only_loss = ready.assistant_only_loss
             self._note(ready.how, ready.form)
         prepared = prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if not packing and isinstance(dataset, Dataset):
             warn_of_lost_answers(dataset_name, len(dataset), len(prepared), args.max_length)
         return prepared
+
+    def record(self) -> dict[str, Any]:
+        """What whoever evaluates the adapter must know to render rows as they were trained on; JSON values."""
+        return {"answers": self.how, **asdict(self.options)}
 
     def collator(self, collator: Any, processing_class: Any, dataset: Any) -> Any:
         """The collator of a run whose rows hold images: TRL's, which writes and tokenises them, told their answers."""
