@@ -122,7 +122,8 @@ def build_trainer(bench: Workbench, run: Run, scratch: Path, report: Report) -> 
     }
     if run.max_steps is not None:
         options["max_steps"] = run.max_steps
-    if not _masked(run.arm):
+    dataset = bench.dataset(run.arm)
+    if not _masked(run.arm) or "input_ids" in dataset.column_names:
         options |= {"answer_marker": None, "prompt_marker": None, "drop_without_marker": False}
     elif bench.conversations:  # without an echo nobody would switch it on
         options["assistant_only_loss"] = True
@@ -132,7 +133,7 @@ def build_trainer(bench: Workbench, run: Run, scratch: Path, report: Report) -> 
     trainer = AblationTrainer(
         model=adapter.model_name_or_path,
         args=config,
-        train_dataset=bench.dataset(run.arm),
+        train_dataset=dataset,
         peft_config=get_peft_config(adapter),
         callbacks=[_Steps(report)],
         echo=arm.echo,

@@ -112,11 +112,9 @@ def row_options(model: str, answer_marker: str | None = None, prompt_marker: str
     """What a training run said about its rows, from the record in its folder; markers that are given come first."""
     path = Path(model) / RUN_RECORD
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    given = {
-        "answer_marker": marker("answer_marker", answer_marker),
-        "prompt_marker": marker("prompt_marker", prompt_marker),
-    }
-    return replace(RowOptions.of(record.get("rows") or {}), **{k: v for k, v in given.items() if v is not None})
+    markers = {"answer_marker": answer_marker, "prompt_marker": prompt_marker}
+    given = {name: marker(name, value) for name, value in markers.items() if value is not None}
+    return replace(RowOptions.of(record.get("rows") or {}), **given)
 
 
 def records_folder(model: str) -> Path:
