@@ -150,6 +150,21 @@ class Rendering:
         masked = self.form(row) is Form.CONVERSATION or self.options.assistant_only_loss
         return self.marks.chat_template if masked else None
 
+    def require_turns(self) -> None:
+        """
+        Refuse conversations whose turns are not to be the answers.
+
+        Raises:
+            ValueError: `assistant_only_loss` was set to False by hand.
+        """
+        if self.options.assistant_only_loss is False:
+            raise ValueError(
+                "The rows are conversations without a completion, and assistant_only_loss=False trains on all of "
+                "their tokens, so no answer is left that an echo could reach. Leave assistant_only_loss out (it is "
+                "switched on for such rows) or set it to True, give rows with `prompt` and `completion`, or switch "
+                "the echo off with echo_p_start=0 and echo_p_end=0."
+            )
+
     # The forms
 
     def _marked(self, dataset: Any, form: Form, first: dict[str, Any], apply: Any) -> Ready:
@@ -172,13 +187,7 @@ class Rendering:
         return Ready(apply(dataset, encode_row, "Tokenizing"), form, how)
 
     def _conversations(self, dataset: Any, first: dict[str, Any], apply: Any) -> Ready:
-        if self.options.assistant_only_loss is False:
-            raise ValueError(
-                "The rows are conversations without a completion, and assistant_only_loss=False trains on all of "
-                "their tokens, so no answer is left that an echo could reach. Leave assistant_only_loss out (it is "
-                "switched on for such rows) or set it to True, give rows with `prompt` and `completion`, or switch "
-                "the echo off with echo_p_start=0 and echo_p_end=0."
-            )
+        self.require_turns()
         marks = self.marks
         if self.formatting_func is not None:
             check = partial(check_formatted, function=self.formatting_func, processing_class=self.processing_class)

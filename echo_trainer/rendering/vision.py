@@ -36,32 +36,44 @@ def mark_answers(
         row: one of them.
     """
     form = rendering.form(row)
-    more = [name for name in (*COLUMNS, "conversations") if row.get(name) is not None]
-    if form is Form.CONVERSATION and rendering.marks.known and not more:
-        collator.assistant_only_loss, collator.chat_template = True, rendering.marks.chat_template
+    marked = form is Form.TEXT and rendering.options.answer_marker is not None
+    if form is not Form.CONVERSATION and not marked:
         return collator
-    if form is Form.CONVERSATION or (form is Form.TEXT and rendering.options.answer_marker is not None):
-        collator.assistant_only_loss, collator.chat_template = True, PIECES
-        return PiecesCollator(collator, rendering.options)
-    return collator
+    if form is Form.CONVERSATION:
+        rendering.require_turns()
+    more = [name for name in (*COLUMNS, "conversations") if row.get(name) is not None]
+    cut = marked or bool(more) or not rendering.marks.known
+    collator.assistant_only_loss = True
+    collator.chat_template = PIECES if cut else rendering.marks.chat_template
+    return AnswerCollator(collator, rendering.options, cut)
 
 
-class PiecesCollator:
+class AnswerCollator:
     """
-    Cuts each row into prompts and answers, as text, and lets TRL's collator put them together and mark the answers.
+    TRL's collator, with labels for the answers alone.
 
     Args:
-        collator: with the chat template `PIECES`.
+        collator: with a chat template that marks answers.
         options: what the run says about its rows.
+        cut: cut each row into prompts and answers, as text, which the template `PIECES` puts together and marks.
     """
 
-    def __init__(self, collator: DataCollatorForVisionLanguageModeling, options: RowOptions):
+    def __init__(self, collator: DataCollatorForVisionLanguageModeling, options: RowOptions, cut: bool):
         self.collator = collator
         self.options = options
+        self.cut = cut
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """What TRL's collator makes of the rows."""
-        return self.collator([self.pieces(example) for example in examples])
+        rows = [self.pieces(example) if self.cut else dict(example) for example in examples]
+        try:
+            return self.collator([dict(row) for row in rows])
+        except ValueError as error:
+            if "text_replacement_offsets" not in str(error):
+                raise
+        # Idefics3's processor (SmolVLM) wants tensors of places in the text, which are none.
+        self.collator.processor = LateTensors(self.collator.processor)
+        return self.collator(rows)
 
     def pieces(self, example: dict[str, Any]) -> dict[str, Any]:
         """A row of the same text and images, as messages that `PIECES` writes."""
@@ -103,3 +115,18 @@ def _with_places(messages: list[dict[str, Any]], processor: Any) -> list[dict[st
             parts += [{"type": "image"}, {"type": "text", "text": text.lstrip("\n")}]
         placed.append({**message, "content": parts})
     return placed
+
+
+class LateTensors:
+    """A processor whose chat template gives tensors only once the answers are marked."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def apply_chat_template(self, *args: Any, return_tensors: str | None = None, **kwargs: Any) -> Any:
+        """That of the processor."""
+        output = self.processor.apply_chat_template(*args, return_tensors=None, **kwargs)
+        return output if return_tensors is None else output.convert_to_tensors(return_tensors)
