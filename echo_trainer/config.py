@@ -22,7 +22,9 @@ from .options import (
     TEACHERS,
     TOKEN_FIELDS,
     check_echo_fields,
+    check_row_fields,
     layer_list,
+    marker,
     refuse_options_without_an_echo,
 )
 
@@ -58,6 +60,9 @@ class EchoSFTConfig(SFTConfig):
     | `echo_layers` | where the decoder layers are | dotted name of their list in the model, None = found |
     | `echo_learning_rate` | rate of the echo networks | > 0, None = `learning_rate` |
     | `echo_seed` | seed of routing and echo initialisation | integer >= 0, None = `seed` |
+    | `assistant_only_loss` | answers are the assistant's turns | True, False, None = where rows are conversations |
+    | `answer_marker`, `prompt_marker` | what stands before answers and prompts in a text | text, None = nothing |
+    | `drop_without_marker` | what becomes of texts without the marker | True, False = an error |
     | `portable_adapter` | form of the final adapter | True, False |
     | `card_prompt` | what the model card shows of the prompts | "none", "format", "example" |
 
@@ -148,6 +153,32 @@ class EchoSFTConfig(SFTConfig):
         metadata={"help": "Seed of the routing and of the echo networks' initialisation, >= 0. None: `seed`."},
     )
 
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the answers of a conversation are the assistant's turns. None: yes where the rows are "
+            "conversations without a completion. False cannot work with the echo for such rows."
+        },
+    )
+    answer_marker: str | None = field(
+        default=None,
+        metadata={
+            "help": "What stands before each answer in rows of text and in what a formatting_func writes, such as "
+            "'### Response:\\n': the text before it is the prompt. \\n and \\t are read as a new line and a tab."
+        },
+    )
+    prompt_marker: str | None = field(
+        default=None,
+        metadata={
+            "help": "What stands before each prompt, such as '### Instruction:\\n'; says where an answer ends in a "
+            "text of several turns. An end token does so as well."
+        },
+    )
+    drop_without_marker: bool = field(
+        default=False,
+        metadata={"help": "Drop texts that do not hold the answer marker; else such a row is an error."},
+    )
+
     portable_adapter: bool = field(
         default=True,
         metadata={
@@ -173,6 +204,9 @@ class EchoSFTConfig(SFTConfig):
             logger.warning_once("Training on a CPU in float32, the fastest there; bf16=True takes bfloat16.")
         super().__post_init__()
         check_echo_fields(self)
+        for name in ("answer_marker", "prompt_marker"):
+            setattr(self, name, marker(name, getattr(self, name)))
+        check_row_fields(self)
         for name in ("echo_source_layers", "echo_target_layers"):
             setattr(self, name, layer_list(name, getattr(self, name)))
         if self.echo_enabled:
@@ -182,6 +216,15 @@ class EchoSFTConfig(SFTConfig):
     def echo_enabled(self) -> bool:
         """Whether any sample can ever be routed to the echo pass."""
         return self.echo_p_start > 0 or self.echo_p_end > 0
+
+    def switch_on_assistant_only_loss(self) -> None:
+        """Set `assistant_only_loss`, and remember that nobody asked for it."""
+        self.assistant_only_loss = self.switched_on = True
+
+    def forget_what_was_switched_on(self) -> None:
+        """Put back what an earlier trainer switched on for its own rows."""
+        if getattr(self, "switched_on", False):
+            self.assistant_only_loss, self.switched_on = None, False
 
     @property
     def resolved_echo_seed(self) -> int:
@@ -227,6 +270,8 @@ def as_echo_config(args: Any, model: Any) -> EchoSFTConfig:
             f"`args` is a {type(args).__name__}. Pass an EchoSFTConfig, or an SFTConfig to use the echo's defaults."
         )
     fields = {name: getattr(args, name) for name in args.__dataclass_fields__ if args.__dataclass_fields__[name].init}
+    if not fields.get("assistant_only_loss"):  # there False is what nobody has set
+        fields["assistant_only_loss"] = None
     return EchoSFTConfig(**fields)
 
 

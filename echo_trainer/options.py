@@ -59,6 +59,11 @@ def refuse_options_without_an_echo(config: Any) -> None:
             f"`loss_type={config.loss_type!r}` re-weights the cross-entropy, and Echo-LoRA defines its loss on "
             f"plain cross-entropy. Set loss_type='nll', {off}."
         )
+    if config.completion_only_loss is False and not config.assistant_only_loss:
+        raise ValueError(
+            "`completion_only_loss=False` trains on prompts as well, so no answer is told from its prompt, and the "
+            f"echo goes from one to the other. Leave it out (completions are trained on where rows have them), {off}."
+        )
     if config.label_smoothing_factor:
         raise ValueError(
             f"`label_smoothing_factor={config.label_smoothing_factor}` changes the targets of both passes, which "
@@ -75,6 +80,25 @@ def refuse_options_without_an_echo(config: Any) -> None:
             "`torch_compile=True` cannot work: the echo pass adds and removes hooks in every step, so the model "
             f"would be compiled again each time. Set torch_compile=False, {off}."
         )
+
+
+def check_row_fields(config: Any) -> None:
+    """Refuse options about rows that say nothing together, with a ValueError."""
+    if config.answer_marker is None and (config.prompt_marker is not None or config.drop_without_marker):
+        given = "prompt_marker" if config.prompt_marker is not None else "drop_without_marker"
+        raise ValueError(
+            f"`{given}` is set and `answer_marker` is not, so no text is searched for answers. Set answer_marker to "
+            f"what stands before each answer, such as '### Response:\\n', or leave `{given}` out."
+        )
+
+
+def marker(name: str, value: Any) -> str | None:
+    r"""A marker, its \n and \t read as a command line writes them; what is no text, or empty, is refused."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(
+            f"`{name}` is {value!r}. Write the text to look for, such as '### Response:\\n', or leave it out."
+        )
+    return value if value is None else value.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -67,46 +67,6 @@ def chat(example: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
 TEMPLATES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"alpaca": alpaca, "chat": chat}
 
 
-def rendered(example: dict[str, Any], tokenizer: Any = None) -> tuple[str, str]:
-    """
-    Prompt and completion as the text that `SFTTrainer` tokenises.
-
-    Args:
-        example: `prompt` and `completion`, as text or as messages; what the functions of `TEMPLATES` return.
-        tokenizer: its chat template renders messages.
-
-    Returns:
-        The two texts. Rendered messages hold their special tokens already: tokenise them without adding any. Training
-        appends an end token to a completion that is plain text.
-
-    Raises:
-        ValueError: neither text nor messages, messages without a chat template, or a chat template that writes a
-            prompt differently once it is answered.
-    """
-    prompt, completion = example.get("prompt"), example.get("completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt, completion
-    if not isinstance(prompt, list) or not isinstance(completion, list):
-        raise ValueError(
-            f"A row needs `prompt` and `completion`, both text or both messages; this one has {sorted(example)}. "
-            f"A template ({', '.join(TEMPLATES)}) makes them from other columns."
-        )
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            "The rows are messages, and the tokenizer has no chat template to write them as text. Use the model's "
-            "tokenizer with a chat template, or rows whose prompt and completion are text (the template 'alpaca' "
-            "makes such rows of instructions and answers)."
-        )
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-    if not whole.startswith(text):
-        raise ValueError(
-            "The chat template writes the prompt differently once it is answered, so training and evaluation would "
-            "differ. Use a chat template that does not, or the template 'alpaca'."
-        )
-    return text, whole[len(text) :]
-
-
 def multiple_choice(question: str, choices: dict[str, list[str]], key: str) -> tuple[str, str]:
     """
     Instruction and answer of a question with lettered choices (ARC, OpenBookQA), in the words of LLM-Adapters.

@@ -24,7 +24,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
 from trl import SFTTrainer
 
 from .compat.checkpointing import require_replay
@@ -51,8 +50,9 @@ from .run.optimizer import take_in
 from .run.pass_choice import PassChoice
 from .run.pushes import Pushes
 from .run.resume import base_fingerprint
+from .run.rows import Rows
 from .run.save import Saver
-from .run.validation import check_arguments, check_dataset, check_model, warn_of_lost_answers
+from .run.validation import check_arguments, check_dataset, check_model
 from .selection.use import named_layers
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,11 @@ class EchoSFTTrainer(JointTrainer):
         self.echo_metrics = EchoMetrics()
         self.batches, self.guard, self.checkpoints = Batches(self), Guard(self), Checkpoints(self)
         self.saver, self.pushes = Saver(self), Pushes(self)
-        super().__init__(**call)
+        self.rows = Rows(config, call.get("formatting_func"))
+        with self.rows.kept_from_trl(call):
+            super().__init__(**call)
+        if call.get("data_collator") is None:
+            self.data_collator = self.rows.collator(self.data_collator, self.processing_class, self.train_dataset)
         self.base_fingerprint = base_fingerprint(self.model)
         if config.echo_enabled:
             check_model(self.model, self.accelerator)
@@ -145,11 +149,6 @@ class EchoSFTTrainer(JointTrainer):
         self.data_collator = EchoCollator(self.data_collator, args.echo_positions, lockstep=in_step)
         self.pass_choice = PassChoice(args.echo_pass, self.agreement, type(base).__name__, one_form=in_step)
         logger.info("Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s.", sources, len(sites), targets)
-
-    def dataset_prepared(self, name: str, given: Any, prepared: Any, packed: bool, max_length: int | None) -> None:
-        """Say how many examples lost their answer to truncation."""
-        if not packed and isinstance(given, Dataset):
-            warn_of_lost_answers(name, len(given), len(prepared), max_length)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """

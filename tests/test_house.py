@@ -17,6 +17,7 @@ ORDER = (
     ("report",),
     ("hub",),
     ("config", "templates"),
+    ("rendering",),
     ("selection",),
     ("run",),
     ("trainer",),

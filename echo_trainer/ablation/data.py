@@ -9,6 +9,12 @@ import numpy as np
 
 from ..evaluation.evaluate import Item, Task
 from ..evaluation.tasks import commonsense_task, prompt_completion_task, read_rows
+from ..options import marker
+from ..recipe.arguments import arguments_of
+from ..recipe.training import load_tokenizer
+from ..rendering.forms import COLUMNS, Form, RowOptions, form_of
+from ..rendering.prompts import parts_of
+from ..rendering.rendering import Rendering
 from ..templates import TEMPLATES
 from .recipe import AblationRecipe
 
@@ -23,12 +29,14 @@ def load_examples(recipe: AblationRecipe) -> tuple[list[dict[str, Any]], list[di
         ValueError: nothing would be left to train on, or an example has no prompt and completion.
     """
     template = TEMPLATES.get(recipe.training.get("dataset_template") or "", dict)
+    options = row_options(recipe)
     rows = [template(row) for path in recipe.train for row in read_rows(Path(path))]
     for row in rows:
-        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
+        form = form_of(row, options)
+        if form not in (Form.PAIR, Form.CONVERSATION) and not (form is Form.TEXT and options.answer_marker):
             raise ValueError(
-                f"Training examples need `prompt` and `completion` as text; found {sorted(row)}. Set "
-                f"`dataset_template: alpaca` for files with instruction and output."
+                f"Training examples need `prompt` and `completion`, `messages`, or `text` with an answer_marker; "
+                f"found {sorted(row)}. Set `dataset_template: alpaca` for files with instruction and output."
             )
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(rows))
     held_out = [rows[i] for i in order[: recipe.validation_items]]
@@ -38,8 +46,21 @@ def load_examples(recipe: AblationRecipe) -> tuple[list[dict[str, Any]], list[di
             f"`validation_items` is {recipe.validation_items}, and the training files have {len(rows)} examples: none "
             f"is left to train on. Hold out fewer."
         )
-    keep = ("prompt", "completion")
-    return [{k: row[k] for k in keep} for row in train], [{k: row[k] for k in keep} for row in held_out]
+    keep = (*COLUMNS, options.dataset_text_field)
+    return tuple([{k: row[k] for k in keep if k in row} for row in part] for part in (train, held_out))
+
+
+def row_options(recipe: AblationRecipe) -> RowOptions:
+    """What the recipe says about its rows."""
+    return RowOptions.of(
+        recipe.training | {"answer_marker": marker("answer_marker", recipe.training.get("answer_marker"))}
+    )
+
+
+def tokenizer_of(recipe: AblationRecipe) -> Any:
+    """The tokenizer of the runs."""
+    _, config, adapter, _ = arguments_of({"output_dir": "unused", **recipe.training})
+    return load_tokenizer(adapter, config)
 
 
 def load_tests(recipe: AblationRecipe) -> list[Task]:
@@ -74,7 +95,7 @@ def make_task(
     One test set.
 
     Args:
-        recipe: gives the template.
+        recipe: gives the template, and says what answers are.
         name: name in results; for kind "commonsense" one of LLM-Adapters' names, such as "boolq".
         file: JSON list or JSON lines.
         kind: "prompt-completion" (exact match) or "commonsense" (LLM-Adapters: the named option counts).
@@ -83,17 +104,31 @@ def make_task(
     """
     rows = read_rows(Path(file))
     options: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    template = recipe.training.get("dataset_template") or "alpaca"
+    chat = has_messages(rows) if kind == "prompt-completion" else template == "chat"
+    options |= {"tokenizer": tokenizer_of(recipe) if chat else None}
     if kind == "prompt-completion":
-        return prompt_completion_task(name, rows, limit=limit, **options)
+        return prompt_completion_task(name, rows, limit=limit, row_options=row_options(recipe), **options)
     if kind == "commonsense":
-        template = recipe.training.get("dataset_template") or "alpaca"
         return commonsense_task(name, rows, template=template, limit=limit, **options)
     raise ValueError(f"The test set {name!r} has kind {kind!r}. It can be 'prompt-completion' or 'commonsense'.")
 
 
-def held_out_task(rows: list[dict[str, Any]]) -> Task:
+def held_out_task(recipe: AblationRecipe, rows: list[dict[str, Any]]) -> Task:
     """The held-out training examples, to be scored."""
-    return Task("held-out", [Item(row["prompt"], row["completion"]) for row in rows], str.strip, 1)
+    options = row_options(recipe)
+    rendering = Rendering(options, tokenizer_of(recipe) if has_messages(rows) else None)
+    parts = [(parts_of(row, rendering), row) for row in rows]
+    items = [Item(part.prompt, part.completion, row=row) for part, row in parts]
+    special_tokens = all(part.special_tokens for part, _ in parts)
+    return Task("held-out", items, str.strip, 1, special_tokens=special_tokens, row_options=options)
+
+
+def has_messages(rows: list[dict[str, Any]]) -> bool:
+    """Whether some rows are written by a chat template."""
+    return any(
+        not isinstance(row.get("prompt", ""), str) or "messages" in row or "conversations" in row for row in rows
+    )
 
 
 def check_base(recipe: AblationRecipe) -> None:

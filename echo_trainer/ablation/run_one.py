@@ -23,9 +23,10 @@ from ..method.losses import Distillation
 from ..passes.modules import base_model_of
 from ..recipe.arguments import arguments_of
 from ..recipe.training import model_options
+from ..rendering.forms import Form, form_of
 from . import memory
 from .arms import ARMS
-from .data import held_out_task, load_examples, load_tests
+from .data import held_out_task, load_examples, load_tests, row_options
 from .files import ITEMS, RESULT
 from .flops import SIZES, count_coefficients, plain_setup
 from .plan import Run, digest, run_folder
@@ -46,8 +47,9 @@ class Workbench:
     def __init__(self, recipe: AblationRecipe):
         self.recipe = recipe
         self.train, held_out = load_examples(recipe)
-        self.held_out = held_out_task(held_out)
+        self.held_out = held_out_task(recipe, held_out)
         self.tests = load_tests(recipe)
+        self.conversations = form_of(self.train[0], row_options(recipe)) is Form.CONVERSATION
         self.coefficients: dict[tuple, np.ndarray] = {}
         self._tokenised: dict[bool, Dataset] = {}
 
@@ -121,13 +123,18 @@ def build_trainer(bench: Workbench, run: Run, scratch: Path, report: Report) -> 
     }
     if run.max_steps is not None:
         options["max_steps"] = run.max_steps
+    dataset = bench.dataset(run.arm)
+    if not _masked(run.arm) or "input_ids" in dataset.column_names:
+        options |= {"answer_marker": None, "prompt_marker": None, "drop_without_marker": False}
+    elif bench.conversations:  # without an echo nobody would switch it on
+        options["assistant_only_loss"] = True
     _, config, adapter, _ = arguments_of(options)
     config.model_init_kwargs = model_options(adapter, config)
     set_seed(run.seed)
     trainer = AblationTrainer(
         model=adapter.model_name_or_path,
         args=config,
-        train_dataset=bench.dataset(run.arm),
+        train_dataset=dataset,
         peft_config=get_peft_config(adapter),
         callbacks=[_Steps(report)],
         echo=arm.echo,

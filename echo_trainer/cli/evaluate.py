@@ -16,7 +16,7 @@ modes:
             (LLM-Adapters: --num_beams 4)
   rank      the most likely of the answer options ("the correct answer is X"), one reading of each prompt; faster, and
             every answer is one of the options
-  nll       negative log-likelihood of the reference in nats, with its end token, as the training loss counts it
+  nll       negative log-likelihood of the row's answers in nats, on the tokens and labels of the training loss
 
 In float32 the figures do not depend on --batch_size; in bfloat16 matrix products do, a little.
 
@@ -38,14 +38,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="ADAPTER_OR_MODEL", help="folder or Hub id of an adapter or of a model")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK",
                         help="boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa, "
-                        "commonsense (all of these that --data has), gsm8k, or a .json/.jsonl file with prompts and "
-                        "completions")  # fmt: skip
+                        "commonsense (all of these that --data has), gsm8k, or a .json/.jsonl file with rows in a "
+                        "form that training takes (prompt and completion, messages, text)")  # fmt: skip
     parser.add_argument("--data", metavar="DIR", help="folder with TASK-test.json; without it the public datasets")
     parser.add_argument("--base", help="base of the adapter, in place of the one it names")
     parser.add_argument("--mode", choices=["generate", "rank", "nll"], default="generate",
                         help="how to answer (default: generate)")  # fmt: skip
     parser.add_argument("--template", choices=["alpaca", "chat"],
                         help="prompt template, the same as in training (default: alpaca; none for files)")  # fmt: skip
+    parser.add_argument("--answer_marker", metavar="TEXT",
+                        help="what stands before each answer in rows of text (default: as in training)")  # fmt: skip
+    parser.add_argument("--prompt_marker", metavar="TEXT",
+                        help="what stands before each prompt in a text of several turns")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=32, help="items at a time (default: 32)")
     parser.add_argument("--num_beams", type=int, default=1, help="beams in mode generate (default: 1, greedy)")
     parser.add_argument("--max_new_tokens", type=int, help="longest answer (default: 32, gsm8k 256, files 64)")

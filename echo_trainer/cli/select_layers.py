@@ -11,6 +11,8 @@ from ..config import EchoSFTConfig
 from ..recipe.arguments import AdapterArguments, DataArguments, make_parser, parse
 from ..recipe.data import load_data
 from ..recipe.training import load_model
+from ..rendering.forms import RowOptions
+from ..rendering.rendering import Rendering
 from ..selection.select import LayerSelection, select_layers
 from ..selection.use import echo_layers
 
@@ -52,6 +54,7 @@ def main(arguments: list[str]) -> int:
         n_bootstrap=options.n_bootstrap,
         max_length=config.max_length,
         seed=config.seed,
+        rendering=Rendering(RowOptions.of(config), tokenizer),
     )
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

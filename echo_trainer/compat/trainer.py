@@ -1,6 +1,6 @@
 """`JointTrainer`: `trl.SFTTrainer` with public names for the private joints that this package needs.
 
-Each override below hands over to one of three objects that the trainer owns. Seen in trl 1.16 with transformers 5.23
+Each override below hands over to one of four objects that the trainer owns. Seen in trl 1.16 with transformers 5.23
 and 5.24. A joint that is gone is named when a trainer is built, since what hangs on it would be lost without a word;
 `_total_train_tokens` is the exception: without it `num_tokens` is counted by ourselves.
 
@@ -14,7 +14,8 @@ and 5.24. A joint that is gone is named when a trainer is built, since what hang
 | `_run_epoch` | transformers | none may begin where a resumed run had done its last step |
 | `_push_from_checkpoint`, `_finish_current_push` | transformers | pushes only listed files, and says what failed |
 | `_save` | transformers | the final adapter is verified before it gets its name |
-| `_prepare_dataset` | trl | counts the examples that lose their answer |
+| `_prepare_dataset` | trl | rows get labels that TRL cannot give them; those that lose their answer are counted |
+| `_set_signature_columns_if_needed` | trl | columns that say how rows with images are written |
 | `_total_train_tokens` | trl | `num_tokens` goes on where it was after a resume |
 | `accelerator.dataloader_config` | accelerate | an option that TrainingArguments cannot leave open for one loader |
 """
@@ -38,7 +39,7 @@ R = TypeVar("R")
 _JOINTS = (
     "_save_checkpoint", "_get_output_dir", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler",
     "_load_from_checkpoint", "_load_rng_state", "_load_best_model", "_run_epoch",
-    "_push_from_checkpoint", "_finish_current_push", "_save", "_prepare_dataset",
+    "_push_from_checkpoint", "_finish_current_push", "_save", "_prepare_dataset", "_set_signature_columns_if_needed",
 )  # fmt: skip
 
 
@@ -103,13 +104,27 @@ class PushJoints(Protocol):
         """Wait for pushes in the background."""
 
 
+class RowJoints(Protocol):
+    """
+    How rows become token ids and labels.
+
+    Attributes:
+        columns: that are kept for the collator beside those that TRL keeps.
+    """
+
+    columns: tuple[str, ...]
+
+    def prepare(self, prepare: Callable[..., Any], host: Any, dataset: Any, *options: Any) -> Any:
+        """Prepare a dataset; `prepare` does what TRL does, with the dataset and the options it is given."""
+
+
 class JointTrainer(SFTTrainer):
     """
     See the module's docstring.
 
     Attributes:
         model, model_wrapped, train_dataset, data_collator: the Trainer's, as they are once it is built.
-        checkpoints, saver, pushes: what the private methods are handed over to; they must be there before `__init__`.
+        checkpoints, saver, pushes, rows: what the private methods are handed over to; there before `__init__`.
         staging_folder: where the Trainer writes a checkpoint, in place of the run's folder; None outside of a save.
         push_is_due: whether the checkpoint that is being written is to be pushed once it has its name.
     """
@@ -121,11 +136,9 @@ class JointTrainer(SFTTrainer):
     checkpoints: CheckpointJoints
     saver: SaveJoints
     pushes: PushJoints
+    rows: RowJoints
     staging_folder: str | None = None
     push_is_due: bool = False
-
-    def dataset_prepared(self, name: str, given: Any, prepared: Any, packed: bool, max_length: int | None) -> None:
-        """TRL has tokenised a dataset. Called while the trainer is being built."""
 
     def save_state(self, folder: str, state_dict: dict) -> None:
         """Write a model whose tensors an engine has gathered; goes through `saver.write`."""
@@ -193,10 +206,12 @@ class JointTrainer(SFTTrainer):
         assert folder is not None  # the arguments put a name there
         self.saver.write(folder, partial(super()._save, state_dict=state_dict), state_dict)
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_dataset(dataset, *args, **kwargs)
-        names = ("processing_class", "args", "packing", "formatting_func", "dataset_name")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        name, length = given.get("dataset_name", "train"), getattr(given.get("args"), "max_length", None)
-        self.dataset_prepared(name, dataset, prepared, bool(given.get("packing")), length)
-        return prepared
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        options = (processing_class, args, packing, formatting_func, dataset_name)
+        return self.rows.prepare(super()._prepare_dataset, self, dataset, *options)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *self.rows.columns])]

@@ -1,9 +1,14 @@
 """`evaluate_adapter`: from the name of an adapter or a model to its figures, in one call."""
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..files import RUN_RECORD
+from ..options import marker
+from ..rendering.forms import RowOptions
 from .evaluate import Task
 from .model import Loaded, load_for_evaluation, load_tokenizer
 from .results import add_to_run
@@ -21,6 +26,8 @@ def evaluate_adapter(
     base: str | None = None,
     mode: str = "generate",
     template: str | None = None,
+    answer_marker: str | None = None,
+    prompt_marker: str | None = None,
     batch_size: int = 32,
     num_beams: int = 1,
     max_new_tokens: int | None = None,
@@ -49,6 +56,8 @@ def evaluate_adapter(
         mode: "generate" (write an answer), "rank" (the most likely option) or "nll" (score the reference: nats per
             answer).
         template: as in training, one of `templates.TEMPLATES`; None is "alpaca", and none for files.
+        answer_marker, prompt_marker: as in training, for rows of text; None is what the adapter's `echo_run.json`
+            says. So are its other options about rows; conversations are written with the template of training.
         batch_size: items at a time.
         num_beams: beams in mode "generate"; 1 is greedy.
         max_new_tokens: longest answer in tokens; None is the task's own.
@@ -80,7 +89,8 @@ def evaluate_adapter(
     drawn = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens}
     # The tasks come first: their mistakes are found before a large model loads.
     tokenizer = load_tokenizer(name, base, trust_remote_code)
-    wanted = load_tasks(tasks, data, template=template, tokenizer=tokenizer, **drawn)
+    said = row_options(name, answer_marker, prompt_marker)
+    wanted = load_tasks(tasks, data, template=template, tokenizer=tokenizer, row_options=said, **drawn)
     loaded = load_for_evaluation(name, base, dtype, device, trust_remote_code)
     summary = run_evaluation(
         loaded,
@@ -96,6 +106,15 @@ def evaluate_adapter(
     results = [*summary["results"], *([summary["average"]] if summary["average"] else [])]
     written = add_to_run(Path(name), results) if Path(name).is_dir() else None
     return {**summary, "written": written}
+
+
+def row_options(model: str, answer_marker: str | None = None, prompt_marker: str | None = None) -> RowOptions:
+    """What a training run said about its rows, from the record in its folder; markers that are given come first."""
+    path = Path(model) / RUN_RECORD
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    markers = {"answer_marker": answer_marker, "prompt_marker": prompt_marker}
+    given = {name: marker(name, value) for name, value in markers.items() if value is not None}
+    return replace(RowOptions.of(record.get("rows") or {}), **given)
 
 
 def records_folder(model: str) -> Path:

@@ -5,13 +5,15 @@ in float32; in bfloat16 matrix products do, a little.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..rendering.forms import RowOptions
+from ..rendering.rendering import Rendering
 from .generation import greedy_answers
-from .scoring import score_rows, tokenize_row
+from .scoring import TokenizedRow, labelled_row, score_rows, tokenize_row
 
 MODES = ("generate", "rank", "nll")
 
@@ -26,12 +28,14 @@ class Item:
         reference: the right answer: the name of an option ("answer2", "true"), a completion or a number.
         options: completions to rank, as text after the prompt; empty where the answer is free.
         completion: text that training teaches after the prompt; "" where it is the reference itself.
+        row: the row it was made of, in a form that training takes; all of its answers are scored in mode "nll".
     """
 
     prompt: str
     reference: str
     options: tuple[str, ...] = ()
     completion: str = ""
+    row: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Task:
         dataset: public id or file name of the data.
         split: split of the data, None where it is not known.
         n_rows: rows of the data that the items were drawn from, None where it is not known.
+        row_options: what the training run said about its rows.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Task:
     dataset: str = ""
     split: str | None = "test"
     n_rows: int | None = None
+    row_options: RowOptions = field(default_factory=RowOptions)
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,8 @@ def evaluate_task(
         tokenizer: its tokenizer.
         task: the questions.
         mode: "generate" (write an answer and extract it), "rank" (the most likely option) or "nll" (score the
-            reference completion with its end token, as the training loss does; `correct` says whether greedy
-            generation would write exactly that).
+            answers of the row on the tokens and labels of the training loss; `correct` says whether greedy generation
+            would write exactly them).
         batch_size: items at a time.
         advance: called with the number of items finished, those in `done` included, for a progress bar.
         done: records of an interrupted evaluation, by index; they are returned and not computed again.
@@ -215,13 +221,7 @@ def _rank(model: Any, tokenizer: Any, task: Task, batch: list[int], num_beams: i
 
 
 def _nll(model: Any, tokenizer: Any, task: Task, batch: list[int], num_beams: int) -> list[Record]:
-    rows = []
-    for index in batch:
-        item = task.items[index]
-        completion = item.completion or item.reference
-        if task.special_tokens and not completion.endswith(tokenizer.eos_token):
-            completion += tokenizer.eos_token
-        rows.append(tokenize_row(tokenizer, item.prompt, [completion], task.special_tokens))
+    rows = _labelled(tokenizer, task, batch)
     records = []
     for index, (score,) in zip(batch, score_rows(model, tokenizer, rows), strict=True):
         reference = task.items[index].reference
@@ -230,6 +230,23 @@ def _nll(model: Any, tokenizer: Any, task: Task, batch: list[int], num_beams: in
             Record(index, prediction, reference, score.greedy, nll=-score.log_likelihood, n_tokens=score.n_tokens)
         )
     return records
+
+
+def _labelled(tokenizer: Any, task: Task, batch: list[int]) -> list[TokenizedRow]:
+    """Token ids of items, with the tokens that training would score."""
+    items = [task.items[index] for index in batch]
+    rendering = Rendering(task.row_options, tokenizer)
+    examples = iter(rendering.examples([item.row for item in items if item.row is not None]))
+    rows = []
+    for item in items:
+        if item.row is not None:
+            rows.append(labelled_row(**next(examples)))
+            continue
+        completion = item.completion or item.reference
+        if task.special_tokens and not completion.endswith(tokenizer.eos_token):
+            completion += tokenizer.eos_token
+        rows.append(tokenize_row(tokenizer, item.prompt, [completion], task.special_tokens))
+    return rows
 
 
 _BATCH = {"generate": _generate, "rank": _rank, "nll": _nll}

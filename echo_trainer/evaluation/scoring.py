@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat.cache import cache_keyword
+from ..method.segments import IGNORE_INDEX
 from ..passes.modules import base_model_of
 from .generation import pad_token_id
 from .sharing import How, how_to_score
@@ -45,11 +46,20 @@ class Score:
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """Token ids of each completion with its prompt, the first token scored, and how many tokens all share."""
+    """
+    Token ids of each completion with its prompt.
+
+    Attributes:
+        sequences: prompt and completion, for each completion.
+        start: the first token that is scored.
+        shared: how many tokens all sequences begin with.
+        scored: which tokens from `start` on are scored, where there is one sequence; None for all.
+    """
 
     sequences: list[list[int]]
     start: int
     shared: int
+    scored: tuple[bool, ...] | None = None
 
 
 def tokenize_row(
@@ -71,6 +81,23 @@ def tokenize_row(
     if any(len(ids) <= start for ids in sequences):
         raise ValueError(f"A completion after the prompt {prompt[-60:]!r} has no tokens: {list(completions)!r}.")
     return TokenizedRow(sequences, start, _common_prefix(sequences))
+
+
+def labelled_row(input_ids: list[int], labels: list[int]) -> TokenizedRow:
+    """
+    A row whose tokens with a label are scored, as the training loss counts them: the first token never is.
+
+    Raises:
+        ValueError: there is no such token.
+    """
+    places = [place for place, label in enumerate(labels) if label != IGNORE_INDEX and place > 0]
+    if not places:
+        raise ValueError(
+            f"A row of {len(input_ids)} tokens has no answer after its first token, so nothing is scored."
+        )
+    start, end = places[0], places[-1] + 1
+    scored = tuple(label != IGNORE_INDEX for label in labels[start:end])
+    return TokenizedRow([input_ids[:end]], start, end, None if all(scored) else scored)
 
 
 @torch.no_grad()
@@ -123,7 +150,7 @@ def _score_shared(model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow])
     for b, row in enumerate(rows):
         scored = row.shared - row.start
         head_KV = logits_BKV[b, keep - scored - 1 :].float().log_softmax(-1)
-        common = _Sum().add(head_KV[:-1], row.sequences[0][row.start : row.shared])
+        common = _Sum().add(head_KV[:-1], row.sequences[0][row.start : row.shared], row.scored)
         for o, ids in enumerate(row.sequences):
             sums[b][o] = common.copy().add(head_KV[-1:], ids[row.shared : row.shared + 1])
     if long:
@@ -156,13 +183,13 @@ def _slides(base: PreTrainedModel) -> bool:
 
 def _score_whole(model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow]) -> list[list[Score]]:
     """The same without shared keys and values: every completion with its prompt, for models whose past is not that."""
-    flat = [(row.start, ids) for row in rows for ids in row.sequences]
-    ids_BT, mask_BT = _left_padded([ids[:-1] for _, ids in flat], pad, model.device)
-    keep = max(len(ids) - start for start, ids in flat)
+    flat = [(row.start, ids, row.scored) for row in rows for ids in row.sequences]
+    ids_BT, mask_BT = _left_padded([ids[:-1] for _, ids, _ in flat], pad, model.device)
+    keep = max(len(ids) - start for start, ids, _ in flat)
     logits_BKV = _logits(model, base, ids_BT, mask_BT, positions(mask_BT), keep, None)
     scores = iter(
-        _Sum().add(row[keep - (len(ids) - start) :].float().log_softmax(-1), ids[start:]).score()
-        for row, (start, ids) in zip(logits_BKV, flat, strict=True)
+        _Sum().add(row[keep - (len(ids) - start) :].float().log_softmax(-1), ids[start:], scored).score()
+        for row, (start, ids, scored) in zip(logits_BKV, flat, strict=True)
     )
     return [[next(scores) for _ in row.sequences] for row in rows]
 
@@ -181,8 +208,11 @@ class _Sum:
     def copy(self) -> "_Sum":
         return _Sum(self.log_likelihood, self.n_tokens, self.greedy)
 
-    def add(self, log_probs_KV: Tensor, tokens: Sequence[int]) -> "_Sum":
-        """Add K tokens, given the log-probabilities that predict them."""
+    def add(self, log_probs_KV: Tensor, tokens: Sequence[int], scored: Sequence[bool] | None = None) -> "_Sum":
+        """Add K tokens, or those of them that are scored, given the log-probabilities that predict them."""
+        if tokens and scored is not None:
+            places = [place for place, counts in enumerate(scored) if counts]
+            log_probs_KV, tokens = log_probs_KV[places], [tokens[place] for place in places]
         if tokens:
             wanted_K = torch.tensor(tokens, device=log_probs_KV.device)
             chosen_K = log_probs_KV.gather(-1, wanted_K[:, None])

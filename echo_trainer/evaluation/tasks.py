@@ -11,7 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..templates import TEMPLATES, rendered
+from ..rendering.forms import COLUMNS, Form, RowOptions, form_of
+from ..rendering.prompts import Parts, parts_of
+from ..rendering.rendering import Rendering, as_dataset
+from ..templates import TEMPLATES
 from .answers import CHOICES, first_match, last_number
 from .data import folder_rows, hub_rows, instruction_row, read_rows, task_file
 from .evaluate import Item, Task
@@ -56,9 +59,10 @@ def commonsense_task(
             answer = str(row.get("answer") or extract(row["output"]))
             if answer not in names:
                 raise ValueError(f"the answer {answer!r} is not among its options {names}.")
-            prompt, completion = rendered(make(row), tokenizer)
+            row = make(row)
+            parts = parts_of(row, Rendering(RowOptions(), tokenizer))
         options = tuple(_ANSWER.format(option) for option in names)
-        items.append(Item(prompt, answer, options, completion))
+        items.append(Item(parts.prompt, answer, options, parts.completion, row))
     return Task(
         name, items, extract, CHOICE_TOKENS, special_tokens=template != "chat",
         first_match=True, metric="accuracy",
@@ -73,26 +77,31 @@ def prompt_completion_task(
     max_new_tokens: int = 64,
     template: str | None = None,
     tokenizer: Any = None,
+    row_options: RowOptions | None = None,
 ) -> Task:
     """
-    Exact match of what is generated with the completion, white space at the ends aside.
+    Exact match of what is generated with the last answer, white space at the ends aside.
 
     Args:
         name: name of the task.
-        rows: with `prompt` and `completion` (text or messages), or the columns that `template` knows.
+        rows: in a form that training takes (`prompt` and `completion`, `messages`, `conversations`, `text` with an
+            answer marker; with `tools` and `chat_template_kwargs`), or with the columns that `template` knows.
         limit: evaluate this many items, drawn with `seed`; None is all.
         seed: seed of that draw.
         max_new_tokens: longest answer, in tokens.
         template: one of `templates.TEMPLATES`, or None where the rows have prompts and completions already.
         tokenizer: needed by messages and chat templates.
+        row_options: what the training run said about its rows.
     """
-    items, chat = _templated(name, rows, template, limit, seed, tokenizer)
+    options = row_options or RowOptions()
+    items, special_tokens = _templated(name, rows, template, limit, seed, Rendering(options, tokenizer))
     return Task(
         name,
-        [Item(prompt, answer.strip(), (), completion) for _, prompt, answer, completion in items],
+        [Item(parts.prompt, parts.answer.strip(), (), parts.completion, row) for _, row, parts in items],
         str.strip,
         max_new_tokens,
-        special_tokens=not chat,
+        special_tokens=special_tokens,
+        row_options=options,
     )
 
 
@@ -104,33 +113,37 @@ def gsm8k_task(
     seed: int = 0,
     max_new_tokens: int = NUMBER_TOKENS,
     tokenizer: Any = None,
+    row_options: RowOptions | None = None,
 ) -> Task:
     """
     Maths problems whose answer is a number: after "####", or the last number written.
 
     Args:
-        rows: with `question` and `answer` (GSM8K), `instruction` and `output`, or `prompt` and `completion`.
+        rows: with `question` and `answer` (GSM8K), `instruction` and `output`, or in a form that training takes.
         name: name of the task.
         template: as in training, one of `templates.TEMPLATES`. Not used for rows with prompts.
         limit: evaluate this many items, drawn with `seed`; None is all.
         seed: seed of that draw.
         max_new_tokens: longest answer, in tokens.
         tokenizer: needed by messages and chat templates.
+        row_options: what the training run said about its rows.
 
     Raises:
         ValueError: a reference answer holds no number.
     """
-    whole = not rows or "prompt" not in rows[0]
-    found, chat = _templated(name, rows, template if whole else None, limit, seed, tokenizer)
+    options = row_options or RowOptions()
+    whole = not rows or form_of(rows[0], options) is Form.OTHER
+    rendering = Rendering(options, tokenizer)
+    found, special_tokens = _templated(name, rows, template if whole else None, limit, seed, rendering)
     items = []
-    for row, prompt, answer, completion in found:
-        with _named(name, row):
-            number = last_number(answer)
+    for place, row, parts in found:
+        with _named(name, place):
+            number = last_number(parts.answer)
             if not number:
-                raise ValueError(f"there is no number in its answer {answer[-80:]!r}.")
-        items.append(Item(prompt, number, (), completion))
+                raise ValueError(f"there is no number in its answer {parts.answer[-80:]!r}.")
+        items.append(Item(parts.prompt, number, (), parts.completion, row))
     return Task(
-        name, items, last_number, max_new_tokens, special_tokens=not chat, metric="accuracy"
+        name, items, last_number, max_new_tokens, special_tokens=special_tokens, metric="accuracy", row_options=options
     )  # fmt: skip
 
 
@@ -143,19 +156,21 @@ def load_tasks(
     seed: int = 0,
     tokenizer: Any = None,
     max_new_tokens: int | None = None,
+    row_options: RowOptions | None = None,
 ) -> list[Task]:
     """
     Tasks by name.
 
     Args:
         spec: names: those of `COMMONSENSE`, "commonsense" for all of these that `data_dir` has (all eight without
-            it), "gsm8k", or the path of a JSON or JSON Lines file with prompts and completions.
+            it), "gsm8k", or the path of a JSON or JSON Lines file with rows in a form that training takes.
         data_dir: folder with files NAME-test.json (LLM-Adapters) or NAME-test.jsonl; None reads the public datasets.
         template: as in training; None is "alpaca", and no template for files of prompts and completions.
         limit: items of each task, drawn with `seed`; None is all.
         seed: seed of that draw.
         tokenizer: needed by chat templates.
         max_new_tokens: longest answer in tokens, instead of the task's own.
+        row_options: what the training run said about its rows; for files and gsm8k.
 
     Raises:
         ValueError: a task is unknown, or its file is empty or holds something else.
@@ -167,13 +182,15 @@ def load_tasks(
         if Path(name).suffix in (".json", ".jsonl"):
             given = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
             rows = read_rows(Path(name))
+            given |= {"row_options": row_options}
             task = prompt_completion_task(Path(name).stem, rows, template=template, **drawn, **given)
             source = {"dataset": Path(name).name, "split": None}  # nobody said which it is
         elif name in (*COMMONSENSE, GSM8K):
             rows, source = hub_rows(name) if data_dir is None else folder_rows(name, Path(data_dir))
             make: Callable[..., Task] = gsm8k_task if name == GSM8K else commonsense_task
             arguments = (rows,) if name == GSM8K else (name, rows)
-            task = make(*arguments, template=template or "alpaca", **drawn)
+            said = {"row_options": row_options} if name == GSM8K else {}
+            task = make(*arguments, template=template or "alpaca", **drawn, **said)
         else:
             raise ValueError(
                 f"The task {name!r} is unknown. Use {', '.join(COMMONSENSE)}, commonsense (all of them), {GSM8K}, or "
@@ -191,19 +208,28 @@ def _template(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def _templated(
-    name: str, rows: Sequence[dict[str, Any]], template: str | None, limit: int | None, seed: int, tokenizer: Any
-) -> tuple[list[tuple[int, str, str, str]], bool]:
-    """Number, prompt, answer and completion text of every drawn row, and whether they are rendered messages."""
-    found, chat, make = [], False, None if template is None else _template(template)
-    for number, row in _drawn(rows, limit, seed):
+    name: str, rows: Sequence[dict[str, Any]], template: str | None, limit: int | None, seed: int, rendering: Rendering
+) -> tuple[list[tuple[int, dict[str, Any], Parts]], bool]:
+    """Number, row and parts of every drawn row, and whether the tokenizer adds its special tokens to them."""
+    found, make, special_tokens = [], None if template is None else _template(template), True
+    for number, row in _drawn(rows if make is not None else _as_trained(rows, rendering.options), limit, seed):
         with _named(name, number):
             example = row if make is None else make(row)
-            prompt, completion = rendered(example, tokenizer)
-            if not prompt:
+            parts = parts_of(example, rendering)
+            if not parts.prompt:
                 raise ValueError("its prompt is empty, so there is nothing to answer.")
-        chat = isinstance(example["prompt"], list)
-        found.append((number, prompt, example["completion"][-1]["content"] if chat else completion, completion))
-    return found, chat
+        special_tokens = parts.special_tokens
+        found.append((number, example, parts))
+    return found, special_tokens
+
+
+def _as_trained(rows: Sequence[dict[str, Any]], options: RowOptions) -> list[dict[str, Any]]:
+    """The columns of rows that decide how they are written, with the values that they have in a dataset."""
+    known = (*COLUMNS, options.dataset_text_field)
+    kept = [{name: row[name] for name in known if name in row} for row in rows]
+    if not any("tools" in row or "chat_template_kwargs" in row for row in kept):
+        return [found or dict(row) for found, row in zip(kept, rows, strict=True)]
+    return [{name: value for name, value in row.items() if value is not None} for row in as_dataset(kept).to_list()]
 
 
 @contextmanager

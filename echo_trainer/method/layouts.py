@@ -4,7 +4,8 @@ Shapes: F = B*T positions of the batch, E positions that predict an answer token
 pass R rows of A tokens after P prefix tokens, J positions that receive an echo; D documents.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 
 import torch
@@ -35,11 +36,27 @@ class Indices:
         moved = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, Tensor | Indices):
+            if isinstance(value, dict):
+                moved[item.name] = {name: part.to(device) for name, part in value.items()}
+            elif isinstance(value, Tensor | Indices):
                 moved[item.name] = (
                     value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
                 )
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Pick(Indices):
+    """
+    What some rows own of an input.
+
+    Attributes:
+        index: int64 (n,), entries along `axis`.
+        axis: of the input.
+    """
+
+    index: Tensor
+    axis: int
 
 
 @dataclass(frozen=True)
@@ -65,9 +82,11 @@ class FullLayout(PassLayout):
 
     Attributes:
         row_R: int64 (R,), the rows of the batch that are run; None for all of them as they are.
+        picks: what these rows own of the inputs that are not text, by name.
     """
 
     row_R: Tensor | None
+    picks: dict[str, Pick] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,10 +119,16 @@ Layout = FullLayout | SuffixLayout
 
 
 def full_layout(
-    segments: Segments, inject_F: Tensor, reached: Tensor, position_ids: Tensor | None = None, all_rows: bool = False
+    segments: Segments,
+    inject_F: Tensor,
+    reached: Tensor,
+    position_ids: Tensor | None = None,
+    all_rows: bool = False,
+    images: Sequence[int] = (),
 ) -> FullLayout:
     """
-    The rows that hold a reached position, whole, and the one with the largest position id (see `SuffixLayout`).
+    The rows that hold a reached position, whole, the one with the largest position id (see `SuffixLayout`), and one
+    with an image where others have some: a model may go another way without any.
 
     Args:
         segments: the answers of the batch.
@@ -111,9 +136,12 @@ def full_layout(
         reached: positions in F that the echo reaches and that predict an answer token, (E,).
         position_ids: as for `plan.make_plan`.
         all_rows: run every row.
+        images: of each row; empty where there are none.
     """
     n_rows, length = segments.shape
     rows = reached // length
+    if any(images) and not any(images[row] for row in rows.tolist()):
+        rows = torch.cat([rows, torch.tensor([next(row for row, count in enumerate(images) if count)])])
     if position_ids is not None and position_ids.shape[0] == n_rows:
         rows = torch.cat([rows, position_ids.reshape(-1).argmax()[None] // length])
     row_R = torch.arange(n_rows) if all_rows else torch.unique(rows)

@@ -79,6 +79,7 @@ def make_plan(
     position_ids: Tensor | None = None,
     probability: float = 0.0,
     lockstep: bool = False,
+    images: Sequence[int] = (),
 ) -> EchoPlan:
     """
     Turn segments and routing decisions into the indices of a step.
@@ -91,6 +92,7 @@ def make_plan(
         position_ids: (1, T) or (B, T) position ids of the batch; None where they are column numbers.
         probability: p_k, kept for logging.
         lockstep: lay out an echo pass in any case; one of no weight where nothing is routed.
+        images: of each row, where rows are run without the others; see `full_layout`.
     """
     routed_D = torch.as_tensor(list(routed), dtype=torch.bool) & segments.routable_D
     predict_N = segments.predict_F.nonzero().flatten()
@@ -113,7 +115,8 @@ def make_plan(
         if form is EchoForm.SUFFIX:
             layout = suffix_layout(segments, inject_F, first_D, reached, position_ids)
         else:
-            layout = full_layout(segments, inject_F, reached, position_ids, all_rows=form is EchoForm.BATCH)
+            all_rows = form is EchoForm.BATCH
+            layout = full_layout(segments, inject_F, reached, position_ids, all_rows=all_rows, images=images)
     elif lockstep:
         layout, boundary_G = weightless_layout(segments, form, position_ids)
     answered_D = segments.answered_D

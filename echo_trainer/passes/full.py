@@ -11,7 +11,7 @@ from ..method.layouts import FullLayout
 from ..method.rows import take_rows
 from .injection import Injection
 
-# Inputs whose rows are the batch's rows. What else a batch may hold (images, lengths) belongs to it in another way.
+# Inputs whose rows are the batch's rows. What else a batch may hold is picked by what it means (`FullLayout.picks`).
 ROW_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 
 
@@ -22,7 +22,9 @@ class FullEchoPass:
         """See `EchoPass`."""
         layout: FullLayout = plan.layout
         if layout.row_R is not None:
-            inputs = {**inputs, **{k: v.index_select(0, layout.row_R) for k, v in by_row(inputs).items()}}
+            rows = {k: v.index_select(0, layout.row_R) for k, v in by_row(inputs).items()}
+            parts = {k: inputs[k].index_select(pick.axis, pick.index) for k, pick in layout.picks.items()}
+            inputs = {**inputs, **rows, **parts}
         n_positions = inputs["input_ids"].numel()
         injection = Injection(setup.sites, delta, layout.inject_position_J, layout.inject_segment_J, n_positions)
         with injection.active(setup.layers):

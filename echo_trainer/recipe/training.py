@@ -12,6 +12,8 @@ from trl import DatasetMixtureConfig, get_peft_config, get_quantization_config
 from ..config import EchoSFTConfig
 from ..files import RUN_RECORD
 from ..options import CKA
+from ..rendering.forms import RowOptions
+from ..rendering.rendering import Rendering
 from ..run.agreement import Agreement
 from ..selection.lora_config import lora_config_kwargs
 from ..selection.select import number_of_layers, select_layers
@@ -123,10 +125,22 @@ def load_model(adapter: AdapterArguments, config: EchoSFTConfig) -> tuple[Any, A
     options = {key: value for key, value in _given_options(config).items() if value is not None}
     options.setdefault("trust_remote_code", config.trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=get_quantization_config(adapter), **options)
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=options.get("revision"), trust_remote_code=config.trust_remote_code
-    )
-    return model, tokenizer
+    return model, load_tokenizer(adapter, config)
+
+
+def load_tokenizer(adapter: AdapterArguments, config: EchoSFTConfig) -> Any:
+    """The tokenizer of the base, with the end token and the chat template that the trainer would give it."""
+    revision = _given_options(config).get("revision") or adapter.model_revision
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(_model_name(adapter), revision=revision, **options)
+    if config.eos_token is not None:
+        tokenizer.eos_token = config.eos_token
+    template = config.chat_template_path
+    if template is not None and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    elif template is not None:
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(template, **options).get_chat_template()
+    return tokenizer
 
 
 def _on_selected_layers(
@@ -138,7 +152,8 @@ def _on_selected_layers(
     depth = model.config.get_text_config().num_hidden_layers
     if adapter.lora_layers == CKA:
         options = {"ratio": adapter.lora_layers_ratio, "seed": config.seed}
-        selected = partial(select_layers, model, dataset, processing_class=tokenizer, **options)
+        rendering = Rendering(RowOptions.of(config), tokenizer)
+        selected = partial(select_layers, model, dataset, processing_class=tokenizer, rendering=rendering, **options)
         layers = Agreement().decide(lambda: selected().layers)
     else:
         count = number_of_layers(adapter.lora_layers_ratio, depth)

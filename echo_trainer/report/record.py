@@ -61,6 +61,7 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
             "fingerprint": fingerprint_of(trainer.train_dataset),
             "revision": _data_revision(trainer.train_dataset),
         },
+        "rows": trainer.rows.record(),
         "prompt_format": None if args.card_prompt == "none" else prompt_format(*data),
         "example": example(*data) if args.card_prompt == "example" else None,
         "steps": {

@@ -9,15 +9,17 @@ its kind has been proved (`pass_choice.py`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..method.layouts import EchoForm
+from ..method.layouts import EchoForm, FullLayout
 from ..method.plan import EchoPlan, make_plan
 from ..method.routing import RoutingSchedule
 from ..method.segments import Segments, find_segments
+from .ownership import Owned, Ownership, copy_of
 
 PLAN_KEY = "echo_plan"
 TEXT_INPUTS = {"input_ids", "attention_mask", "position_ids", "labels"}
@@ -47,6 +49,7 @@ class DraftPlan:
         routed_D: r_i of every document.
         probability: p_k.
         positions, lockstep: as for `make_plan`.
+        ownership: what belongs to which row, for inputs that are not text.
     """
 
     batch: dict[str, Any]
@@ -56,18 +59,32 @@ class DraftPlan:
     probability: float
     positions: str
     lockstep: bool
+    ownership: Ownership
 
     def plan(self, form: EchoForm) -> EchoPlan:
-        """The plan of the step, its echo pass laid out in `form`."""
-        return make_plan(
-            self.segments,
-            self.routed_D,
-            positions=self.positions,
-            form=form,
-            position_ids=places_of(self.batch),
-            probability=self.probability,
-            lockstep=self.lockstep,
-        )
+        """The plan of the step, its echo pass laid out in `form`; all rows run where nobody knows what is whose."""
+        return self.plan_of(self.routed_D, form, probability=self.probability, lockstep=self.lockstep)
+
+    def plan_of(self, routed_D: Sequence[bool], form: EchoForm, **options: Any) -> EchoPlan:
+        """The plan of the batch with other routes; options as for `make_plan`."""
+        owned = self.owned if form is EchoForm.ROWS else Owned({}, ())
+        options |= {"positions": self.positions, "position_ids": places_of(self.batch)}
+        if owned is None:
+            return make_plan(self.segments, routed_D, form=EchoForm.BATCH, **options)
+        plan = make_plan(self.segments, routed_D, form=form, images=owned.images, **options)
+        if plan.weightless and owned.parts:  # one row for the sake of other processes, which may have no image
+            return make_plan(self.segments, routed_D, form=EchoForm.BATCH, **options)
+        if not isinstance(plan.layout, FullLayout) or plan.layout.row_R is None or not owned.parts:
+            return plan
+        return replace(plan, layout=replace(plan.layout, picks=owned.picks(plan.layout.row_R.tolist())))
+
+    @cached_property
+    def owned(self) -> Owned | None:
+        """What each row owns of the inputs that are not text; None where that is not known."""
+        names = self.other_inputs + (["position_ids"] if self._unusual_places else [])
+        if not names:
+            return Owned({}, ())
+        return None if self.lockstep else self.ownership.of(self.batch, self.examples, names)
 
     @property
     def answered(self) -> bool:
@@ -109,15 +126,24 @@ class DraftPlan:
         A mask of one's own and inputs that are not text may mean something else in every batch: which token sees
         which, which row an image belongs to, and whether one stands after the first answer.
         """
-        if form is not EchoForm.BATCH and self.other_inputs:
+        if form is EchoForm.SUFFIX and self.other_inputs:
             return f"which tokens need {', '.join(self.other_inputs)} differs from batch to batch"
-        places = self.batch.get("position_ids")
-        if form is not EchoForm.BATCH and places is not None and places.dim() != 2:
-            return f"which position a token has is up to position ids of {places.dim()} dimensions"
+        if form is EchoForm.SUFFIX and self._unusual_places:
+            return f"which position a token has is up to position ids of {self.batch['position_ids'].dim()} dimensions"
+        if form is EchoForm.ROWS and self.owned is None:
+            what = ", ".join(self.other_inputs) or "position_ids"
+            why = "every process must run the same" if self.lockstep else "that is not known"
+            return f"a row can be run without the others only with its own part of {what}, and {why}"
         mask = self.batch.get("attention_mask")
         if form is EchoForm.SUFFIX and mask is not None and mask.dim() != 2:
             return f"which token sees which is up to an attention mask of {mask.dim()} dimensions"
         return None
+
+    @property
+    def _unusual_places(self) -> bool:
+        """Whether position ids have another form than one number for each token."""
+        places = self.batch.get("position_ids")
+        return places is not None and places.dim() != 2
 
 
 def places_of(batch: dict[str, Any]) -> torch.Tensor | None:
@@ -157,6 +183,7 @@ class EchoCollator:
         self.positions = positions
         self.lockstep = lockstep
         self.form = form
+        self.ownership = Ownership(collator)
         self.schedule: RoutingSchedule | None = None
 
     def __call__(
@@ -179,7 +206,7 @@ class EchoCollator:
             raise RuntimeError(
                 "EchoCollator was given a step before `schedule` was set; the trainer does so in train()."
             )
-        batch = dict(self.collator(examples))
+        batch = dict(self.collator([copy_of(example) for example in examples]))  # TRL's changes what it is given
         segments = find_segments(batch, examples)
         return DraftPlan(
             batch=batch,
@@ -189,6 +216,7 @@ class EchoCollator:
             probability=self.schedule.probability(step),
             positions=self.positions,
             lockstep=self.lockstep,
+            ownership=self.ownership,
         )
 
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..method.layouts import EchoForm
-from ..method.plan import make_plan
 from ..method.segments import IGNORE_INDEX, Segments, find_segments
 from ..passes.proof import ProofTask
-from .collate import DraftPlan, backbone_inputs, places_of, reachable_documents, sample_of_document
+from .collate import DraftPlan, backbone_inputs, reachable_documents, sample_of_document
 
 ROWS = 2
 DOCUMENTS = 8
@@ -37,10 +37,10 @@ def proof_inputs(
     """
     batch, segments = _few_rows(draft, collator)
     documents = _documents(segments, draft.positions)
-    options = {"positions": draft.positions, "form": form, "position_ids": places_of(batch), "lockstep": True}
+    small = draft if batch is draft.batch else replace(draft, batch=batch, segments=segments)
     # All of them, and the shortest alone: what else is in a pass must make no difference. As many on every process.
-    chosen = (documents, documents[-1:])
-    plans = [make_plan(segments, [d in routed for d in range(segments.n_documents)], **options) for routed in chosen]
+    chosen = [[d in routed for d in range(segments.n_documents)] for routed in (documents, documents[-1:])]
+    plans = [small.plan_of(routed, form, lockstep=True) for routed in chosen]
     first, later = _first_and_later(segments, documents)
     task = ProofTask(
         form=form,

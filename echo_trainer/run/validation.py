@@ -126,8 +126,9 @@ def check_dataset(dataset: Any, collator: Any) -> None:
     raise ValueError(
         f"None of the {seen} training examples looked at has an answer that follows a prompt, so there is no boundary "
         f"to take an echo from. Echo-LoRA needs one of these formats: {{'prompt': ..., 'completion': ...}} (text or "
-        f"messages); {{'messages': [...]}} with assistant_only_loss=True; or 'input_ids' with 'labels' that are -100 "
-        f"on the prompt. If the format is one of these, `max_length` may be too short to leave any answer."
+        f"messages); {{'messages': [...]}}, whose answers are the assistant's turns; {{'text': ...}} with "
+        f"answer_marker, such as '### Response:\\n'; or 'input_ids' with 'labels' that are -100 on the prompt. If the "
+        f"format is one of these, `max_length` may be too short to leave any answer."
     )
 
 

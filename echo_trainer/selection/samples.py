@@ -2,10 +2,11 @@
 
 A row is one of
     {"prompt": ..., "completion": ...}   both strings, or both lists of messages
-    {"messages": [...]}                  a conversation
+    {"messages": [...]}                  a conversation, also {"conversations": [...]}
     {"text": ...}                        plain text, with an optional "text_pair" for an encoder
     {"input_ids": [...]}                 already tokenised, with optional "attention_mask" and "token_type_ids"
-and may carry "images" (or "image") when `processing_class` is a processor. A plain string counts as "text".
+and may carry "tools", "chat_template_kwargs", and "images" (or "image") when `processing_class` is a processor. A
+plain string counts as "text".
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from trl.data_utils import prepare_multimodal_messages
+
+from ..rendering.forms import as_messages
+from ..rendering.rendering import Rendering
+from ..rendering.rows import renderer
 
 Sample = dict[str, Tensor]
 
@@ -47,6 +53,19 @@ def draw_rows(dataset: Any, n_samples: int, seed: int) -> list[Any]:
             "steady from about 64; the published setting is n_samples=128"
         )
     return rows
+
+
+def encode_rows(
+    rows: Sequence[Any], processing_class: Any, max_length: int | None, rendering: Rendering | None = None
+) -> list[Sample]:
+    """Samples of rows: as `encode_row` makes them, or as training does, where a rendering is given.
+
+    Raises:
+        ValueError: as `encode_row`, and as `Rendering.examples`.
+    """
+    if rendering is None or any(_images(row) for row in rows):
+        return [encode_row(row, processing_class, max_length) for row in rows]
+    return [encode_row(example, None, max_length) for example in rendering.examples(rows)]
 
 
 def encode_row(row: Any, processing_class: Any, max_length: int | None) -> Sample:
@@ -114,7 +133,9 @@ def _images(row: Mapping) -> list[Any]:
 def _text(row: Mapping, processing_class: Any, images: list[Any]) -> tuple[str, str | None, bool]:
     """Text, second text of an encoder's pair, and whether a chat template wrote it."""
     if row.get("messages") is not None:
-        messages = row["messages"]
+        messages = as_messages(row["messages"])
+    elif row.get("conversations") is not None:
+        messages = as_messages(row["conversations"])
     elif row.get("prompt") is not None and row.get("completion") is not None:
         if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
             return row["prompt"] + row["completion"], None, False
@@ -128,15 +149,13 @@ def _text(row: Mapping, processing_class: Any, images: list[Any]) -> tuple[str, 
             f"the dataset has the columns {sorted(row)}, none of the known formats; rename or map them to {_FORMATS}"
         )
     if hasattr(processing_class, "tokenizer"):  # a processor's template wants structured contents
-        from trl.data_utils import prepare_multimodal_messages
-
         messages = prepare_multimodal_messages(messages, images)
     if not getattr(processing_class, "chat_template", None):
         raise ValueError(
             f"the rows are conversations, but {type(processing_class).__name__} has no chat template to write them "
             "with; set its chat_template, or use rows with string prompt and completion"
         )
-    return processing_class.apply_chat_template(messages, tokenize=False), None, True
+    return renderer(row, processing_class)(messages, False), None, True
 
 
 def make_batches(samples: Sequence[Sample], batch_size: int, pad_token_id: int) -> list[Sample]:

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from ..compat.identity import name_of
 from ..passes.modules import base_model_of
+from ..rendering.rendering import Rendering
 from .cka import consecutive_cka, is_constant
 from .lora_config import lora_config_kwargs
 from .plot import plot_selection
 from .representations import POOLINGS, collect_representations, find_blocks, is_encoder, refuse_shards
-from .samples import draw_rows, encode_row, make_batches
+from .samples import draw_rows, encode_rows, make_batches
 
 
 @dataclass
@@ -195,6 +196,7 @@ def select_layers(
     seed: int = 0,
     device: torch.device | str | None = None,
     blocks_path: str | None = None,
+    rendering: Rendering | None = None,
     progress: bool = True,
 ) -> LayerSelection:
     """Choose the layers of `model` worth adapting on `dataset`.
@@ -220,6 +222,7 @@ def select_layers(
         seed: of the drawn samples and of the bootstrap.
         device: run there and bring the model back; None = where it is.
         blocks_path: dotted name of the list of layers, for a model where it is not found.
+        rendering: how training renders the rows (its end token, its answers' template); None = their text alone.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -241,7 +244,7 @@ def select_layers(
     number_of_layers(ratio, len(blocks))  # a bad ratio is an error before the model runs
     config = base_model_of(model).config
     rows = draw_rows(dataset, n_samples, seed)
-    samples = [encode_row(row, processing_class, max_length) for row in rows]
+    samples = encode_rows(rows, processing_class, max_length, rendering)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     pads = (getattr(tokenizer, "pad_token_id", None), getattr(config.get_text_config(), "pad_token_id", None), 0)
     batches = make_batches(samples, batch_size, next(pad for pad in pads if pad is not None))

@@ -12,7 +12,10 @@ from trl import SFTConfig, SFTTrainer
 
 from echo_trainer.evaluation import evaluate_task
 from echo_trainer.evaluation.tasks import commonsense_task, prompt_completion_task
-from echo_trainer.templates import TEMPLATES, instruction_and_answer, rendered
+from echo_trainer.rendering.forms import RowOptions
+from echo_trainer.rendering.prompts import parts_of
+from echo_trainer.rendering.rendering import Rendering
+from echo_trainer.templates import TEMPLATES, instruction_and_answer
 
 ROWS = json.loads((TASKS / "social_i_qa-test.json").read_text(encoding="utf-8"))
 CHAT = (
@@ -80,7 +83,9 @@ def test_columns_that_no_template_knows():
 def test_a_chat_template_that_rewrites_the_prompt_is_refused():
     tokenizer = tiny_tokenizer()
     example = TEMPLATES["chat"]({"instruction": "w1", "output": "w2"})
-    assert rendered(example, tokenizer) == ("user : w1 assistant : ", "w2 </s> ")
+    rendering = Rendering(RowOptions(), tokenizer)
+    parts = parts_of(example, rendering)
+    assert (parts.prompt, parts.completion) == ("user : w1 assistant : ", "w2 </s> ")
     tokenizer.chat_template = "{{ messages | length }} " + tokenizer.chat_template
     with pytest.raises(ValueError, match="writes the prompt differently"):
-        rendered(example, tokenizer)
+        parts_of(example, rendering)

@@ -1,0 +1,180 @@
+"""
+Which part of each input belongs to which row: per row, per image, per token, or shared by all. Host side.
+
+An input is read by what it means, not by its shape alone: with three rows and three images among them `pixel_values`
+of shape (3, ...) may be one entry for each row or one for each image. What it means is seen by collating rows alone:
+what a row has there is its own part. That is asked once for each reading that is in doubt, on the rows at hand, and
+compared value by value; afterwards counting the images of the rows is enough. An input whose parts are not found makes
+the whole batch run.
+
+Shapes: B rows; an input has N entries along its axis, of which row i owns n_i in the order of the rows.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..method.layouts import Pick
+
+Lengths = tuple[int, ...]
+Part = tuple[int, Lengths] | None
+"""Axis, and the entries n_i of each row; None where an input is shared."""
+
+
+@dataclass(frozen=True)
+class Owned:
+    """
+    The parts of a batch.
+
+    Attributes:
+        parts: by input; inputs that are shared by all rows are left out.
+        images: images of each row.
+    """
+
+    parts: dict[str, tuple[int, Lengths]]
+    images: Lengths
+
+    def picks(self, rows: Sequence[int]) -> dict[str, Pick]:
+        """What the given rows own of each input."""
+        return {name: Pick(_entries(lengths, rows), axis) for name, (axis, lengths) in self.parts.items()}
+
+
+class Ownership:
+    """
+    What is known about the inputs of a run.
+
+    Args:
+        collator: of the batches.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]):
+        self.collator = collator
+        self.readings: dict[str, set[str]] = {}
+
+    def of(self, batch: dict[str, Any], examples: Sequence[Any], names: Sequence[str]) -> Owned | None:
+        """
+        The parts of a batch; None where some are not known.
+
+        Args:
+            batch: as collated.
+            examples: its rows, as they were before they were collated.
+            names: its inputs that are not text.
+        """
+        images = tuple(_count(example) for example in examples)
+        if len(examples) != len(batch["input_ids"]) or not all(isinstance(batch[name], Tensor) for name in names):
+            return None
+        if len(examples) == 1:
+            return Owned({}, images)
+        found = {name: _readings(name, batch, images) for name in names}
+        doubtful = [name for name in names if name not in self.readings or not self._certain(name, found[name])]
+        alone = self._alone(examples) if doubtful else None
+        for name in doubtful if alone else ():
+            right = {r for r, part in found[name].items() if _agrees(part, batch[name], alone, name, images)}
+            self.readings[name] = self.readings.get(name, right) & right or self.readings.get(name, set())
+        parts = {name: set(self._left(name, found[name]).values()) for name in names}
+        if not all(name in self.readings and len(left) == 1 for name, left in parts.items()):
+            return None
+        certain = {name: left.pop() for name, left in parts.items()}
+        return Owned({name: part for name, part in certain.items() if part is not None}, images)
+
+    def _certain(self, name: str, found: dict[str, Part]) -> bool:
+        """Whether all that is left of an input's readings comes to the same here."""
+        return len(set(self._left(name, found).values())) == 1
+
+    def _left(self, name: str, found: dict[str, Part]) -> dict[str, Part]:
+        """The readings of an input that nothing has spoken against."""
+        return {reading: part for reading, part in found.items() if reading in self.readings.get(name, ())}
+
+    def _alone(self, examples: Sequence[Any]) -> list[Mapping[str, Any]] | None:
+        """Each row collated alone; None where the collator cannot do that."""
+        try:
+            with _same_random_numbers():
+                return [self.collator([copy_of(example)]) for example in examples]
+        except Exception:  # of the user's collator; then all rows run, which is right for every batch
+            return None
+
+
+def copy_of(example: Any) -> Any:
+    """An example that a collator may change."""
+    return dict(example) if isinstance(example, Mapping) else example
+
+
+def _count(example: Any) -> int:
+    """Images of a row, in the columns in which TRL looks for them."""
+    if not isinstance(example, Mapping):
+        return 0
+    images = example.get("images")
+    if images is not None:
+        return len(images) if isinstance(images, Sequence) else 1
+    return int(example.get("image") is not None)
+
+
+def _readings(name: str, batch: dict[str, Any], images: Lengths) -> dict[str, Part]:
+    """What an input can mean in a batch, by its shape: by the name of the reading, the part of each row."""
+    value, rows = batch[name], len(images)
+    found: dict[str, Part] = {"shared": None}
+    for axis in range(min(value.dim(), 2)):
+        if value.shape[axis] == rows:
+            found[f"row {axis}"] = axis, (1,) * rows
+    entries = value.shape[0] if value.dim() else 0
+    if entries and entries == sum(images):
+        found["image"] = 0, images
+    for other, grid in batch.items():
+        if not isinstance(grid, Tensor) or grid.dim() != 2 or grid.is_floating_point() or len(grid) != sum(images):
+            continue
+        patches = grid.prod(-1).tolist()
+        if entries and entries == sum(patches):
+            found[f"patch {other}"] = 0, tuple(sum(patches[a:b]) for a, b in pairwise([0, *accumulate(images)]))
+    return found
+
+
+def _agrees(part: Part, value: Tensor, alone: list[Mapping[str, Any]], name: str, images: Lengths) -> bool:
+    """Whether each row has alone what a reading gives it in the batch."""
+    if part is None:
+        own = [row.get(name) for row in alone]
+        return all(isinstance(found, Tensor) and torch.equal(found, value) for found in own)
+    axis, lengths = part
+    for (begin, end), row, count in zip(pairwise([0, *accumulate(lengths)]), alone, images, strict=True):
+        own = row.get(name)
+        if own is None:  # without an image a row has nothing, or a place that was filled for the sake of others
+            if count or not sum(images):
+                return False
+        elif not isinstance(own, Tensor) or not _same(value.narrow(axis, begin, end - begin), own, axis):
+            return False
+    return True
+
+
+def _same(part: Tensor, own: Tensor, axis: int) -> bool:
+    """Whether two tensors are equal, padding aside, which may stand on either side of each axis but `axis`."""
+    if part.dim() != own.dim() or part.shape[axis] != own.shape[axis] or part.dtype != own.dtype:
+        return False
+    if any(have < want for have, want in zip(part.shape, own.shape, strict=True)):
+        return False
+    first = tuple(slice(0, n) for n in own.shape)
+    last = tuple(slice(have - n, have) for have, n in zip(part.shape, own.shape, strict=True))
+    return torch.equal(part[first], own) or torch.equal(part[last], own)
+
+
+def _entries(lengths: Lengths, rows: Sequence[int]) -> Tensor:
+    """Indices of the entries that rows own, int64."""
+    bounds = list(pairwise([0, *accumulate(lengths)]))
+    return torch.tensor([entry for row in rows for entry in range(*bounds[row])], dtype=torch.int64)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Whatever is drawn inside, the numbers after it are those that would have come without it."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -1,0 +1,129 @@
+"""The rows of a run: how they get their labels, decided by ourselves in place of TRL, and said once."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from datasets import Dataset
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from ..config import EchoSFTConfig
+from ..rendering.forms import Form, RowOptions
+from ..rendering.rendering import Rendering
+from ..rendering.vision import COLUMNS, mark_answers
+from .validation import warn_of_lost_answers
+
+logger = logging.getLogger(__name__)
+
+
+class Rows:
+    """
+    The rows of a run.
+
+    Args:
+        config: of the trainer.
+        formatting_func: as given to it.
+    """
+
+    def __init__(self, config: EchoSFTConfig, formatting_func: Callable | None = None):
+        config.forget_what_was_switched_on()
+        self.config = config
+        self.options = RowOptions.of(config)
+        self.formatting_func = formatting_func
+        self.rendering: Rendering | None = None
+        self.how: str | None = None
+        self.columns = (*COLUMNS, "conversations", config.dataset_text_field) if self.ours else ()
+
+    @property
+    def ours(self) -> bool:
+        """
+        Whether it is for us to say what the answers are: with an echo, and where an option asks for answers.
+
+        With the echo off and no such option the rows are TRL's alone.
+        """
+        asked = self.options.answer_marker is not None or bool(self.options.assistant_only_loss)
+        return self.config.echo_enabled or asked
+
+    @contextmanager
+    def kept_from_trl(self, call: dict[str, Any]) -> Iterator[None]:
+        """
+        TRL does not look for answers inside; it would refuse templates and rows that get their labels here.
+
+        Args:
+            call: arguments of the trainer.
+        """
+        if self.options.answer_marker is not None:
+            call["formatting_func"] = None  # applied here; TRL refuses it beside the columns prompt and completion
+        if self.ours:
+            self.config.assistant_only_loss = None
+        try:
+            yield
+        finally:
+            if self.config.assistant_only_loss is None:
+                self.config.assistant_only_loss = self.options.assistant_only_loss
+
+    def prepare(
+        self,
+        prepare: Callable[..., Any],
+        host: Any,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Callable | None,
+        dataset_name: str,
+    ) -> Any:
+        """
+        A dataset with `input_ids` and `labels`.
+
+        Args:
+            prepare: TRL's preparation.
+            host: the trainer, which is told the chat template.
+            dataset, processing_class, args, packing, formatting_func, dataset_name: as TRL gives them.
+        """
+        if self.ours and not (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
+            ready = self._renders(processing_class).ready(dataset, dataset_name, args.dataset_num_proc)
+            dataset, formatting_func = ready.dataset, ready.formatting_func
+            host.chat_template = ready.chat_template
+            args = copy.copy(args)
+            args.assistant_only_loss = ready.assistant_only_loss
+            self._note(ready.how, ready.form)
+        prepared = prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if not packing and isinstance(dataset, Dataset):
+            warn_of_lost_answers(dataset_name, len(dataset), len(prepared), args.max_length)
+        return prepared
+
+    def record(self) -> dict[str, Any]:
+        """What whoever evaluates the adapter must know to render rows as they were trained on; JSON values."""
+        return {"answers": self.how, **asdict(self.options)}
+
+    def collator(self, collator: Any, processing_class: Any, dataset: Any) -> Any:
+        """The collator of a run whose rows hold images: TRL's, which writes and tokenises them, told their answers."""
+        if not self.ours or not isinstance(collator, DataCollatorForVisionLanguageModeling):
+            return collator
+        rendering, row = self._renders(processing_class), next(iter(dataset))
+        ready = mark_answers(collator, rendering, row)
+        if rendering.form(row) is Form.CONVERSATION:
+            self._note(f"the assistant's turns, {rendering.marks.how}", Form.CONVERSATION)
+        return ready
+
+    def _renders(self, processing_class: Any) -> Rendering:
+        if self.rendering is None or self.rendering.processing_class is not processing_class:
+            self.rendering = Rendering(self.options, processing_class, self.formatting_func)
+        return self.rendering
+
+    def _note(self, how: str, form: Form) -> None:
+        """Note what the answers of the first dataset are, and say where an option was switched on for it."""
+        if self.how is not None:
+            return
+        self.how = how
+        if form is Form.CONVERSATION and self.options.assistant_only_loss is None:
+            self.config.switch_on_assistant_only_loss()
+            logger.warning(
+                "The rows are conversations without a completion, so assistant_only_loss=True is set: the answers are "
+                "%s.",
+                how,
+            )

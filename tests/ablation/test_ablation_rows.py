@@ -1,0 +1,42 @@
+"""Arms on rows as people have them: with and without an echo the same tokens are answers."""
+
+import json
+
+import pytest
+from ablation_cases import do, tiny_recipe
+from chat import byte_model, byte_tokenizer
+
+from echo_trainer.ablation.run_one import Workbench
+
+MARK = "### Response:\n"
+ROWS = {
+    "conversations": (
+        [
+            {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]}
+            for i in range(16)
+        ],
+        {},
+    ),
+    "text": ([{"text": f"q{i}\n{MARK}a{i}"} for i in range(16)], {"answer_marker": MARK}),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_arms_train_on_the_same_answers(tmp_path, rows):
+    rows, settings = ROWS[rows]
+    recipe = tiny_recipe(tmp_path, settings)
+    byte_model().save_pretrained(tmp_path / "base"), byte_tokenizer().save_pretrained(tmp_path / "base")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    results = {}
+    for order in (("lora", "echo", "lora-unmasked"), ("echo", "lora")):
+        bench = Workbench(recipe)  # shares what the first arm tokenised
+        for arm in order:
+            results.setdefault(arm, []).append(do(recipe, tmp_path / "out", arm, bench=bench))
+    scored = {arm: [result["flops_sizes"]["scored"] for result in found] for arm, found in results.items()}
+    assert len({*scored["lora"], *scored["echo"]}) == 1
+    assert scored["lora-unmasked"][0] > scored["lora"][0]
+    for arm in ("lora", "echo"):
+        one, other = results[arm]
+        assert one["held_out_nll"] == other["held_out_nll"]
+    assert results["lora"][0]["batches"] == results["echo"][0]["batches"]
