@@ -107,9 +107,11 @@ def _tensors(adapter: Adapter, base: Base, paths: list[str], rank: int, scale: f
     if adapter.non_finite:
         raise AdapterError(f"The tensor '{adapter.non_finite[0]}' holds NaN or infinity: training diverged or the "
                            f"file is damaged. Take an earlier checkpoint.")  # fmt: skip
-    dtype = next(values[key].dtype for module in adapter.modules.values() for key in module.keys.values())
-    if any(not _is_power_of_two(factor) for factor in factors.values()):
-        dtype = torch.float32  # a half-precision B would be rounded by the factor
+    dtypes = {values[key].dtype for module in adapter.modules.values() for key in module.keys.values()}
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    rounds = any(not _is_power_of_two(factor) for factor in factors.values())  # a half-precision B
+    if rounds or not dtypes <= {torch.float16, torch.bfloat16, torch.float32} or len(dtypes) > 1:
+        dtype = torch.float32
     for path in paths:
         out_features, in_features = base.shapes[path]
         a = torch.zeros(rank, in_features, dtype=dtype)
