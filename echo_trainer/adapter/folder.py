@@ -90,6 +90,8 @@ class Adapter:
         parameters: LoRA on bare parameters, by PEFT's name for it: ``mlp.experts`` is that of the last parameter of
             the module which is adapted, ``mlp.experts.base_layer`` that of the one before it.
         other_keys: tensors that are neither lora_A nor lora_B.
+        run_folder: where card and tokenizer are, if that is above `folder`: PEFT saves an adapter with a name of its
+            own in a folder of this name.
     """
 
     folder: Path
@@ -99,6 +101,7 @@ class Adapter:
     modules: dict[str, LoraModule] = field(default_factory=dict)
     parameters: dict[str, LoraModule] = field(default_factory=dict)
     other_keys: list[str] = field(default_factory=list)
+    run_folder: Path | None = None
 
     def __post_init__(self) -> None:
         for key in self.tensors:
@@ -109,6 +112,11 @@ class Adapter:
             path = match["module"].removeprefix(PREFIX)
             group = self.parameters if self._is_of_a_parameter(path) else self.modules
             group.setdefault(path, LoraModule(path, {})).keys[match["linear"] or match["embedding"]] = key
+
+    @property
+    def home(self) -> Path:
+        """The folder of the run."""
+        return self.run_folder or self.folder
 
     @property
     def weights(self) -> Path:

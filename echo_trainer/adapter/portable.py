@@ -65,7 +65,9 @@ def make_portable(
     paths = _all_paths(adapter, base)
     tensors = _tensors(adapter, base, paths, new_rank, scale)
     config = _config(adapter, base, paths, new_rank, scale)
-    return write_adapter(adapter.folder, Path(out_dir) if out_dir else adapter.folder, config, tensors)
+    if out_dir is None:
+        return write_adapter(adapter.folder, adapter.folder, config, tensors)
+    return write_adapter(adapter.home, Path(out_dir), config, tensors)
 
 
 def _base_of(adapter: Adapter, base: Any) -> Any:

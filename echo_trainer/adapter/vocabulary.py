@@ -12,6 +12,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from ..compat.identity import name_of
 from .folder import PREFIX, Adapter
 
 logger = logging.getLogger(__name__)
@@ -21,6 +24,25 @@ def embedding_names(model: Any) -> tuple[str, ...]:
     """Names of a model's input and output embeddings, as far as it has them."""
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     return tuple(name for name, module in model.named_modules() if any(module is end for end in ends))
+
+
+def rows_of_config(config: Any) -> int | None:
+    """
+    The size of the vocabulary that a user finds in the base of a model.
+
+    Args:
+        config: of the model in memory, whose vocabulary may have been resized.
+
+    Returns:
+        That of the config in the place the base was loaded from; None where it is not on this machine, or has none.
+    """
+    name = name_of(config)
+    if name is None:
+        return None
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True).get_text_config().vocab_size
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def saved_rows(adapter: Adapter, names: tuple[str, ...]) -> int | None:
@@ -64,7 +86,7 @@ def tokens_beside(folder: Path) -> int | None:
 
 def missing_rows(adapter: Adapter, rows: int, names: tuple[str, ...]) -> int:
     """How many tokens the tokenizer beside the adapter has for which neither a base of `rows` nor the adapter has."""
-    return max(0, (tokens_beside(adapter.folder) or 0) - max(rows, saved_rows(adapter, names) or 0))
+    return max(0, (tokens_beside(adapter.home) or 0) - max(rows, saved_rows(adapter, names) or 0))
 
 
 def fit_vocabulary(model: Any, adapter: Adapter) -> int:

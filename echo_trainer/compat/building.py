@@ -59,6 +59,18 @@ def _named_class(config: Any) -> Any:
     return getattr(transformers, names[0], None)
 
 
+def forget_replaced_forwards(model: Any) -> None:
+    """
+    Let every module of a model run the forward of its class again.
+
+    What a trainer has put on a module runs the model that it was made for, also in a copy. Hooks of accelerate
+    (`_hf_hook`, seen in 1.15), which move inputs between devices, stay; without that name there are none.
+    """
+    for module in model.modules():
+        if not hasattr(module, "_hf_hook"):
+            vars(module).pop("forward", None)
+
+
 def random_model(model_class: type, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A model of a class with random weights, made on `device` in `dtype`."""
     with device:

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from ..adapter.find_variants import changes_base
 from ..adapter.folder import AdapterError
 from ..adapter.logit_error import probe_ids, with_adapter
 from ..adapter.read import read_adapter
-from ..adapter.vocabulary import embedding_names
-from ..compat.identity import name_of
+from ..adapter.vocabulary import embedding_names, rows_of_config
+from ..compat.building import forget_replaced_forwards
 from ..passes.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -148,9 +147,7 @@ def _plain_base(model: Any) -> Any:
         shared |= {id(buffer): buffer for buffer in module.buffers(recurse=False)}
         shared |= {id(state): state for name in ("quant_state", "state") if (state := vars(module).get(name))}
     copied = copy.deepcopy(model.base_model, shared)
-    for module in copied.modules():
-        if not hasattr(module, "_hf_hook"):  # accelerate's, for models on several devices
-            vars(module).pop("forward", None)  # a trainer's, which runs the model it was made for
+    forget_replaced_forwards(copied)
     base = copied.unload()
     vars(base).pop("peft_config", None)
     return base
@@ -158,17 +155,12 @@ def _plain_base(model: Any) -> Any:
 
 def _empty_new_rows(base: Any) -> None:
     """Empty the rows of new tokens in the copy's embeddings, as far as the base's own config tells their number."""
-    name = name_of(base.config)
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True) if name else base.config
-    except (OSError, ValueError):
-        return
-    rows = config.get_text_config().vocab_size
+    rows = rows_of_config(base.config)
     emptied: dict[int, nn.Parameter] = {}
     for path in embedding_names(base):
         module = base.get_submodule(path)
         weight = module.weight
-        if type(weight) is nn.Parameter and weight.shape[0] > rows:
+        if rows is not None and type(weight) is nn.Parameter and weight.shape[0] > rows:
             if id(weight) not in emptied:
                 data = weight.detach().clone()
                 data[rows:] = 0
