@@ -25,14 +25,20 @@ def changes_base(config: dict[str, Any]) -> str | None:
     return init if isinstance(init, str) and init.lower() not in HARMLESS_INITS else None
 
 
+def unrepeated_init_of(config: dict[str, Any]) -> str | None:
+    """The name of an initialisation that changed the base, and that PEFT does not repeat when it loads; or None."""
+    init = changes_base(config)
+    return init if init and init.lower() not in REPEATED_INITS else None
+
+
 def repeated_init(adapter: Adapter, base: Base | None) -> Found:
     init = changes_base(adapter.config)
     return [f"init_lora_weights={init!r}"] if init and init.lower() in REPEATED_INITS else []
 
 
 def unrepeated_init(adapter: Adapter, base: Base | None) -> Found:
-    init = changes_base(adapter.config)
-    return [f"init_lora_weights={init!r}"] if init and init.lower() not in REPEATED_INITS else []
+    init = unrepeated_init_of(adapter.config)
+    return [f"init_lora_weights={init!r}"] if init else []
 
 
 def replicated_layers(adapter: Adapter, base: Base | None) -> Found:

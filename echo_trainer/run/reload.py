@@ -15,16 +15,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter.find_variants import changes_base
-from ..adapter.folder import AdapterError
+from ..adapter.folder import Adapter, AdapterError
 from ..adapter.logit_error import probe_ids, with_adapter
-from ..adapter.read import read_adapter
 from ..adapter.vocabulary import embedding_names, rows_of_config
 from ..compat.building import forget_replaced_forwards
 from ..passes.memory import is_out_of_memory
@@ -40,12 +38,12 @@ class UnloadableAdapterError(AdapterError):
     """What was saved cannot be loaded or run, or computes something else than the trained model."""
 
 
-def compare_reloaded(folders: dict[str, Path], model: Any) -> str | None:
+def compare_reloaded(saved: dict[str, Adapter], model: Any) -> str | None:
     """
     Load the active adapters as a user does, and compare one forward with the trained model's.
 
     Args:
-        folders: of each adapter, by name; with the tokenizer of the run in the first one or above it.
+        saved: files of each active adapter, by name.
         model: the PeftModel that was trained. It is not changed, nor is any random number of the run drawn.
 
     Returns:
@@ -60,7 +58,7 @@ def compare_reloaded(folders: dict[str, Path], model: Any) -> str | None:
     try:
         with _undisturbed(model), torch.no_grad():
             trained = _logits(model.get_base_model(), ids, "The trained model")
-            loaded = _logits(_load(folders, model), ids, "The saved adapter, loaded by PEFT,")
+            loaded = _logits(_load(saved, model), ids, "The saved adapter, loaded by PEFT,")
     except Exception as error:
         if is_out_of_memory(error):
             return "there was no memory for it"
@@ -78,16 +76,6 @@ def compare_reloaded(folders: dict[str, Path], model: Any) -> str | None:
             f"trainable_token_indices) or weights of the base."
         )
     return None
-
-
-def trained_adapters(model: Any) -> list[str]:
-    """Names of the adapters that are trained: active, with a parameter that takes a gradient."""
-    trained = [
-        name
-        for name in model.active_adapters
-        if any(p.requires_grad and f".{name}" in path for path, p in model.named_parameters())
-    ]
-    return trained or model.active_adapters[:1]
 
 
 def _not_comparable(model: Any) -> str | None:
@@ -119,16 +107,16 @@ def _logits(model: Any, ids: Tensor, who: str) -> Tensor:
         ) from error
 
 
-def _load(folders: dict[str, Path], model: Any) -> Any:
+def _load(saved: dict[str, Adapter], model: Any) -> Any:
     """The saved adapters on the base of the trained model, whose memory it shares."""
     first, *others = model.active_adapters
     base = _plain_base(model)
     _empty_new_rows(base)
-    loaded = with_adapter(base, read_adapter(folders[first]))
+    loaded = with_adapter(base, saved[first])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in others:
-            loaded.load_adapter(folders[name], name)
+            loaded.load_adapter(saved[name].folder, name)
         if others:
             loaded.base_model.set_adapter(["default", *others])
     return loaded.eval()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..adapter.check import Report
+from ..adapter.read import read_adapter
 from ..files import publish_files
 from ..report.folder import write_run_folder
 from .checkpoint_files import STAGING, is_checkpoint
@@ -90,17 +91,22 @@ class Saver:
                 compare_written(staging, {name: adapters[name] for name in host.model.active_adapters})
                 save_new_rows(staging, host.model, state_dict)
                 report = finish_adapter(staging, host.model, portable=host.args.portable_adapter, shown_as=folder)
-                self._compare_reloaded(staging, folder)
+                self._compare_reloaded(staging, folder, report)
             self._describe(staging, report)
             publish_files(staging, folder)
         if folder == host.args.output_dir:
             self._saved = report
 
-    def _compare_reloaded(self, staging: str, folder: str) -> None:
+    def _compare_reloaded(self, staging: str, folder: str, report: Report | None) -> None:
         """Load what was saved as a user does; what cannot be loaded is set aside, where nobody takes it for good."""
         model = self.host.model
+        files = report.files if report is not None else None  # those of the first active adapter
         try:
-            reason = compare_reloaded(dict(adapter_folders(staging, model.active_adapters)), model)
+            saved = {
+                name: files if files is not None and path == files.folder else read_adapter(path)
+                for name, path in adapter_folders(staging, model.active_adapters)
+            }
+            reason = compare_reloaded(saved, model)
         except UnloadableAdapterError as error:
             aside = Path(folder, UNLOADABLE, "files")
             shutil.rmtree(aside, ignore_errors=True)
