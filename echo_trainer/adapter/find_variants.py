@@ -11,7 +11,8 @@ from .find import Found, settings
 from .folder import Adapter
 
 HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # they leave the base weights as they were
-REPEATED_INITS = ("pissa", "olora")  # PEFT takes the same part out of the base again when it loads the adapter
+# PEFT takes the same part out of the base again when it loads the adapter (loftq was read, it needs a GPU).
+REPEATED_INITS = ("pissa", "olora", "loftq")
 OTHER_VARIANTS = ("kasa_config", "arrow_config", "monteclora_config", "megatron_config", "velora_config")
 
 # Seen in vLLM 0.32.0: models with `is_3d_moe_weight`, and models whose experts hang elsewhere than in transformers.

@@ -106,7 +106,7 @@ RULES = (
          f"Merge it: {MERGED}."),
     Rule("base-lost", "✗ ∅ ∅ ∅ ∅", variants.unrepeated_init,
          "The initialisation changed the base weights, and PEFT does not change them in the same way when it loads "
-         "the adapter: it draws random numbers (pissa_niter), or refuses (corda, loftq).",
+         "the adapter: it draws random numbers (pissa_niter), or refuses (corda).",
          "Save it from the trained model in PEFT's converted form: model.save_pretrained(OUT, "
          "path_initial_model_for_weight_conversion=INITIAL), INITIAL being the adapter saved before training.",
          broken=True),

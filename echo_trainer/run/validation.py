@@ -65,9 +65,8 @@ def _check_adapter(config: Any) -> None:
     if unrepeated := unrepeated_init_of(config.to_dict()):
         raise ValueError(
             f"`init_lora_weights={unrepeated!r}` takes something out of the base's weights, and PEFT does not take "
-            f"the same out again when it loads the adapter (pissa_niter draws random numbers, corda and loftq need "
-            f"data or the base of before). What is saved would not be what was trained. Use 'pissa', 'olora' or "
-            f"True, {OFF}."
+            f"the same out again when it loads the adapter (pissa_niter draws random numbers, corda wants its data "
+            f"again). What is saved would not be what was trained. Use 'pissa', 'olora' or True, {OFF}."
         )
     if config.bias != "none":
         raise ValueError(

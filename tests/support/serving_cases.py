@@ -64,7 +64,7 @@ LLAMA = {
     "olora": ("✗ ∅ ∅ ∅ ∅", "base-changed", {"init_lora_weights": "olora"}, None),
     "pissa by chance": ("✗ ∅ ∅ ∅ ∅", "base-lost", {"init_lora_weights": "pissa_niter_4"}, None),
     "corda": ("✗ ∅ ∅ ∅ ∅", "base-lost", {}, config(init_lora_weights="corda")),
-    "loftq": ("✗ ∅ ∅ ∅ ∅", "base-lost", {}, config(init_lora_weights="loftq")),
+    "loftq": ("✗ ∅ ∅ ∅ ∅", "base-changed", {}, config(init_lora_weights="loftq")),
     "trained tokens": ("✗ ∅ ∅ ∅ ✗", "trainable-tokens", {"trainable_token_indices": [1, 2]}, None),
     "layer replication": ("✗ ? ? ? ?", "layer-replication", {"layer_replication": [[0, 2], [1, 3]]}, None),
     "activated lora": ("✗ ? ? ? ?", "activated-lora", {"alora_invocation_tokens": [1]}, None),
