@@ -27,6 +27,7 @@ import torch
 from trl import SFTTrainer
 
 from .compat.checkpointing import require_replay
+from .compat.quantized import keep_4bit_weights
 from .compat.trainer import JointTrainer, require_joints, with_signature
 from .compat.versions import warn_of_newer
 from .config import EchoSFTConfig, as_echo_config, router_loss_weight
@@ -129,6 +130,7 @@ class EchoSFTTrainer(JointTrainer):
         layers = decoder_layers(self.model, args.echo_layers)
         if args.gradient_checkpointing:
             require_replay(layers)
+        keep_4bit_weights(self.model)
         by_name_or_cka = partial(named_layers, args, self.model, self.train_dataset, self.processing_class)
         named = self.agreement.decide(by_name_or_cka)
         sources, targets = resolve_layers(*named, len(layers))

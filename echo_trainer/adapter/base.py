@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,49 @@ import transformers
 
 from ..compat.building import empty_model
 from ..compat.identity import name_of
-from .folder import AdapterError
+from .folder import Adapter, AdapterError
+from .peft_load import PeftLoad, load_without_weights
+from .vocabulary import embedding_names
 
 
 @dataclass(frozen=True)
 class Base:
-    """What the rules need of the base model: (out, in) of every linear layer and embedding, by name."""
+    """
+    What the rules need of the base model.
+
+    Attributes:
+        name: folder, Hub id or class.
+        model_type: of its config.
+        shapes: (out, in) of every linear layer and embedding, by name.
+        tied: whether head and embedding share a weight.
+        towers: names of the linear layers that are no part of the language model: vision tower, connector.
+        unbiased: names of the linear layers without a bias.
+        embeddings: names of the input and output embeddings.
+        rows: of the input embedding.
+        build: makes the model anew on "meta"; None where that cannot be done.
+        loaded: what PEFT makes of the adapter in question on this base; None where it was not asked.
+    """
 
     name: str
     model_type: str
     shapes: dict[str, tuple[int, int]]
     tied: bool
+    towers: frozenset[str] = frozenset()
+    unbiased: frozenset[str] = frozenset()
+    embeddings: tuple[str, ...] = ()
+    rows: int = 0
+    build: Callable[[], Any] | None = None
+    loaded: PeftLoad | None = None
 
     def layers(self, stack: str, kind: str) -> dict[str, tuple[int, int]]:
         """The modules named ``kind`` in the numbered layers of ``stack``, in order."""
         inside = re.compile(rf"{re.escape(stack)}\.\d+\.(.*\.)?{re.escape(kind)}$")
         return {path: shape for path, shape in self.shapes.items() if inside.match(path)}
+
+    def asked_about(self, adapter: Adapter) -> Base:
+        """This base with what PEFT makes of ``adapter`` on it."""
+        loaded = None if self.build is None else load_without_weights(adapter, self.build)
+        return replace(self, loaded=loaded)
 
 
 def read_base(base: Any, download: bool = False) -> Base:
@@ -47,7 +76,7 @@ def read_base(base: Any, download: bool = False) -> Base:
     if isinstance(base, torch.nn.Module):
         adapted: Any = base  # torch types every attribute of a module as one of its tensors or modules
         model = adapted.get_base_model() if hasattr(base, "get_base_model") else adapted
-        return _shapes_of(model, name_of(model.config) or type(model).__name__)
+        return _read(model, name_of(model.config) or type(model).__name__, _rebuild(model))
     name = name_of(base) or type(base).__name__
     if isinstance(base, str | Path):
         name = str(base)
@@ -62,14 +91,24 @@ def read_base(base: Any, download: bool = False) -> Base:
         model = empty_model(base)
     except ValueError as error:
         raise AdapterError(f"'{name}' is no causal language model that this transformers knows: {error}") from error
-    return _shapes_of(model, name)
+    return _read(model, name, partial(empty_model, base))
 
 
-def _shapes_of(model: Any, name: str) -> Base:
-    shapes = {}
+def _rebuild(model: Any) -> Callable[[], Any] | None:
+    """How a loaded model is built anew; None where an adapter has changed the number of its layers."""
+    configs = getattr(model, "peft_config", {}).values()
+    if any(getattr(config, "layer_replication", None) for config in configs):
+        return None
+    return partial(empty_model, model.config, type(model))
+
+
+def _read(model: Any, name: str, build: Callable[[], Any] | None) -> Base:
+    shapes, unbiased = {}, set()
     for path, module in model.named_modules():
         if "lora_" in path or path.endswith(".base_layer"):
             continue
+        if getattr(getattr(module, "base_layer", module), "bias", 0) is None:
+            unbiased.add(path)
         if hasattr(module, "in_features") and hasattr(module, "out_features"):
             shapes[path] = (module.out_features, module.in_features)
         elif hasattr(module, "nf") and hasattr(module, "nx"):  # transformers' Conv1D
@@ -77,4 +116,19 @@ def _shapes_of(model: Any, name: str) -> Base:
         elif hasattr(module, "num_embeddings"):
             shapes[path] = (module.embedding_dim, module.num_embeddings)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    return Base(name, getattr(model.config, "model_type", ""), shapes, tied)
+    model_type = getattr(model.config, "model_type", "")
+    towers, embeddings = _towers(model, shapes), embedding_names(model)
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    return Base(name, model_type, shapes, tied, towers, frozenset(unbiased), embeddings, rows, build)
+
+
+def _towers(model: Any, paths: dict[str, Any]) -> frozenset[str]:
+    if not getattr(model.config, "sub_configs", None) or not hasattr(model, "get_decoder"):
+        return frozenset()
+    language = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    inside = [
+        f"{name}." for name, module in model.named_modules() if name and any(module is part for part in language)
+    ]
+    if not inside:
+        return frozenset()
+    return frozenset(path for path in paths if not f"{path}.".startswith(tuple(inside)))

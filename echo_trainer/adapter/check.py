@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from .base import Base, read_base
 from .folder import Adapter, AdapterError
 from .read import read_adapter
-from .rules import ENGINES, MERGE_ONLY, PORTABLE, RULES, UNREADABLE, Rule, Verdict
+from .rules import ENGINES, MERGE_ONLY, PORTABLE, UNREADABLE, Verdict, apply_rules
+from .verdicts import Finding
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,14 +20,6 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank acce
 _SEVERITY = list(Verdict)
 _STYLE = {"serves": "green", "unknown": "yellow", "silently-wrong": "bold red", "refuses": "red"}
 _SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A rule that the adapter breaks, and the settings or tensors that break it."""
-
-    rule: Rule
-    where: list[str]
 
 
 @dataclass
@@ -142,7 +135,7 @@ def check_adapter(adapter: str | Path | Adapter, engine: str = "all", base: Any 
         files, findings, (known, note) = None, [Finding(rule, [error.what])], _find_base({}, base)
     else:
         known, note = _find_base(files.config, base)
-        findings = _apply_rules(files, known, values)
+        findings = apply_rules(files, known, values)
     notes = [note] if note else []
     if files is not None and (not findings or findings[0].rule.name != "bad-number"):
         notes += _notes(files)
@@ -152,18 +145,6 @@ def check_adapter(adapter: str | Path | Adapter, engine: str = "all", base: Any 
         verdicts[each] = max(found, key=_SEVERITY.index, default=Verdict.SERVES)
     shown = [f for f in findings if any(f.rule.verdict(each) is not Verdict.SERVES for each in engines)]
     return Report(str(folder), known.name if known else None, verdicts, shown, notes, files)
-
-
-def _apply_rules(adapter: Adapter, base: Base | None, values: bool) -> list[Finding]:
-    findings = []
-    for rule in RULES:
-        if rule.name == "non-finite" and not values:
-            continue
-        if where := rule.broken_by(adapter, base):
-            findings.append(Finding(rule, where))
-            if rule.name == "bad-number":  # the rules after it compute with these numbers
-                return [findings[-1]]
-    return findings
 
 
 def _find_base(config: dict[str, Any], base: Any) -> tuple[Base | None, str | None]:

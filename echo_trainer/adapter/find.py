@@ -12,16 +12,15 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
+from ..compat.peft import mergeable
 from .base import Base
 from .folder import PREFIX, Adapter, LoraModule
-from .portable_refuse import changes_base
+from .vocabulary import missing_rows
 
 Found = list[str]
 TGI_KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 EMBEDDINGS = {"lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "wpe"}
 NO_LORA_IN_VLLM = {"gpt2", "gptj", "bloom", "falcon", "stablelm"}
-REFUSED_VARIANTS = ("layer_replication", "alora_invocation_tokens", "use_bdlora", "use_qalora")
-OTHER_VARIANTS = ("target_parameters", "kasa_config", "arrow_config", "monteclora_config", "megatron_config")
 
 
 def by_kind(adapter: Adapter) -> dict[tuple[str | None, str], list[LoraModule]]:
@@ -31,13 +30,20 @@ def by_kind(adapter: Adapter) -> dict[tuple[str | None, str], list[LoraModule]]:
     return kinds
 
 
-def _settings(adapter: Adapter, names: Iterable[str]) -> Found:
+def settings(adapter: Adapter, names: Iterable[str]) -> Found:
     return [f"{name}={adapter.config[name]}" for name in names if adapter.config.get(name)]
 
 
 def not_lora(adapter: Adapter, base: Base | None) -> Found:
     kind = adapter.config.get("peft_type")
-    return [] if kind == "LORA" or _only_lora_tensors(adapter) else [f"peft_type={kind!r}"]
+    other = kind != "LORA" and not _only_lora_tensors(adapter)
+    return [f"peft_type={kind!r}"] if other and mergeable(kind) else []
+
+
+def not_mergeable(adapter: Adapter, base: Base | None) -> Found:
+    kind = adapter.config.get("peft_type")
+    other = kind != "LORA" and not _only_lora_tensors(adapter)
+    return [f"peft_type={kind!r}"] if other and not mergeable(kind) else []
 
 
 def mislabelled(adapter: Adapter, base: Base | None) -> Found:
@@ -46,7 +52,14 @@ def mislabelled(adapter: Adapter, base: Base | None) -> Found:
 
 
 def missing_settings(adapter: Adapter, base: Base | None) -> Found:
-    return [name for name in ("r", "lora_alpha", "target_modules") if adapter.config.get(name) is None]
+    config = adapter.config
+    missing = [name for name in ("r", "target_modules") if config.get(name) is None]
+    return [name for name in missing if name == "r" or not config.get("target_parameters")]
+
+
+def alpha_missing(adapter: Adapter, base: Base | None) -> Found:
+    is_lora = adapter.config.get("peft_type") == "LORA"
+    return ["lora_alpha"] if is_lora and adapter.config.get("lora_alpha") is None else []
 
 
 def bad_numbers(adapter: Adapter, base: Base | None) -> Found:
@@ -55,7 +68,7 @@ def bad_numbers(adapter: Adapter, base: Base | None) -> Found:
         "r": config.get("r", 8),
         **{f"rank_pattern.{k}": v for k, v in (config.get("rank_pattern") or {}).items()},
     }
-    alphas = {"lora_alpha": config.get("lora_alpha", 8)}
+    alphas = {"lora_alpha": 8 if config.get("lora_alpha") is None else config["lora_alpha"]}
     alphas |= {f"alpha_pattern.{k}": v for k, v in (config.get("alpha_pattern") or {}).items()}
     wrong = {k: v for k, v in ranks.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1}
     wrong |= {k: v for k, v in alphas.items() if not isinstance(v, int | float) or not math.isfinite(v)}
@@ -63,7 +76,9 @@ def bad_numbers(adapter: Adapter, base: Base | None) -> Found:
 
 
 def no_lora_tensors(adapter: Adapter, base: Base | None) -> Found:
-    return [] if adapter.modules else [f"{len(adapter.tensors)} tensors, no lora_A or lora_B"]
+    if adapter.modules or adapter.parameters or (loads_all(base) and adapter.tensors):
+        return []
+    return [f"{len(adapter.tensors)} tensors, no lora_A or lora_B"]
 
 
 def same_tensors_in_other_files(adapter: Adapter, base: Base | None) -> Found:
@@ -76,7 +91,7 @@ def other_files(adapter: Adapter, base: Base | None) -> Found:
 
 def dora_flag(adapter: Adapter, base: Base | None) -> Found:
     # without its magnitudes it cannot be merged either, which is what the fix for DoRA would be
-    return [] if magnitudes_missing(adapter, base) else _settings(adapter, ["use_dora"])
+    return [] if magnitudes_missing(adapter, base) else settings(adapter, ["use_dora"])
 
 
 def magnitudes_without_flag(adapter: Adapter, base: Base | None) -> Found:
@@ -91,24 +106,49 @@ def magnitudes_missing(adapter: Adapter, base: Base | None) -> Found:
 
 
 def saved_modules(adapter: Adapter, base: Base | None) -> Found:
-    return _settings(adapter, ["modules_to_save"])
+    return settings(adapter, ["modules_to_save"])
 
 
 def trainable_tokens(adapter: Adapter, base: Base | None) -> Found:
-    return _settings(adapter, ["trainable_token_indices"])
+    return settings(adapter, ["trainable_token_indices"])
+
+
+def base_weights(adapter: Adapter, base: Base | None) -> Found:
+    """Weights of the base itself that PEFT loads over the base's own: a resized embedding, or what was added."""
+    saved = [k for k in adapter.other_keys if k.endswith(".weight") and "lora_" not in k]
+    saved = [k for k in saved if not in_saved_module(adapter, k)]
+    if base is None:
+        return [k for k in saved if k.split(".")[-2] in EMBEDDINGS]
+    copies = {k for k in saved if k.endswith(".base_layer.weight") and _same_rows(adapter, base, k)}
+    return [k for k in saved if k not in copies and takes(base, k, otherwise=False)]
+
+
+def new_tokens(adapter: Adapter, base: Base | None) -> Found:
+    lost = 0 if base is None else missing_rows(adapter, base.rows, base.embeddings)
+    return [f"{lost} tokens above the base's {base.rows} rows"] if lost else []
 
 
 def bias_flag(adapter: Adapter, base: Base | None) -> Found:
     bias = adapter.config.get("bias", "none")
-    return _settings(adapter, ["lora_bias"]) + ([] if bias == "none" else [f"bias={bias!r}"])
+    return settings(adapter, ["lora_bias"]) + ([] if bias == "none" else [f"bias={bias!r}"])
 
 
 def bias_tensors(adapter: Adapter, base: Base | None) -> Found:
-    return [key for key in adapter.other_keys if key.endswith(".bias") and not in_saved_module(adapter, key)]
+    """Biases that PEFT loads, and that can be merged as far as is known."""
+    announced = bool(bias_flag(adapter, base))
+    found = [key for key in adapter.other_keys if key.endswith(".bias") and not in_saved_module(adapter, key)]
+    nowhere = set(biases_without_a_place(adapter, base))
+    return [key for key in found if takes(base, key, otherwise=announced) and key not in nowhere]
+
+
+def biases_without_a_place(adapter: Adapter, base: Base | None) -> Found:
+    """Biases of lora_B on layers of the base that have none."""
+    keys = {key: key.removeprefix(PREFIX).partition(".lora_B")[0] for key in adapter.other_keys if ".lora_B" in key}
+    return [k for k, path in keys.items() if k.endswith(".bias") and base is not None and path in base.unbiased]
 
 
 def rslora(adapter: Adapter, base: Base | None) -> Found:
-    return [f"use_rslora=True, r={adapter.config.get('r')}"] if _settings(adapter, ["use_rslora"]) else []
+    return [f"use_rslora=True, r={adapter.config.get('r')}"] if settings(adapter, ["use_rslora"]) else []
 
 
 def mixed_ranks_in_a_kind(adapter: Adapter, base: Base | None) -> Found:
@@ -164,14 +204,10 @@ def depth_unknown(adapter: Adapter, base: Base | None) -> Found:
     return [f"layers 0 to {max(layers)} are there; the base may have more"] if unproven else []
 
 
-def base_changing_init(adapter: Adapter, base: Base | None) -> Found:
-    init = changes_base(adapter.config)
-    return [f"init_lora_weights={init!r}"] if init else []
-
-
 def regex_targets(adapter: Adapter, base: Base | None) -> Found:
     targets = adapter.config.get("target_modules")
-    return [f"target_modules={targets!r}"] if isinstance(targets, str) else []
+    pattern = isinstance(targets, str) and targets not in ("all-linear", "all")  # SGLang knows these two
+    return [f"target_modules={targets!r}"] if pattern else []
 
 
 def query_and_value_apart(adapter: Adapter, base: Base | None) -> Found:
@@ -203,16 +239,24 @@ def family_without_lora(adapter: Adapter, base: Base | None) -> Found:
     return [f"model_type={base.model_type}"] if base is not None and base.model_type in NO_LORA_IN_VLLM else []
 
 
-def refused_variant(adapter: Adapter, base: Base | None) -> Found:
-    return _settings(adapter, REFUSED_VARIANTS)
-
-
-def other_variant(adapter: Adapter, base: Base | None) -> Found:
-    return _settings(adapter, OTHER_VARIANTS)
-
-
 def _only_lora_tensors(adapter: Adapter) -> bool:
-    return bool(adapter.modules) and not adapter.other_keys
+    return bool(adapter.modules or adapter.parameters) and not adapter.other_keys
+
+
+def takes(base: Base | None, key: str, otherwise: bool) -> bool:
+    """Whether PEFT loads a tensor of the file; ``otherwise`` where nobody asked it."""
+    return otherwise if base is None or base.loaded is None else base.loaded.takes(key)
+
+
+def loads_all(base: Base | None) -> bool:
+    """Whether PEFT was asked, and takes every tensor of the file."""
+    loaded = None if base is None else base.loaded
+    return loaded is not None and not (loaded.error or loaded.unexpected or loaded.mismatched)
+
+
+def _same_rows(adapter: Adapter, base: Base, key: str) -> bool:
+    path = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+    return sorted(adapter.tensors[key].shape) == sorted(base.shapes.get(path, ()))
 
 
 def in_saved_module(adapter: Adapter, key: str) -> bool:

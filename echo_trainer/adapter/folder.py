@@ -4,7 +4,8 @@ Config and tensor headers are there at once; what needs the weights themselves (
 read when it is first asked for, and once. A folder that is written anew is a new value: `read.read_adapter`.
 
 Shapes, as PEFT stores them: ``lora_A`` is (r, in_features), ``lora_B`` is (out_features, r). For an adapted embedding
-``lora_embedding_A`` is (r, rows) and ``lora_embedding_B`` is (width, r), so the rank is in the same place.
+``lora_embedding_A`` is (r, rows) and ``lora_embedding_B`` is (width, r), so the rank is in the same place. For a bare
+parameter of E experts (``target_parameters``) ``lora_A`` is (r E, in_features) and ``lora_B`` (out_features, r E).
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, sha256
 CONFIG_NAME, WEIGHTS_NAME = ADAPTER_CONFIG, ADAPTER_WEIGHTS
 PREFIX = "base_model.model."
 
-_LORA_KEY = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))$")
+# PEFT loads names with its default adapter's name left in.
+_LORA_KEY = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])(\.default)?\.weight|lora_embedding_(?P<embedding>[AB])(\.default)?)$"
+)
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.")
 
 
@@ -76,14 +80,28 @@ class LoraModule:
 
 @dataclass
 class Adapter:
-    """An adapter folder: its config, the headers of its weights, and the LoRA modules they form."""
+    """
+    An adapter folder: its config, the headers of its weights, and the LoRA modules they form.
+
+    Attributes:
+        folder, config, tensors: where it is, and what is in it.
+        extra_files: other safetensors files and the names of their tensors.
+        modules: LoRA on layers, by the layer's name in the base.
+        parameters: LoRA on bare parameters, by PEFT's name for it: ``mlp.experts`` is that of the last parameter of
+            the module which is adapted, ``mlp.experts.base_layer`` that of the one before it.
+        other_keys: tensors that are neither lora_A nor lora_B.
+        run_folder: where card and tokenizer are, if that is above `folder`: PEFT saves an adapter with a name of its
+            own in a folder of this name.
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    extra_files: dict[str, list[str]] = field(default_factory=dict)  # other *.safetensors -> their tensor names
+    extra_files: dict[str, list[str]] = field(default_factory=dict)
     modules: dict[str, LoraModule] = field(default_factory=dict)
-    other_keys: list[str] = field(default_factory=list)  # tensors that are not lora_A or lora_B
+    parameters: dict[str, LoraModule] = field(default_factory=dict)
+    other_keys: list[str] = field(default_factory=list)
+    run_folder: Path | None = None
 
     def __post_init__(self) -> None:
         for key in self.tensors:
@@ -92,7 +110,13 @@ class Adapter:
                 self.other_keys.append(key)
                 continue
             path = match["module"].removeprefix(PREFIX)
-            self.modules.setdefault(path, LoraModule(path, {})).keys[match["linear"] or match["embedding"]] = key
+            group = self.parameters if self._is_of_a_parameter(path) else self.modules
+            group.setdefault(path, LoraModule(path, {})).keys[match["linear"] or match["embedding"]] = key
+
+    @property
+    def home(self) -> Path:
+        """The folder of the run."""
+        return self.run_folder or self.folder
 
     @property
     def weights(self) -> Path:
@@ -123,8 +147,11 @@ class Adapter:
 
     @property
     def largest_rank(self) -> int:
-        """Of the complete modules; 0 where there are none."""
-        return max((self.rank(module) for module in self.complete), default=0)
+        """Of the complete modules, and of what the config gives bare parameters; 0 where there are none."""
+        ranks = [self.rank(module) for module in self.complete]
+        if self.parameters:
+            ranks += [self.config.get("r", 8), *(self.config.get("rank_pattern") or {}).values()]
+        return max(ranks, default=0)
 
     @property
     def complete(self) -> list[LoraModule]:
@@ -154,6 +181,13 @@ class Adapter:
         config = SimpleNamespace(**{name: self.config.get(name) for name in names})
         config.target_modules = self.config.get("target_modules") or []
         return targets(config, path)
+
+    def _is_of_a_parameter(self, path: str) -> bool:
+        """Whether PEFT stores LoRA on a bare parameter here; one without the name of its module is of experts."""
+        while path.endswith(".base_layer"):
+            path = path.removesuffix(".base_layer")
+        holders = {str(name).rpartition(".")[0] or "experts" for name in self.config.get("target_parameters") or []}
+        return any(f".{path}".endswith(f".{holder}") for holder in holders)
 
     def _by_pattern(self, pattern_name: str, default_name: str, module: LoraModule) -> Any:
         pattern = self.config.get(pattern_name) or {}

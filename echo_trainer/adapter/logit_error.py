@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
+from ..compat.building import load_model
 from ..compat.identity import name_of
 from .base import read_base
 from .folder import Adapter, AdapterError
 from .read import read_adapter
-from .refuse import ExportError, refuse_broken, refuse_other_base, refuse_partly_loaded
+from .refuse import ExportError, refuse_broken, refuse_partly_loaded
+from .vocabulary import fit_vocabulary, say_lost
 
 MERGE_TOLERANCE = 1e-3  # of the largest logit: float32 rounding stays a hundred times below it
 
@@ -50,9 +51,26 @@ class LogitError:
         )
 
 
-def probe_ids(vocabulary: int, rows: int = 4, length: int = 64) -> torch.Tensor:
-    """The token sequences that errors are measured on: (rows, length), the same ones every time."""
-    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+def probe_ids(config: Any, rows: int = 4, length: int = 64) -> torch.Tensor:
+    """
+    The token sequences that errors are measured on: (rows, length), the same ones every time.
+
+    Args:
+        config: of the model. Tokens that it gives a meaning to, such as the place of an image, are not among them.
+        rows, length: how many, and of how many tokens; fewer where the model has fewer positions.
+    """
+    text = config.get_text_config()
+    length = min(length, getattr(text, "max_position_embeddings", None) or length)
+    ids = torch.randint(0, text.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    marks = (
+        {value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index")) and value}
+        if text is not config
+        else set()
+    )
+    plain = next((token for token in range(text.vocab_size) if token not in marks), 0)
+    for mark in marks:
+        ids[ids == mark] = plain
+    return ids
 
 
 def reference(adapter: str | Path, base: str | Path | None) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -62,13 +80,15 @@ def reference(adapter: str | Path, base: str | Path | None) -> tuple[torch.Tenso
     Raises:
         AdapterError: the adapter is broken, or does not fit the base.
     """
-    files = read_adapter(adapter)
-    refuse_broken(files)  # before the base is loaded, which takes long
-    model = load_base(base_name(adapter, base))
-    refuse_other_base(files, read_base(model))
-    model = with_adapter(model, files, autocast_adapter_dtype=False).float()
-    ids = probe_ids(model.config.vocab_size)
-    original = logits_of(model, ids)
+    files, name = read_adapter(adapter), base_name(adapter, base)
+    refuse_broken(files, read_base(name, download=True))  # before the base is loaded, which takes long
+    model = with_adapter(load_base(name), files, autocast_adapter_dtype=False).float()
+    ids = probe_ids(model.config)
+    try:
+        original = logits_of(model, ids)
+    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
+        raise ExportError(f"PEFT loads '{adapter}' on the base {name}, but the model that comes out cannot be run: "
+                          f"{_in_a_line(error)} Train it in a way that PEFT can run.") from error  # fmt: skip
     with model.disable_adapter():
         plain = logits_of(model, ids)
     return original, plain, model
@@ -83,9 +103,9 @@ def base_name(adapter: str | Path, base: str | Path | None) -> str:
 
 
 def load_base(name: str | Path) -> Any:
-    """The base in float32, ready for inference."""
+    """A model in float32, ready for inference."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        return load_model(str(name), dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         raise AdapterError(f"The base model '{name}' cannot be loaded ({str(error).splitlines()[0]}). Give the base "
                            f"that the adapter was trained on: --base BASE.") from error  # fmt: skip
@@ -96,13 +116,14 @@ def with_adapter(model: Any, adapter: Adapter, **options: Any) -> Any:
     ``model`` with the adapter, all of it, ready for inference.
 
     Args:
-        model: the base.
+        model: the base; its vocabulary is resized to that of the training.
         adapter: the adapter's files.
         options: of ``PeftModel.from_pretrained``.
 
     Raises:
         AdapterError: PEFT cannot load it, or loads only a part of the file.
     """
+    say_lost(adapter, fit_vocabulary(model, adapter))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # looked at below
@@ -113,7 +134,9 @@ def with_adapter(model: Any, adapter: Adapter, **options: Any) -> Any:
         base = name_of(model.config) or "this base"
         raise AdapterError(f"PEFT cannot load '{adapter.folder}' on {base}: {_in_a_line(error)} Give the base that "
                            f"the adapter was trained on, or save the adapter again.") from error  # fmt: skip
-    refuse_partly_loaded(adapter, model, loaded.missing_keys, loaded.unexpected_keys)
+    # Prompts have their own way into the model, so all of them are called unexpected.
+    unexpected = [] if model.active_peft_config.is_prompt_learning else loaded.unexpected_keys
+    refuse_partly_loaded(adapter, model, loaded.missing_keys, unexpected)
     return model.eval()
 
 
@@ -130,7 +153,7 @@ def _in_a_line(error: Exception) -> str:
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits (B, T, V) at every position, without gradient."""
     with torch.no_grad():
-        return model.eval()(ids[:, : getattr(model.config, "max_position_embeddings", None) or ids.shape[1]]).logits
+        return model.eval()(input_ids=ids.to(model.device)).logits
 
 
 def require_equal(got: torch.Tensor, expected: torch.Tensor, after: str) -> None:

@@ -69,7 +69,9 @@ def make_portable(
     paths = _all_paths(adapter, base)
     tensors = _tensors(adapter, base, paths, new_rank, scale)
     config = _config(adapter, base, paths, new_rank, scale)
-    return write_adapter(adapter.folder, Path(out_dir) if out_dir else adapter.folder, config, tensors)
+    if out_dir is None:
+        return write_adapter(adapter.folder, adapter.folder, config, tensors)
+    return write_adapter(adapter.home, Path(out_dir), config, tensors)
 
 
 def _base_of(adapter: Adapter, base: Any) -> Any:
@@ -111,9 +113,11 @@ def _tensors(adapter: Adapter, base: Base, paths: list[str], rank: int, scale: f
     if adapter.non_finite:
         raise AdapterError(f"The tensor '{adapter.non_finite[0]}' holds NaN or infinity: training diverged or the "
                            f"file is damaged. Take an earlier checkpoint.")  # fmt: skip
-    dtype = next(values[key].dtype for module in adapter.modules.values() for key in module.keys.values())
-    if any(not _is_power_of_two(factor) for factor in factors.values()):
-        dtype = torch.float32  # a half-precision B would be rounded by the factor
+    dtypes = {values[key].dtype for module in adapter.modules.values() for key in module.keys.values()}
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    rounds = any(not _is_power_of_two(factor) for factor in factors.values())  # a half-precision B
+    if rounds or not dtypes <= {torch.float16, torch.bfloat16, torch.float32} or len(dtypes) > 1:
+        dtype = torch.float32
     for path in paths:
         module = adapter.modules.get(path)
         embedding = module is not None and "lora_embedding" in module.keys["A"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from peft import LoraConfig
 
 from .base import Base
+from .find_variants import changes_base
 from .folder import CONFIG_NAME, PREFIX, Adapter, AdapterError
 
-HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # they leave the base weights as they were
 # Settings that the rewriting takes care of, or that matter in training only.
 _HANDLED = {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config",
             "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -22,12 +21,6 @@ _HANDLED = {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", 
 
 class NotPortableError(AdapterError):
     """The adapter is more than s B A on the base's linear layers, so no plain LoRA is equal to it."""
-
-
-def changes_base(config: dict[str, Any]) -> str | None:
-    """The name of an initialisation that changed the base weights (PiSSA, OLoRA, CorDA, LoftQ ...), or None."""
-    init = config.get("init_lora_weights", True)
-    return init if isinstance(init, str) and init.lower() not in HARMLESS_INITS else None
 
 
 def refuse_what_is_not_lora(adapter: Adapter) -> None:

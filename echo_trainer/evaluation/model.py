@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapter.folder import Adapter
+from ..adapter.base import read_base
+from ..adapter.folder import Adapter, AdapterError
 from ..adapter.logit_error import with_adapter
 from ..adapter.read import read_adapter
 from ..adapter.refuse import refuse_broken
+from ..compat.building import load_model
 from ..compat.identity import commit_of
 
 _SAMPLED_ABOVE = 1 << 30  # bytes; larger weight files are hashed in part
@@ -55,16 +57,15 @@ def load_for_evaluation(
             neither.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     device = _device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     source, adapter = _parts(name, base)
-    files = _adapter_files(adapter) if adapter is not None else None
+    files = _adapter_files(adapter, source) if adapter is not None else None
     options = {"trust_remote_code": trust_remote_code}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+        model: Any = load_model(source, dtype=getattr(torch, dtype), **options)
     except OSError as error:
         raise _not_loaded(source, adapter, error) from error
     identity = {"model": _public(source), **_digest(source, model), "dtype": dtype}
@@ -127,18 +128,23 @@ def _device(wanted: str | None) -> str:
     return wanted
 
 
-def _adapter_files(adapter: str) -> Adapter:
+def _adapter_files(adapter: str, base: str) -> Adapter:
     """
-    The files of an adapter, in its folder or from the Hub, once they are known to be sound.
+    The files of an adapter, in its folder or from the Hub, once they are known to be sound on its base.
 
     Raises:
         ValueError: the adapter is broken, so its figures would be those of another model.
     """
     from huggingface_hub import snapshot_download
 
-    folder = adapter if Path(adapter).is_dir() else snapshot_download(adapter, allow_patterns="adapter_*")
+    wanted = ["adapter_*", "tokenizer*"]
+    folder = adapter if Path(adapter).is_dir() else snapshot_download(adapter, allow_patterns=wanted)
     files = read_adapter(folder)
-    refuse_broken(files)
+    try:
+        known = read_base(base)
+    except AdapterError:  # a model with code of its own, for example
+        known = None
+    refuse_broken(files, known)
     return files
 
 

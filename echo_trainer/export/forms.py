@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapter.base import read_base
 from ..adapter.folder import AdapterError
 from ..adapter.logit_error import (
     LogitError,
@@ -32,6 +33,7 @@ from ..adapter.refuse import ExportError, refuse_broken
 from ..adapter.write import RECORD, TOKENIZER, copy_besides
 from ..files import new_folder
 from ..report.renew import remove_record, renew_record
+from .merge import cast_weights, merge
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +46,10 @@ def export_portable(adapter: str | Path, out: str | Path, base: Any = None, rank
 
     So results measured on the trained form stay on the card; rank, size and checksum are those of the new files.
     """
-    refuse_broken(read_adapter(adapter))
+    source = read_adapter(adapter)
+    refuse_broken(source, read_base(base_name(adapter, base), download=True))
     with new_folder(_place(out)) as stage:
-        make_portable(adapter, base, stage, rank)
+        make_portable(source, base, stage, rank)
         renew_record(stage, base)
     return Path(out)
 
@@ -69,15 +72,14 @@ def export_merged(
     if dtype not in DTYPES:
         raise AdapterError(f"dtype={dtype!r} is not supported. Choose one of: {', '.join(DTYPES)}.")
     original, plain, model = reference(adapter, base)
-    ids = probe_ids(model.config.vocab_size)
-    _untie_trained(model)
-    model = model.merge_and_unload()
+    ids = probe_ids(model.config)
+    model = merge(model)
     require_equal(logits_of(model, ids), original, "merging in float32")
-    _cast_weights(model, getattr(torch, dtype))
+    cast_weights(model, getattr(torch, dtype))
     with new_folder(_place(out)) as stage:
         model.save_pretrained(stage)
         _save_tokenizer(adapter, base, stage)
-        _cast_weights(model, torch.float32)
+        cast_weights(model, torch.float32)
         rounded = logits_of(model, ids)
         del model
         saved = logits_of(load_base(stage), ids)
@@ -132,7 +134,7 @@ def export_lora(
         copy_besides(Path(adapter), Path(fitted), TOKENIZER)
         make_portable(fitted, base_model, stage)
         fitted_model = with_adapter(base_model, read_adapter(stage), autocast_adapter_dtype=False)
-        exported = logits_of(fitted_model, probe_ids(base_model.config.vocab_size))
+        exported = logits_of(fitted_model, probe_ids(base_model.config))
         error = logit_error(exported, original, plain)
         copy_besides(Path(adapter), stage, RECORD)
         size = f"of rank {rank}" if isinstance(rank, int) else f"that keeps {rank:g} of each weight change,"
@@ -142,26 +144,6 @@ def export_lora(
         )):  # fmt: skip
             remove_record(stage)
     return error
-
-
-def _untie_trained(model: Any) -> None:
-    """Give head and embedding a weight each where they share one and a LoRA on either would change both."""
-    base = model.get_base_model()
-    ends = [base.get_output_embeddings(), base.get_input_embeddings()]
-    if None in ends or not any(hasattr(end, "lora_A") for end in ends):
-        return
-    head, embedding = (getattr(end, "base_layer", end) for end in ends)
-    if head.weight is embedding.weight:
-        head.weight = type(head.weight)(head.weight.detach().clone(), requires_grad=False)
-        base.config.get_text_config().tie_word_embeddings = False
-        base.config.tie_word_embeddings = False
-
-
-def _cast_weights(model: Any, dtype: torch.dtype) -> None:
-    """Like ``model.to(dtype)``, except for rotary frequencies and other buffers that are computed, not saved."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
 
 
 @contextmanager
@@ -196,14 +178,15 @@ def _change_by_merging(module: Any, adapter_name: str) -> torch.Tensor:
 
 
 def _save_tokenizer(adapter: str | Path, base: str | Path | None, out: Path) -> None:
-    from transformers import AutoTokenizer
+    """The tokenizer of the adapter's folder, or else of the base, and the processor of a model of images or sounds."""
+    from transformers import AutoProcessor, AutoTokenizer
 
     for place in (adapter, base_name(adapter, base)):
-        try:
-            AutoTokenizer.from_pretrained(place).save_pretrained(out)
+        for kind in (AutoTokenizer, AutoProcessor):
+            with suppress(OSError, ValueError, TypeError, KeyError, ImportError):
+                kind.from_pretrained(place).save_pretrained(out)
+        if any(path for pattern in TOKENIZER for path in out.glob(pattern)):
             return
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
 
 
 def _place(out: str | Path) -> Path:

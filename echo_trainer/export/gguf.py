@@ -10,7 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ..adapter.base import read_base
 from ..adapter.check import check_adapter
+from ..adapter.logit_error import base_name
 from ..adapter.portable import make_portable
 from ..adapter.read import read_adapter
 from ..adapter.refuse import ExportError, refuse_broken
@@ -48,8 +50,8 @@ def export_gguf(
     out = Path(out)
     script = find_converter(converter)
     source = read_adapter(adapter)
-    refuse_broken(source)
-    base = base or source.config.get("base_model_name_or_path")
+    base = base_name(adapter, base)
+    refuse_broken(source, read_base(base, download=True))
     with tempfile.TemporaryDirectory() as folder:
         portable = make_portable(adapter, base, Path(folder) / "portable")
         report = check_adapter(portable, engine="llama.cpp", base=base)

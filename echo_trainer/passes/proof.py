@@ -41,9 +41,9 @@ from ..method.plan import EchoPlan
 from ..method.rows import take_rows
 from ..method.sites import site_key
 from .echo import run_echo_pass
-from .head import with_head
 from .layer_io import first_plane, tokens_first
 from .memory import is_out_of_memory
+from .own_forward import compare_heads, own_forward
 from .plain import run_plain_pass
 from .rounding import can_refine, layers_in_float32, relative, rounding, unit_roundoff
 from .setup import EchoSetup
@@ -131,6 +131,7 @@ def prove(setup: EchoSetup, inputs: dict[str, Any], task: ProofTask) -> ProofRes
 
     Raises:
         NonFiniteLossError: the model's own states are NaN or infinite.
+        UnusableModelError: the model's own forward fails.
         torch.OutOfMemoryError: there is no memory for the passes.
     """
     no_cache, sees_ahead, dtype = observe(setup, task.tiny_ids)
@@ -245,20 +246,11 @@ def observe(setup: EchoSetup, tiny_ids: Tensor) -> tuple[str | None, float, torc
         if is_out_of_memory(error):
             raise
         why = f"{type(backbone).__name__} does not run with a cache of its own: {_in_a_line(error)}"
-        outputs = backbone(input_ids=tiny_ids, use_cache=False)
+        outputs = own_forward(backbone, tiny_ids)
     if not torch.isfinite(outputs.last_hidden_state).all():
         raise _not_finite(setup, outputs.last_hidden_state.dtype)
     one, other = outputs.last_hidden_state[:, :-1]
     return why, relative(one, other), one.dtype
-
-
-def compare_heads(setup: EchoSetup, tiny_ids: Tensor) -> float:
-    """Relative difference of our logits and the model's own on the tiny batch."""
-    outputs = setup.backbone(input_ids=tiny_ids, use_cache=False)
-    own = setup.model(input_ids=tiny_ids, use_cache=False).logits
-    hidden_Nd = outputs.last_hidden_state.flatten(0, 1)
-    ours = with_head(setup.model, setup.backbone, outputs, lambda head: head.logits(hidden_Nd))
-    return relative(ours, own.reshape(ours.shape))
 
 
 def _plain_states(setup: EchoSetup, inputs: dict[str, Any], finals: list[Tensor] | None = None) -> Tensor:

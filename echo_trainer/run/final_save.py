@@ -1,6 +1,7 @@
 """The final adapter: finite, equal to what was trained, in the form that engines serve, and moved into place whole."""
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..adapter.check import Report, check_adapter
-from ..adapter.folder import WEIGHTS_NAME, Adapter, AdapterError
+from ..adapter.folder import CONFIG_NAME, WEIGHTS_NAME, Adapter, AdapterError
 from ..adapter.portable import NotPortableError, make_portable
 from ..adapter.read import read_adapter
 from ..adapter.rules import Verdict
+from ..adapter.vocabulary import embedding_names, rows_of_config, saved_rows
 from .checkpoint_files import last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,41 @@ def adapter_folders(folder: str | Path, adapters: dict[str, Any]) -> Iterator[tu
     """Where PEFT saves each adapter: the default one in the folder itself, others in a folder of their name."""
     for name in adapters:
         yield name, Path(folder) if name == "default" else Path(folder, name)
+
+
+def keep_trained(folder: str | Path, model: Any) -> None:
+    """
+    Take adapters that are not active out of a folder that PEFT has just saved all of them to.
+
+    They were not trained, and lie where they were loaded from; a frozen one called "default" would be in the place
+    where the trained one is looked for.
+    """
+    for name, path in adapter_folders(folder, model.peft_config):
+        if name in model.active_adapters:
+            continue
+        logger.info("The adapter %r was not trained and is not saved once more.", name)
+        if name == "default":
+            for file in (CONFIG_NAME, WEIGHTS_NAME):
+                Path(path, file).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path)
+
+
+def save_new_rows(folder: str | Path, model: Any, state_dict: dict[str, Tensor] | None) -> None:
+    """
+    Save the embeddings with an adapter of a resized vocabulary where PEFT did not.
+
+    PEFT asks the Hub what the base's vocabulary is, and takes no answer for "not resized".
+    """
+    embedding = model.get_input_embeddings()
+    rows, present = rows_of_config(model.config), getattr(getattr(embedding, "weight", None), "shape", (0,))[0]
+    if rows is None or present <= rows:
+        return
+    names = embedding_names(model.get_base_model())
+    for name, path in adapter_folders(folder, model.active_adapters):
+        if saved_rows(read_adapter(path), names) is None:
+            selected = {"selected_adapters": [name], "state_dict": state_dict}
+            model.save_pretrained(folder, save_embedding_layers=True, **selected)
 
 
 def compare_written(folder: str | Path, adapters: dict[str, dict[str, Tensor]]) -> None:

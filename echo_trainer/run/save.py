@@ -10,17 +10,29 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapter.check import Report
+from ..adapter.read import read_adapter
 from ..files import publish_files
 from ..report.folder import saved_facts, write_run_folder
 from .checkpoint_files import STAGING, is_checkpoint
-from .final_save import compare_written, finish_adapter, refuse_non_finite, trained_tensors
+from .final_save import (
+    adapter_folders,
+    compare_written,
+    finish_adapter,
+    keep_trained,
+    refuse_non_finite,
+    save_new_rows,
+    trained_tensors,
+)
 from .full_disk import clean_failure
 from .gathering import keeps_shards, whole_trainable_state
 from .host import Host
+from .reload import UnloadableAdapterError, compare_reloaded
 
 logger = logging.getLogger(__name__)
 
 TRAINING_ARGUMENTS = "training_args.bin"
+UNLOADABLE = "unloadable"
 
 
 class Saver:
@@ -61,6 +73,7 @@ class Saver:
         Raises:
             NonFiniteAdapterError: the adapter holds NaN or infinity; nothing was written.
             OSError: what was written is not what was trained.
+            UnloadableAdapterError: what was written cannot be loaded and run as what was trained; it is set aside.
         """
         host = self.host
         with host.agreement.together():
@@ -83,13 +96,39 @@ class Saver:
             if not host.args.should_save:
                 return
             drop_pickle(staging)
-            compare_written(staging, adapters)
-            report = finish_adapter(staging, host.model, portable=host.args.portable_adapter, shown_as=folder)
+            report = None
+            if adapters:
+                keep_trained(staging, host.model)
+                compare_written(staging, {name: adapters[name] for name in host.model.active_adapters})
+                save_new_rows(staging, host.model, state_dict)
+                report = finish_adapter(staging, host.model, portable=host.args.portable_adapter, shown_as=folder)
+                self._compare_reloaded(staging, folder, report)
             saved = saved_facts(report)  # now: the files will have another place
             self._describe(staging, saved)
             publish_files(staging, folder)
         if folder == host.args.output_dir:
             self._saved = saved
+
+    def _compare_reloaded(self, staging: str, folder: str, report: Report | None) -> None:
+        """Load what was saved as a user does; what cannot be loaded is set aside, where nobody takes it for good."""
+        model = self.host.model
+        files = report.files if report is not None else None  # those of the first active adapter
+        try:
+            saved = {
+                name: files if files is not None and path == files.folder else read_adapter(path)
+                for name, path in adapter_folders(staging, model.active_adapters)
+            }
+            reason = compare_reloaded(saved, model)
+        except UnloadableAdapterError as error:
+            aside = Path(folder, UNLOADABLE, "files")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(staging, aside)
+            raise UnloadableAdapterError(
+                f"{error} What was saved before in {folder} is as it was; the trained tensors are kept in {aside}."
+            ) from error
+        if reason is not None:
+            logger.warning("The saved adapter was not loaded again and compared with the trained model: %s.", reason)
 
     def card(self, dataset_name: str | None) -> None:
         """

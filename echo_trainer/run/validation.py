@@ -13,7 +13,9 @@ from peft.utils import PeftType
 from torch import nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TEXT_COLLATOR
 
+from ..adapter.find_variants import unrepeated_init_of
 from ..method.segments import has_boundary
+from ..passes.step import ECHO_MODULE
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,12 @@ def _check_adapter(config: Any) -> None:
             "`alora_invocation_tokens` makes an activated LoRA, whose position PEFT looks up in a forward of its own. "
             f"Echo-LoRA runs the model's layers directly, so the adapter would never be active. Leave it out, {OFF}."
         )
+    if unrepeated := unrepeated_init_of(config.to_dict()):
+        raise ValueError(
+            f"`init_lora_weights={unrepeated!r}` takes something out of the base's weights, and PEFT does not take "
+            f"the same out again when it loads the adapter (pissa_niter draws random numbers, corda wants its data "
+            f"again). What is saved would not be what was trained. Use 'pissa', 'olora' or True, {OFF}."
+        )
     if config.bias != "none":
         raise ValueError(
             f"`bias={config.bias!r}` of the LoraConfig trains biases: with 'all' those of the echo networks would end "
@@ -72,13 +80,15 @@ def check_model(model: nn.Module, accelerator: Any) -> None:
     What can be refused once model and accelerator exist.
 
     Raises:
-        ValueError: no trainable adapter, FSDP1, activation checkpointing by FSDP, sharded sequences or matrices.
+        ValueError: no trainable adapter, more than one, weights that no adapter saves, FSDP1, activation checkpointing
+            by FSDP, sharded sequences or matrices.
     """
     if not any("lora_" in name and parameter.requires_grad for name, parameter in model.named_parameters()):
         raise ValueError(
             "The PeftModel has no trainable LoRA parameter. Load it with PeftModel.from_pretrained(model, adapter, "
             "is_trainable=True)."
         )
+    _check_what_is_trained(model)
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.activation_checkpointing:
         raise ValueError(
@@ -101,6 +111,29 @@ def check_model(model: nn.Module, accelerator: Any) -> None:
                     f"matrices over processes, and the echo needs the boundary of a prompt and its answer in one "
                     f"place. Use data parallelism (DDP, FSDP2, DeepSpeed ZeRO), {OFF}."
                 )
+
+
+def _check_what_is_trained(model: Any) -> None:
+    """Refuse weights that would be trained and not be saved, and adapters that are trained together."""
+    if len(model.active_adapters) > 1:
+        raise ValueError(
+            f"The adapters {', '.join(model.active_adapters)} are active together, so what is trained would be right "
+            f"with all of them only. Make one of them active with model.set_adapter(NAME); to train on top of "
+            f"another, merge that into the base first with model.merge_and_unload()."
+        )
+    saved = ("lora_", ".modules_to_save.", ".token_adapter.")
+    lost = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and not any(part in f".{name}" for part in saved)
+    ]
+    lost = [name for name in lost if not name.startswith(f"{ECHO_MODULE}.")]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} weights of the base itself are trainable, such as {lost[0]!r}. The adapter would not hold "
+            f"them, so what is saved would not be what was trained. Name their modules in `modules_to_save` of the "
+            f"LoraConfig, or freeze them: parameter.requires_grad_(False)."
+        )
 
 
 def check_dataset(dataset: Any, collator: Any) -> None:

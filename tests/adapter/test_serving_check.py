@@ -22,7 +22,7 @@ from echo_trainer.adapter.rules import ENGINES, RULES, UNREADABLE
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
-    return {family: make.save_base(family, folder / family) for family in make.CONFIGS}
+    return {family: make.save_base(family, folder / family) for family in (*make.CONFIGS, *make.VARIED)}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,9 @@ def test_table_on_other_bases(name, bases, tmp_path):
 
 def test_every_rule_is_in_the_table():
     named = {case[1] for case in LLAMA.values()} | {case[2] for case in OTHERS.values()}
-    assert {rule.name for rule in (*RULES, *UNREADABLE)} - named == {"depth-unknown", "module-type"}
+    assert {rule.name for rule in (*RULES, *UNREADABLE)} - named == {
+        "depth-unknown", "module-type", "experts-unknown", "new-tokens", "peft-refuses",
+    }  # fmt: skip
     assert len(LLAMA) + len(OTHERS) >= 40
 
 
@@ -81,10 +83,9 @@ def test_without_the_base(bases, plain, tmp_path):
     assert "--base" in report.notes[0]
     make.edit_tensors(adapter, lambda t: {k: v for k, v in t.items() if ".layers.1." not in k})
     assert signs(check_adapter(adapter)) == "✓ ∅ ∅ ✓ ✓"
-    make.edit_tensors(
-        adapter, lambda t: {k: v[:, :9] if "layers.0.mlp.up_proj.lora_A" in k else v for k, v in t.items()}
-    )
-    assert "shape-disagrees" in [finding.rule.name for finding in check_adapter(adapter).findings]
+    # Widths differ between layers of some families: without the base nothing is known of them.
+    make.reshape("layers.0.mlp.up_proj.lora_A", lambda t: t[:, :9])(adapter)
+    assert [finding.rule.name for finding in check_adapter(adapter).findings] == ["untrained-layers"]
 
 
 def test_base_is_found_by_the_name_in_the_config(bases, plain):

@@ -6,9 +6,24 @@ import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
+
+from echo_trainer.compat.building import load_model
 
 WEIGHTS = "adapter_model.safetensors"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -21,25 +36,54 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**_SIZES),  # q, k and v have biases
     "gpt2": lambda: GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64),  # Conv1D
 }
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+VARIED = {  # experts, a vision tower, and modules of other names
+    "phi3": lambda: Phi3Config(**_SIZES, pad_token_id=0),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, head_dim=8, decoder_sparse_step=1),
+    "mixtral": lambda: MixtralConfig(**_SIZES, **_EXPERTS),
+    "gpt_oss": lambda: GptOssConfig(**_SIZES, **_EXPERTS, head_dim=8, pad_token_id=0),
+    "llava": lambda: LlavaConfig(
+        architectures=["LlavaForConditionalGeneration"],
+        text_config=CONFIGS["llama"](),
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=28,
+            patch_size=14,
+        ),
+        image_token_index=63,
+    ),
+}  # fmt: skip
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.arange(40).reshape(2, 20) * 7 % 64
 
 
 def save_base(family: str, folder: Path) -> Path:
     """Save a random model whose logits are far from uniform."""
     torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    config = {**CONFIGS, **VARIED}[family]()
+    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    make = model_class._from_config if model_class else transformers.AutoModelForCausalLM.from_config
+    model = make(config, dtype=torch.float32)
     for parameter in model.parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() in (2, 3):
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)
     return folder
 
 
+def save_tokenizer(folder: Path, size: int) -> None:
+    """Put a tokenizer of words w0, w1, ... beside an adapter."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2").save_pretrained(folder)
+
+
 def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return load_model(str(folder), dtype=dtype).eval()
 
 
-def save_adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **settings) -> Path:
+def save_adapter(
+    base: Path, folder: Path, dtype: torch.dtype = torch.float32, save_embedding_layers="auto", **settings
+) -> Path:
     """Save an adapter whose every tensor was moved, as after training."""
     torch.manual_seed(5)
     settings = {"r": 16, "lora_alpha": 32, "target_modules": list(ALL), "task_type": "CAUSAL_LM", **settings}
@@ -55,8 +99,17 @@ def save_adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, *
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()  # as PEFT loads them
+        torch.save(model.eval()(input_ids=IDS % 63).logits, folder.with_suffix(".logits"))
     return folder
+
+
+def trained_logits(folder: Path) -> torch.Tensor:
+    """What the model computed whose adapter `save_adapter` saved in a folder, before anything was saved."""
+    return torch.load(folder.with_suffix(".logits"))
 
 
 @torch.no_grad()
@@ -65,7 +118,7 @@ def logits(base: Path, adapter: Path | None = None, dtype: torch.dtype = torch.f
     model = load_base(base, dtype)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter).eval().to(dtype)
-    return model(IDS).logits
+    return model(input_ids=IDS % 63).logits  # 63 is the place of an image
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -142,6 +195,12 @@ def to_pickle(folder: Path) -> None:
     """A pickle that fails the test when it is opened."""
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(b"cos\n_exit\n(I70\ntR.")
+
+
+def to_true_pickle(folder: Path) -> None:
+    """The weights as PEFT wrote them before safetensors."""
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
 
 
 def copy_weights(folder: Path) -> None:
