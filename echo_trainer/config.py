@@ -4,7 +4,9 @@ Override: only fields; their validation is in `options.py`. Everything `SFTConfi
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -203,6 +205,15 @@ class EchoSFTConfig(SFTConfig):
             self.bf16 = False
             logger.warning_once("Training on a CPU in float32, the fastest there; bf16=True takes bfloat16.")
         super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """
+        Look at the options as they are now; the trainer does so once more when training begins.
+
+        Raises:
+            ValueError: an `echo_*` value is outside its range, or an option of `SFTConfig` cannot work with the echo.
+        """
         check_echo_fields(self)
         for name in ("answer_marker", "prompt_marker"):
             setattr(self, name, marker(name, getattr(self, name)))
@@ -259,6 +270,7 @@ def as_echo_config(args: Any, model: Any) -> EchoSFTConfig:
 
     Raises:
         TypeError: it is something else.
+        ValueError: an option of `args` cannot work with the echo.
     """
     if isinstance(args, EchoSFTConfig):
         return args
@@ -269,10 +281,43 @@ def as_echo_config(args: Any, model: Any) -> EchoSFTConfig:
         raise TypeError(
             f"`args` is a {type(args).__name__}. Pass an EchoSFTConfig, or an SFTConfig to use the echo's defaults."
         )
-    fields = {name: getattr(args, name) for name in args.__dataclass_fields__ if args.__dataclass_fields__[name].init}
-    if not fields.get("assistant_only_loss"):  # there False is what nobody has set
-        fields["assistant_only_loss"] = None
-    return EchoSFTConfig(**fields)
+    values = vars(args)
+    if not values.get("assistant_only_loss"):  # there False is what nobody has set
+        values["assistant_only_loss"] = None
+    if not isinstance(args, SFTConfig):
+        fields = {field.name: values[field.name] for field in dataclasses.fields(args) if field.init}
+        return EchoSFTConfig(**fields)
+    config = _with_echo(type(args), values)
+    config.check()
+    return config
+
+
+def _with_echo(config_class: type[SFTConfig], values: dict[str, Any]) -> EchoSFTConfig:
+    """
+    A config with the echo's options beside those of an `SFTConfig`, or of a class that somebody else made of it.
+
+    Args:
+        config_class: its fields, methods and properties are there, too.
+        values: attributes of a config of that class. They are shared, as a trainer shares the arguments it is given:
+            what is set on one later is seen by both. Those of the echo that it lacks are added.
+    """
+    config = object.__new__(_class_with_echo(config_class))
+    for option in dataclasses.fields(EchoSFTConfig):
+        values.setdefault(option.name, option.default)
+    config.__dict__ = values
+    return config
+
+
+@cache
+def _class_with_echo(config_class: type[SFTConfig]) -> type[EchoSFTConfig]:
+    if issubclass(EchoSFTConfig, config_class):
+        return EchoSFTConfig
+
+    def reduce(self: EchoSFTConfig) -> tuple:
+        return _with_echo, (config_class, self.__getstate__())  # pickle would look for a class that has no place
+
+    members = {"__reduce__": reduce, "__doc__": config_class.__doc__}
+    return dataclass(type(f"Echo{config_class.__name__}", (EchoSFTConfig, config_class), members))
 
 
 def router_loss_weight(args: EchoSFTConfig, model_config: Any) -> float | None:

@@ -17,44 +17,39 @@ Private joints of TRL and transformers (checkpoints, resuming) are handed over i
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from trl import SFTTrainer
 
-from .compat.checkpointing import require_replay
-from .compat.quantized import keep_4bit_weights
 from .compat.trainer import JointTrainer, require_joints, with_signature
 from .compat.versions import warn_of_newer
 from .config import EchoSFTConfig, as_echo_config, router_loss_weight
 from .hub.push import Pushed
-from .method.depth import resolve_layers
-from .method.losses import Distillation
+from .method.losses import shown_as
 from .method.network import EchoNetworks
-from .passes.layers import decoder_layers, find_sites
 from .passes.memory import now_running
-from .passes.modules import base_model_of
 from .passes.setup import EchoSetup
-from .passes.step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
 from .run.agreement import Agreement
+from .run.at_work import AtWork
+from .run.attachment import Attachment
 from .run.batches import Batches
+from .run.building import distillation_of, set_up_echo
 from .run.checkpoints import Checkpoints
-from .run.collate import PLAN_KEY, EchoCollator, backbone_inputs
+from .run.collate import PLAN_KEY, backbone_inputs
+from .run.first_step import FirstStep
 from .run.guard import Guard
-from .run.lockstep import checkpoint_without_reentry, needs_lockstep
 from .run.metrics import EchoMetrics, input_tokens
-from .run.optimizer import take_in
+from .run.optimizer import give_own_rate, take_in
 from .run.pass_choice import PassChoice
 from .run.pushes import Pushes
 from .run.resume import base_fingerprint
 from .run.rows import Rows
 from .run.save import Saver
-from .run.validation import check_arguments, check_dataset, check_model
-from .selection.use import named_layers
+from .run.validation import check_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -100,14 +95,15 @@ class EchoSFTTrainer(JointTrainer):
         call["args"] = config = as_echo_config(call.get("args"), call["model"])
         if config.echo_enabled:
             check_arguments(call["model"], call.get("peft_config"), call.get("compute_loss_func"))
-        detach_networks(call["model"])  # those of an earlier trainer
         self.echo: EchoSetup | None = None
         self.pass_choice: PassChoice | None = None
+        self.distillation = distillation_of(config)
         self.dataset_name: str | None = None
         self.agreement = Agreement()
         self.echo_metrics = EchoMetrics()
         self.batches, self.guard, self.checkpoints = Batches(self), Guard(self), Checkpoints(self)
         self.saver, self.pushes = Saver(self), Pushes(self)
+        self.attachment, self.first_step, self.at_work = Attachment(self), FirstStep(self), AtWork()
         self.rows = Rows(config, call.get("formatting_func"))
         with self.rows.kept_from_trl(call):
             super().__init__(**call)
@@ -115,76 +111,58 @@ class EchoSFTTrainer(JointTrainer):
             self.data_collator = self.rows.collator(self.data_collator, self.processing_class, self.train_dataset)
         self.base_fingerprint = base_fingerprint(self.model)
         if config.echo_enabled:
-            check_model(self.model, self.accelerator)
-            check_dataset(self.train_dataset, self.data_collator)
-            checkpoint_without_reentry(config)
-            self._build_echo()
+            set_up_echo(self)
 
     @property
     def echo_networks(self) -> EchoNetworks | None:
         """The echo networks, None where the echo is off."""
         return self.echo.networks if self.echo is not None else None
 
-    def _build_echo(self) -> None:
-        args = self.args
-        layers = decoder_layers(self.model, args.echo_layers)
-        if args.gradient_checkpointing:
-            require_replay(layers)
-        keep_4bit_weights(self.model)
-        by_name_or_cka = partial(named_layers, args, self.model, self.train_dataset, self.processing_class)
-        named = self.agreement.decide(by_name_or_cka)
-        sources, targets = resolve_layers(*named, len(layers))
-        base = base_model_of(self.model)
-        sites = find_sites(base, targets, args.echo_layers)
-        networks = self.networks_class(
-            sites,
-            n_sources=len(sources),
-            hidden_size=base.config.get_text_config().hidden_size,
-            bottleneck=args.echo_bottleneck,
-            aggregation=args.echo_aggregation,
-            seed=args.resolved_echo_seed,
-        ).to(args.device)
-        self.echo = EchoSetup(base, networks, sites, sources, args.echo_layers)
-        self._distillation = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
-        install_echo_forward(self.model, self.echo, self._distillation)
-        in_step = needs_lockstep(self.accelerator, self.model)
-        self.data_collator = EchoCollator(self.data_collator, args.echo_positions, lockstep=in_step)
-        self.pass_choice = PassChoice(args.echo_pass, self.agreement, type(base).__name__, one_form=in_step)
-        logger.info("Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s.", sources, len(sites), targets)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """
-        Train as TRL does. Afterwards the echo networks are no longer part of the model; this trainer keeps them.
+        Train as TRL does. The echo networks are part of the model only meanwhile, and only while nobody looks at it.
 
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the last whole one in `output_dir`.
 
         Raises:
-            ValueError: the checkpoint is damaged, or belongs to another model, batch size or echo.
+            ValueError: the checkpoint is damaged, or belongs to another model, batch size or echo; an option that was
+                set since cannot work.
+            EchoNotTrainedError: what was replaced in this trainer keeps the echo out (see `run.first_step`).
         """
         resume = self.checkpoints.resume_point(resume_from_checkpoint)
-        with self._echo_in_the_model():
-            result = super().train(resume, *args, **kwargs)
+        result = super().train(resume, *args, **kwargs)
         self.pushes.after_training()
         return result
 
-    @contextmanager
-    def _echo_in_the_model(self) -> Iterator[None]:
-        """The echo networks are part of the model inside, and nothing is left of an earlier run of this trainer."""
+    def training_loop(self, run: Callable[[], Any]) -> Any:
+        """Training begins: nothing is left of an earlier run, and options may have been set since."""
         self.checkpoints.weights_of_step = None
-        if self.echo is None or self.pass_choice is None:
-            yield
-            return
-        if getattr(self.model.forward, "echo_setup", None) is not self.echo:  # another trainer has the model since
-            install_echo_forward(self.model, self.echo, self._distillation)
-        attach_networks(self.model, self.echo)
+        self.args.check()
+        if not self.args.echo_enabled:
+            self.echo = self.pass_choice = None
+            return run()
+        check_arguments(self.model, None, self.compute_loss_func)
+        if self.model_init is not None:  # a new model, or the same one as it was
+            self.echo = None
+        set_up_echo(self)
         self.echo_metrics.clear()  # those of a run that was interrupted would be counted here
         self.guard.begin()
         self.pass_choice.begin()
+        self.first_step.begin()
+        self.add_callback(self.first_step)
         try:
-            yield
+            with self.attachment.training():
+                return run()
         finally:
-            detach_networks(self.accelerator.unwrap_model(self.model))
+            self.remove_callback(self.first_step)
+
+    def about_to_wrap(self) -> None:
+        """The model gets its echo networks, and the optimizer those of them that it does not know."""
+        self.attachment.put_on()
+        if self.echo is not None and self.optimizer is not None:
+            networks = list(self.echo.networks.parameters())
+            take_in(self.optimizer, self.lr_scheduler, networks, self.args.echo_learning_rate)
 
     # Handed over
 
@@ -194,15 +172,29 @@ class EchoSFTTrainer(JointTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, collated and planned now, when the step is known."""
-        return self.batches.of_a_step(super().get_batch_samples, epoch_iterator, num_batches, device)
+        taken = self.batches.of_a_step(super().get_batch_samples, epoch_iterator, num_batches, device)
+        self.first_step.plans += sum(PLAN_KEY in batch for batch in taken[0])
+        return taken
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch, forward and backward, guarded against what is not finite."""
-        return self.guard.step(partial(super().training_step, model, num_items_in_batch=num_items_in_batch), inputs)
+        run = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        return self.guard.step(partial(self.at_work.step, run), inputs)
+
+    def evaluate(self, *args: Any, **kwargs: Any):
+        """Evaluate as TRL does: the plain path of the model, without the echo networks."""
+        with self.attachment.evaluating():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any):
+        """Predict as TRL does: the plain path of the model, without the echo networks."""
+        with self.attachment.evaluating():
+            return super().predict(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save an ordinary PEFT adapter with its card and record into `output_dir` (None: that of the arguments)."""
-        self.saver.save_model(super().save_model, output_dir, _internal_call)
+        with self.attachment.hidden():
+            self.saver.save_model(super().save_model, output_dir, _internal_call)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
@@ -252,9 +244,11 @@ class EchoSFTTrainer(JointTrainer):
         """
         L = (1 / N) sum_i [ CE_plain + r_i (CE_echo + lambda_kd KD) ], N the answer tokens of the global batch.
 
-        Batches without a plan (evaluation, echo off) take TRL's loss, so they are exactly those of `SFTTrainer`.
+        L is what is trained on, by its gradient. The value, which is logged as `loss`, is that of its plain part, the
+        loss of `SFTTrainer`; L itself is logged as `echo/objective`. Batches without a plan (evaluation, echo off)
+        take TRL's loss, so they are exactly those of `SFTTrainer`.
         """
-        plan = inputs.pop(PLAN_KEY, None)
+        plan = self.at_work.plan_for(inputs)
         if plan is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plan = plan.to(inputs["input_ids"].device)
@@ -265,7 +259,7 @@ class EchoSFTTrainer(JointTrainer):
         plan, output = self.guard.forward(lambda plan: model(**for_backbone, echo_plan=plan), plan)
         now_running("backward pass")
         n_items = len(plan.labels_N) if num_items_in_batch is None else num_items_in_batch
-        loss = output["objective"] / torch.as_tensor(n_items).clamp(min=1)
+        loss = shown_as(output["objective"], output["ce_plain"]) / torch.as_tensor(n_items).clamp(min=1)
         # `num_items_in_batch` counts the tokens of every process, and DDP averages gradients over them.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
@@ -273,18 +267,19 @@ class EchoSFTTrainer(JointTrainer):
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + router_weight * output["aux_loss"] / steps
         self.echo_metrics.add(output, plan, input_tokens(inputs))
+        self.first_step.count(plan)
         if return_outputs:
             with torch.no_grad():
                 return loss, model(**for_backbone)
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any):
-        """TRL's optimizer; with `echo_learning_rate` the echo networks get parameter groups of their own."""
-        mine = None if self.optimizer is not None else self.args.echo_learning_rate
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.echo is not None:
-            networks = [p for name, p in self.model.named_parameters() if f"{ECHO_MODULE}." in name]
-            take_in(optimizer, networks, mine, self.args.echo_learning_rate)
+        """TRL's optimizer, for the echo networks as well; with `echo_learning_rate` they have groups of their own."""
+        new = self.optimizer is None
+        with self.attachment.attached():
+            optimizer = super().create_optimizer(*args, **kwargs)
+        if new and self.echo is not None and self.args.echo_learning_rate is not None:
+            give_own_rate(optimizer, list(self.echo.networks.parameters()), self.args.echo_learning_rate)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

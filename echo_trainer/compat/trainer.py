@@ -11,6 +11,8 @@ and 5.24. A joint that is gone is named when a trainer is built, since what hang
 | `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler` | transformers | the echo networks belong to them |
 | `_load_from_checkpoint`, `_load_rng_state` | transformers | an error of one process must end them all |
 | `_load_best_model` | transformers | must not load a damaged checkpoint, and must load the echo networks |
+| `_inner_training_loop` | transformers | around everything that trains, once the model is the one that is trained |
+| `_wrap_model` | transformers | the last moment before an engine is given model and optimizer |
 | `_run_epoch` | transformers | none may begin where a resumed run had done its last step |
 | `_push_from_checkpoint`, `_finish_current_push` | transformers | pushes only listed files, and says what failed |
 | `_save` | transformers | the final adapter is verified before it gets its name |
@@ -38,7 +40,7 @@ R = TypeVar("R")
 
 _JOINTS = (
     "_save_checkpoint", "_get_output_dir", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler",
-    "_load_from_checkpoint", "_load_rng_state", "_load_best_model", "_run_epoch",
+    "_load_from_checkpoint", "_load_rng_state", "_load_best_model", "_inner_training_loop", "_wrap_model", "_run_epoch",
     "_push_from_checkpoint", "_finish_current_push", "_save", "_prepare_dataset", "_set_signature_columns_if_needed",
 )  # fmt: skip
 
@@ -140,6 +142,13 @@ class JointTrainer(SFTTrainer):
     staging_folder: str | None = None
     push_is_due: bool = False
 
+    def training_loop(self, run: Callable[[], Any]) -> Any:
+        """Train with `run`, and return what it returns. With `auto_find_batch_size` it may be called again."""
+        return run()
+
+    def about_to_wrap(self) -> None:
+        """Model and optimizer are about to be given to an engine, to train."""
+
     def save_state(self, folder: str, state_dict: dict) -> None:
         """Write a model whose tensors an engine has gathered; goes through `saver.write`."""
         self._save(folder, state_dict=state_dict)
@@ -166,6 +175,14 @@ class JointTrainer(SFTTrainer):
         self._total_train_tokens = count
 
     # The joints
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        return self.training_loop(partial(super()._inner_training_loop, *args, **kwargs))
+
+    def _wrap_model(self, model: Any, training: bool = True, **kwargs: Any) -> Any:
+        if training:
+            self.about_to_wrap()
+        return super()._wrap_model(model, training=training, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = super()._get_output_dir(trial=trial)

@@ -43,6 +43,20 @@ def resolve_layers(sources: list[int] | None, targets: list[int] | None, depth: 
     return source, target
 
 
+def with_adapters(targets: list[int], sources: list[int], adapted: list[int]) -> list[int]:
+    """
+    Those of the target layers that hold an adapter, where the depth has chosen them; if none does, the nearest layer
+    below every source that does.
+
+    Args:
+        targets, sources: from `resolve_layers`.
+        adapted: layers with an adapter.
+    """
+    below = [index for index in adapted if index < min(sources)]
+    found = [index for index in targets if index in below]
+    return found or sorted(below, key=lambda index: abs(index - targets[0]))[:1] or targets
+
+
 def _by_depth(depth: int, share: tuple[float, float]) -> list[int]:
     start = min(int(share[0] * depth + 0.5), depth - 1)
     end = max(int(share[1] * depth + 0.5), start + 1)

@@ -181,6 +181,25 @@ class _ChunkedObjective(torch.autograd.Function):
         return (*gradients[:2], *[None] * 5, *gradients[2:])
 
 
+def shown_as(objective: Tensor, shown: Tensor) -> Tensor:
+    """
+    The value of `shown` with the gradient of `objective`, both scalars; an objective that is not finite shows itself.
+
+    What a loop logs as its loss is the value; what it trains on is the gradient.
+    """
+    return _ShownAs.apply(objective, shown)
+
+
+class _ShownAs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, objective, shown):
+        return torch.where(torch.isfinite(objective), shown, objective)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
 def _objective(plain_nd, echo_ed, labels_N, plain_weight_N, reach_E, head, kd):
     """Objective and statistics of one chunk."""
     plain_NV = head.logits(plain_nd)

@@ -96,6 +96,11 @@ def _can_receive(module: nn.Module) -> bool:
     )
 
 
+def adapted_layers(model: nn.Module, path: str | None = None) -> list[int]:
+    """Indices of the layers that hold a LoRA module which can receive an echo; arguments as for `decoder_layers`."""
+    return [index for index, layer in enumerate(decoder_layers(model, path)) if lora_sites(layer, index)]
+
+
 def find_sites(model: nn.Module, target_layers: list[int], path: str | None = None) -> list[EchoSite]:
     """
     All LoRA modules of the target layers.
@@ -108,7 +113,7 @@ def find_sites(model: nn.Module, target_layers: list[int], path: str | None = No
         ValueError: a target layer has no LoRA module.
     """
     layers = decoder_layers(model, path)
-    adapted = [index for index, layer in enumerate(layers) if lora_sites(layer, index)]
+    adapted = adapted_layers(model, path)
     empty = [index for index in target_layers if index not in adapted]
     if empty:
         raise ValueError(

@@ -23,6 +23,7 @@ class EchoSetup:
         source_layers: S, indices from 0.
         layers_path: path of the decoder layers in the model, where they cannot be found.
         cache: where the model takes a cache; found by the proof at the first step, None where it takes none.
+        built_from: the options that the parts were chosen by.
     """
 
     model: PreTrainedModel
@@ -31,6 +32,7 @@ class EchoSetup:
     source_layers: list[int]
     layers_path: str | None = None
     cache: CachePlace | None = None
+    built_from: tuple = ()
 
     @property
     def layers(self) -> nn.ModuleList:

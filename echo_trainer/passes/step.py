@@ -31,8 +31,9 @@ def install_echo_forward(model: nn.Module, setup: EchoSetup, kd: Distillation) -
     Must run before `accelerator.prepare`, which wraps the forward it finds. Without a keyword the forward is the
     original one, so evaluation and generation are those of the plain adapter.
     """
-    original = model.forward
-    attach_networks(model, setup)
+    if getattr(model.forward, "echo_of", None) == (setup, kd):  # from here on, or below what accelerate wrapped it in
+        return
+    own, original = vars(model).get("forward"), model.forward
 
     @functools.wraps(original)
     def forward(self, *args, echo_plan: EchoPlan | None = None, echo_proof: ProofTask | None = None, **kwargs):
@@ -45,19 +46,39 @@ def install_echo_forward(model: nn.Module, setup: EchoSetup, kd: Distillation) -
     installed: Any = forward
     # accelerate unwraps a model by following `__wrapped__`; it must stop here.
     del installed.__wrapped__
-    installed.echo_setup = setup
+    installed.echo_of = (setup, kd)
+    installed.echo_restores = (forward, own)
     model.forward = types.MethodType(installed, model)
 
 
-def attach_networks(model: nn.Module, setup: EchoSetup) -> None:
+def remove_echo_forward(model: nn.Module) -> None:
+    """
+    Give a model back the forward it had.
+
+    What accelerate has wrapped for mixed precision stays, as `SFTTrainer` leaves it; nobody gives it a keyword.
+    """
+    forward = vars(model).get("forward")
+    installed, before = getattr(forward, "echo_restores", (None, None))
+    if installed is None or getattr(forward, "__func__", None) is not installed:
+        return
+    del model.forward
+    if before is not None:
+        model.forward = before
+
+
+def attach_networks(model: nn.Module, networks: nn.Module) -> None:
     """Make the echo networks a part of the model, at its root, where optimizers and distributed engines find them."""
-    if getattr(model, ECHO_MODULE, None) is not setup.networks:
-        setattr(model, ECHO_MODULE, setup.networks)
+    setattr(model, ECHO_MODULE, networks)
 
 
-def detach_networks(model: object) -> None:
+def has_networks(model: nn.Module) -> bool:
+    """Whether echo networks are part of the model now."""
+    return hasattr(model, ECHO_MODULE)
+
+
+def detach_networks(model: nn.Module) -> None:
     """Take the echo networks off the model, so that it is the plain adapted model again."""
-    if isinstance(model, nn.Module) and hasattr(model, ECHO_MODULE):
+    if has_networks(model):
         delattr(model, ECHO_MODULE)
 
 

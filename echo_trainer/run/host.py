@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
+from ..method.losses import Distillation
+from ..method.network import EchoNetworks
 from ..passes.setup import EchoSetup
 from .agreement import Agreement
 from .metrics import EchoMetrics
@@ -20,11 +22,14 @@ class Host(Protocol):
     `EchoSFTTrainer`, as its collaborators see it.
 
     Attributes:
-        args, state, model, model_wrapped, accelerator, train_dataset, data_collator, callback_handler, control,
-        hub_model_id, is_deepspeed_enabled, is_fsdp_enabled: those of `transformers.Trainer`.
+        args, state, model, model_wrapped, accelerator, optimizer, train_dataset, processing_class, data_collator,
+        callback_handler, control, hub_model_id, is_deepspeed_enabled, is_fsdp_enabled: those of
+        `transformers.Trainer`.
         staging_folder, push_is_due: see `compat.trainer.JointTrainer`.
         agreement: the talks between the processes of the run.
         echo: the echo's parts of the model, None with the echo off.
+        distillation: how the passes teach each other.
+        networks_class: of the echo networks.
         echo_metrics: sums since the last log.
         pass_choice: which form the echo pass takes; None with the echo off.
         base_fingerprint: see `resume.base_fingerprint`.
@@ -38,7 +43,9 @@ class Host(Protocol):
     model: Any
     model_wrapped: nn.Module
     accelerator: Any
+    optimizer: Any
     train_dataset: Any
+    processing_class: Any
     data_collator: Any
     callback_handler: Any
     hub_model_id: str | None
@@ -48,6 +55,8 @@ class Host(Protocol):
     push_is_due: bool
     agreement: Agreement
     echo: EchoSetup | None
+    distillation: Distillation
+    networks_class: type[EchoNetworks]
     echo_metrics: EchoMetrics
     pass_choice: PassChoice | None
     base_fingerprint: dict[str, str]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..method.plan import EchoPlan
 
-SUMS = ("ce_plain", "entropy", "correct", "ce_plain_routed", "ce_echo", "kd", "agreement")
+SUMS = ("objective", "ce_plain", "entropy", "correct", "ce_plain_routed", "ce_echo", "kd", "agreement")
 MEANS = ("gate", "relative_delta", "aux_loss")
 COUNTS: tuple[str, ...] = (
     "tokens", "routed_tokens", "input_tokens", "samples", "routed", "unroutable", "echo_passes", "passes", "p",
@@ -88,6 +88,7 @@ def _as_metrics(total: dict[str, float]) -> dict[str, float]:
         "entropy": mean("entropy", "tokens"),
         "mean_token_accuracy": mean("correct", "tokens"),
         "input_tokens": total["input_tokens"],
+        "echo/objective": mean("objective", "tokens"),
         "echo/ce_plain": mean("ce_plain", "tokens"),
         "echo/p": mean("p", "passes"),
         "echo/routed": mean("routed", "samples"),

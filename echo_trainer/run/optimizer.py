@@ -1,31 +1,20 @@
-"""The echo networks' place in the optimizer."""
+"""The echo networks' place in the optimizer, whoever made it."""
+
+from typing import Any
 
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
 
-def take_in(optimizer: Optimizer, parameters: list[Parameter], new_rate: float | None, rate: float | None) -> None:
+def give_own_rate(optimizer: Any, parameters: list[Parameter], rate: float) -> None:
     """
-    Make sure that the parameters are trained.
+    Move parameters of an optimizer that has not stepped yet into groups of their own.
 
     Args:
-        optimizer: the trainer's.
+        optimizer: made just now.
         parameters: of the echo networks.
-        new_rate: their learning rate where the optimizer was made just now; they get groups of their own. None leaves
-            them where they are.
-        rate: their learning rate where the optimizer does not know them, since the caller made it before there were
-            any; None takes that of the first group.
+        rate: their learning rate; everything else stays as in the group they were in.
     """
-    if new_rate is not None:
-        _give_own_rate(optimizer, {id(p) for p in parameters}, new_rate)
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    forgotten = [p for p in parameters if id(p) not in known]
-    if forgotten:
-        optimizer.add_param_group({"params": forgotten, "lr": rate or optimizer.param_groups[0]["lr"]})
-
-
-def _give_own_rate(optimizer: Optimizer, chosen: set[int], rate: float) -> None:
-    """Move the chosen parameters of an optimizer that has not stepped yet into groups with learning rate `rate`."""
+    chosen = {id(p) for p in parameters}
     for group in list(optimizer.param_groups):
         moved = [p for p in group["params"] if id(p) in chosen]
         if not moved:
@@ -34,3 +23,44 @@ def _give_own_rate(optimizer: Optimizer, chosen: set[int], rate: float) -> None:
         options = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
         optimizer.add_param_group({**options, "params": moved, "lr": rate})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def take_in(optimizer: Any, scheduler: Any, parameters: list[Parameter], rate: float | None) -> None:
+    """
+    Make sure that the parameters are trained, also by an optimizer of the caller, who knows nothing of them.
+
+    Must run before an engine is given the optimizer.
+
+    Args:
+        optimizer: the trainer's.
+        scheduler: one that the caller has made for it; None where the trainer makes it later.
+        parameters: of the echo networks.
+        rate: `echo_learning_rate`; None takes that of the optimizer's first group.
+
+    Raises:
+        ValueError: `rate` is set, and the scheduler has counted the groups.
+    """
+    if not hasattr(optimizer, "param_groups"):  # DeepSpeed makes the optimizer, of the parameters in this list
+        known = {id(p) for p in optimizer.params}
+        optimizer.params = [*optimizer.params, *(p for p in parameters if id(p) not in known)]
+        return
+    forgotten = unknown_to(optimizer, parameters)
+    if not forgotten:
+        return
+    if scheduler is None:
+        optimizer.add_param_group({"params": forgotten, "lr": rate or optimizer.param_groups[0]["lr"]})
+        return
+    if rate is not None:
+        raise ValueError(
+            f"`echo_learning_rate={rate!r}` needs a parameter group of its own, and the {type(scheduler).__name__} "
+            f"given with `optimizers=(optimizer, scheduler)` has counted the groups already. Leave echo_learning_rate "
+            f"out (the echo networks then join the optimizer's first group), or give optimizers=(optimizer, None) and "
+            f"name the schedule by `lr_scheduler_type`."
+        )
+    optimizer.param_groups[0]["params"].extend(forgotten)
+
+
+def unknown_to(optimizer: Any, parameters: list[Parameter]) -> list[Parameter]:
+    """Those of the parameters that are in no group of the optimizer."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in parameters if id(p) not in known]

@@ -85,9 +85,11 @@ class Saver:
                 if host.args.should_save:
                     drop_pickle(folder)
             else:
-                self._write_final(folder, write, adapters)
+                self._write_final(folder, write, adapters, state_dict)
 
-    def _write_final(self, folder: str, write: Callable[[str], None], adapters: dict[str, dict[str, Tensor]]) -> None:
+    def _write_final(
+        self, folder: str, write: Callable[[str], None], adapters: dict[str, dict[str, Tensor]], state_dict: Any
+    ) -> None:
         host, staging = self.host, os.path.join(folder, STAGING)
         if host.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)

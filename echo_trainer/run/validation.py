@@ -22,6 +22,13 @@ logger = logging.getLogger(__name__)
 STREAM_PROBE = 1000
 """Examples of a stream that are looked at for an answer after a prompt."""
 
+FORMATS = (
+    "Echo-LoRA needs one of these formats: {'prompt': ..., 'completion': ...} (text or messages); {'messages': [...]}, "
+    "whose answers are the assistant's turns; {'text': ...} with answer_marker, such as '### Response:\\n'; or "
+    "'input_ids' with 'labels' that are -100 on the prompt. Mask a dataset before the trainer is made, or give a "
+    "collator that masks as `data_collator`."
+)
+
 OFF = "or switch the echo off with echo_p_start=0 and echo_p_end=0"
 
 
@@ -141,27 +148,30 @@ def check_dataset(dataset: Any, collator: Any) -> None:
     Refuse a prepared dataset in which no answer follows a prompt.
 
     Looks at examples until one has an answer after a prompt: the first, for a dataset in the right format. Of a stream
-    it looks at the first 1,000 examples only. TRL's collator trains on examples without `labels` as a whole; what
-    another collator makes of them is not known, so they are not checked then.
+    it looks at the first 1,000 examples only. What another collator than TRL's makes of the examples is not known, so
+    they are not checked then; `first_step.py` looks at its batches.
 
     Raises:
         ValueError: no example has a prompt/answer boundary.
     """
+    if type(collator) is not TEXT_COLLATOR:
+        return
     seen = 0
     examples = dataset if isinstance(dataset, Dataset) else itertools.islice(iter(dataset), STREAM_PROBE)
     example: Any
     for example in examples:
-        if "labels" not in example and not ("input_ids" in example and type(collator) is TEXT_COLLATOR):
-            return
-        if "labels" in example and has_boundary(example):
+        if "input_ids" not in example or ("labels" in example and has_boundary(example)):
             return
         seen += 1
+    if not seen:
+        raise ValueError(
+            "The training dataset has no rows left to train on: it was empty, or every row lost its whole answer to "
+            "truncation (raise `max_length`), or no row has a token that counts for the loss."
+        )
     raise ValueError(
         f"None of the {seen} training examples looked at has an answer that follows a prompt, so there is no boundary "
-        f"to take an echo from. Echo-LoRA needs one of these formats: {{'prompt': ..., 'completion': ...}} (text or "
-        f"messages); {{'messages': [...]}}, whose answers are the assistant's turns; {{'text': ...}} with "
-        f"answer_marker, such as '### Response:\\n'; or 'input_ids' with 'labels' that are -100 on the prompt. If the "
-        f"format is one of these, `max_length` may be too short to leave any answer."
+        f"to take an echo from. {FORMATS} If the format is one of these, `max_length` may be too short to leave any "
+        f"answer."
     )
 
 

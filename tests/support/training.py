@@ -53,7 +53,7 @@ DATA_FORMS = {
 def all_parameters(trainer):
     """Parameters by name, copied, with the echo networks wherever they are."""
     parameters = dict(trainer.model.named_parameters())
-    if getattr(trainer, "echo", None) is not None:  # off the model after training
+    if getattr(trainer, "echo", None) is not None:  # not a part of the model
         parameters |= {f"echo_networks.{n}": p for n, p in trainer.echo_networks.named_parameters()}
     return {n: p.detach().clone().requires_grad_(p.requires_grad) for n, p in parameters.items()}
 

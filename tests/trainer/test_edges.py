@@ -113,15 +113,6 @@ def test_training_again_and_resuming_from_it(tmp_path):
     echo_trainer(tmp_path / "again", **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
-def test_the_model_is_plain_again_after_training(tmp_path):
-    trainer = echo_trainer(tmp_path / "first", max_steps=2)
-    trainer.train()
-    assert not [name for name, _ in trainer.model.named_parameters() if "echo" in name]
-    second = on_model(trainer.model, tmp_path / "second")
-    assert sum("project_out" in name for name, _ in second.model.named_parameters()) == len(second.echo.sites)
-    second.train()
-
-
 def test_unwrapping_keeps_the_model_whole(tmp_path):
     trainer = echo_trainer(tmp_path, bf16=True, max_steps=1)
     trainer.train()

@@ -1,0 +1,55 @@
+"""The plan of the micro-batch at work, beside its inputs instead of among them.
+
+What `compute_loss` is given, the caller's own as well, are the inputs of `SFTTrainer`: each a tensor that can be moved,
+measured and given to the model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..method.plan import EchoPlan
+from .collate import PLAN_KEY
+
+
+class AtWork:
+    """Holds a plan while the loss of its micro-batch is computed."""
+
+    def __init__(self) -> None:
+        self._plan: EchoPlan | None = None
+        self._shape: torch.Size | None = None
+
+    def step(self, run: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> Tensor:
+        """
+        One micro-batch, forward and backward.
+
+        Args:
+            run: takes the inputs without their plan.
+            inputs: with their plan, if they have one.
+        """
+        inputs = dict(inputs)
+        self._plan, self._shape = inputs.pop(PLAN_KEY, None), inputs["input_ids"].shape
+        try:
+            return run(inputs)
+        finally:
+            self._plan = None
+
+    def plan_for(self, inputs: dict[str, Any]) -> EchoPlan | None:
+        """
+        The plan of the inputs that `compute_loss` was given; None for those of an evaluation.
+
+        Raises:
+            ValueError: they are not those that were planned.
+        """
+        given = inputs.pop(PLAN_KEY, None)  # where the step is somebody else's
+        if given is not None or self._plan is None:
+            return given
+        if inputs["input_ids"].shape != self._shape:
+            raise ValueError(
+                f"compute_loss was given `input_ids` of shape {tuple(inputs['input_ids'].shape)}, and the echo of "
+                f"this micro-batch was planned for {tuple(self._shape or ())}. Give the inputs of training_step on "
+                f"with their rows and columns as they are, and change batches in the data collator instead."
+            )
+        return self._plan

@@ -1,0 +1,80 @@
+"""The echo of a trainer, from its options and its model; kept while both are what it was built from."""
+
+import logging
+from functools import partial
+from typing import Any
+
+from ..compat.checkpointing import require_replay
+from ..compat.quantized import keep_4bit_weights
+from ..method.depth import resolve_layers, with_adapters
+from ..method.losses import Distillation
+from ..passes.layers import adapted_layers, decoder_layers, find_sites
+from ..passes.modules import base_model_of
+from ..passes.setup import EchoSetup
+from ..selection.use import named_layers
+from .collate import EchoCollator
+from .host import Host
+from .lockstep import checkpoint_without_reentry, needs_lockstep
+from .pass_choice import PassChoice
+from .validation import check_dataset, check_model
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_echo(host: Host) -> None:
+    """
+    Build the echo of a trainer for model, data and options as they are now; networks that fit them are kept.
+
+    Raises:
+        ValueError: the echo cannot work with one of them.
+    """
+    args = host.args
+    check_model(host.model, host.accelerator)
+    check_dataset(host.train_dataset, getattr(host.data_collator, "collator", host.data_collator))
+    checkpoint_without_reentry(args)
+    in_step = needs_lockstep(host.accelerator, host.model)
+    host.echo, host.distillation = _setup_for(host), distillation_of(args)
+    if not isinstance(host.data_collator, EchoCollator):
+        host.data_collator = EchoCollator(host.data_collator)
+    host.data_collator.positions, host.data_collator.lockstep = args.echo_positions, in_step
+    host.pass_choice = PassChoice(args.echo_pass, host.agreement, type(host.echo.model).__name__, in_step)
+
+
+def _setup_for(host: Host) -> EchoSetup:
+    """The echo's parts of the model: those it has, or new ones where they are not what the options say."""
+    base = base_model_of(host.model)
+    built_from = _decisive_options(host.args)
+    if host.echo is not None and host.echo.model is base and host.echo.built_from == built_from:
+        return host.echo
+    args = host.args
+    layers = decoder_layers(host.model, args.echo_layers)
+    if args.gradient_checkpointing:
+        require_replay(layers)
+    keep_4bit_weights(host.model)
+    by_name_or_cka = partial(named_layers, args, host.model, host.train_dataset, host.processing_class)
+    named = host.agreement.decide(by_name_or_cka)
+    sources, targets = resolve_layers(*named, len(layers))
+    if named[1] is None:
+        targets = with_adapters(targets, sources, adapted_layers(base, args.echo_layers))
+    sites = find_sites(base, targets, args.echo_layers)
+    networks = host.networks_class(
+        sites,
+        n_sources=len(sources),
+        hidden_size=base.config.get_text_config().hidden_size,
+        bottleneck=args.echo_bottleneck,
+        aggregation=args.echo_aggregation,
+        seed=args.resolved_echo_seed,
+    ).to(args.device)
+    logger.info("Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s.", sources, len(sites), targets)
+    return EchoSetup(base, networks, sites, sources, args.echo_layers, built_from=built_from)
+
+
+def distillation_of(args: Any) -> Distillation:
+    """The distillation that the options ask for."""
+    return Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
+
+
+def _decisive_options(args: Any) -> tuple:
+    """The options that the echo networks are made of."""
+    layers = (args.echo_source_layers, args.echo_target_layers)
+    return (*map(str, layers), args.echo_layers, args.echo_bottleneck, args.echo_aggregation, args.resolved_echo_seed)
