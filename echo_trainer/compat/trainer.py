@@ -40,8 +40,9 @@ R = TypeVar("R")
 
 _JOINTS = (
     "_save_checkpoint", "_get_output_dir", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler",
-    "_load_from_checkpoint", "_load_rng_state", "_load_best_model", "_inner_training_loop", "_wrap_model", "_run_epoch",
-    "_push_from_checkpoint", "_finish_current_push", "_save", "_prepare_dataset", "_set_signature_columns_if_needed",
+    "_load_from_checkpoint", "_load_rng_state", "_load_best_model", "_inner_training_loop", "_wrap_model",
+    "_run_epoch", "_push_from_checkpoint", "_finish_current_push", "_save", "_prepare_dataset",
+    "_set_signature_columns_if_needed",
 )  # fmt: skip
 
 

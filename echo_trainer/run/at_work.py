@@ -1,7 +1,7 @@
 """The plan of the micro-batch at work, beside its inputs instead of among them.
 
-What `compute_loss` is given, the caller's own as well, are the inputs of `SFTTrainer`: each a tensor that can be moved,
-measured and given to the model.
+What `compute_loss` is given, the caller's own as well, are the inputs of `SFTTrainer`: each a tensor that can be
+moved, measured and given to the model.
 """
 
 from collections.abc import Callable

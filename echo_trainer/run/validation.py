@@ -23,8 +23,8 @@ STREAM_PROBE = 1000
 """Examples of a stream that are looked at for an answer after a prompt."""
 
 FORMATS = (
-    "Echo-LoRA needs one of these formats: {'prompt': ..., 'completion': ...} (text or messages); {'messages': [...]}, "
-    "whose answers are the assistant's turns; {'text': ...} with answer_marker, such as '### Response:\\n'; or "
+    "Echo-LoRA needs one of these formats: {'prompt': ..., 'completion': ...} (text or messages); "
+    "{'messages': [...]}, whose answers are the assistant's turns; {'text': ...} with answer_marker, such as '### Response:\\n'; or "
     "'input_ids' with 'labels' that are -100 on the prompt. Mask a dataset before the trainer is made, or give a "
     "collator that masks as `data_collator`."
 )
