@@ -33,7 +33,7 @@ def run(
 ) -> EchoSFTTrainer:
     """Train, save and, if asked, push. Returns the trainer."""
     model: Any = _model_name(adapter)
-    refuse_finished(config, data.overwrite_output_dir)
+    Agreement().decide(lambda: refuse_finished(config, data.overwrite_output_dir))
     config.model_init_kwargs = model_options(adapter, config)
     dataset = load_data(data, mixture)
     evaluate = config.eval_strategy != "no"
@@ -83,18 +83,17 @@ def refuse_finished(config: EchoSFTConfig, overwrite: bool) -> None:
     if config.resume_from_checkpoint:
         return
     folder = Path(config.output_dir)
-    with config.main_process_first(desc="look at output_dir"):
-        if not (folder / RUN_RECORD).is_file():
-            return
-        if not overwrite:
-            raise ValueError(
-                f"output_dir is {config.output_dir}, which holds a finished run. Training into it would replace its "
-                f"adapter, card and evaluation, and leave its checkpoints among the new ones. Name another folder, "
-                f"write `overwrite_output_dir: true` to delete the old run first, or `resume_from_checkpoint: true` "
-                f"to go on with it."
-            )
-        for path in [path for pattern in OF_A_RUN for path in folder.glob(pattern)]:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    if not (folder / RUN_RECORD).is_file():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"output_dir is {config.output_dir}, which holds a finished run. Training into it would replace its "
+            f"adapter, card and evaluation, and leave its checkpoints among the new ones. Name another folder, "
+            f"write `overwrite_output_dir: true` to delete the old run first, or `resume_from_checkpoint: true` "
+            f"to go on with it."
+        )
+    for path in [path for pattern in OF_A_RUN for path in folder.glob(pattern)]:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def model_options(adapter: AdapterArguments, config: EchoSFTConfig) -> dict[str, Any]:

@@ -22,6 +22,8 @@ PATIENCE = timedelta(minutes=1)
 LONGEST = timedelta(hours=2)
 """How long the others wait at the end of a section; a push may take long."""
 
+_TOLD = "told_to_every_process"  # an attribute of errors
+
 
 class Agreement:
     """
@@ -111,10 +113,12 @@ class Agreement:
         number = next((i for i, packed in enumerate(found) if packed is not None), None)
         if number is None:
             return None
-        first = error if number == dist.get_rank() else pickle.loads(found[number])
-        if first is not error:
+        if error is not None and number == dist.get_rank():
+            first = error
+        else:
+            first = pickle.loads(found[number])
             first.add_note(f"It happened in process {number}; every process ends with it.")
-        first.told_to_every_process = True
+        setattr(first, _TOLD, True)
         return first
 
     def _host(self) -> Any:
@@ -127,7 +131,7 @@ def _is_told(error: BaseException) -> bool:
     """Whether every process has been told of an error, or of one that it was made from."""
     cause: BaseException | None = error
     while cause is not None:
-        if getattr(cause, "told_to_every_process", False):
+        if getattr(cause, _TOLD, False):
             return True
         cause = cause.__cause__
     return False

@@ -110,9 +110,11 @@ class Pushes:
                     commit_message or "End of training",
                     lambda stage: copy_run(Path(host.args.output_dir), stage, self._whole_model),
                 )
-                result = push() if blocking else self._in_background("the final push", push, self._due)
                 if blocking:
+                    result = push()
                     self._after(result, self._due)
+                else:
+                    result = self._in_background("the final push", push, self._due)
         return result
 
     def after_training(self) -> None:
