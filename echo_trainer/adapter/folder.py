@@ -114,6 +114,13 @@ class Adapter:
             group.setdefault(path, LoraModule(path, {})).keys[match["linear"] or match["embedding"]] = key
 
     @property
+    def copies(self) -> set[str]:
+        """Tensors that PEFT saves twice where a vocabulary was resized, and loads once."""
+        saved = {key for key in self.tensors if key.replace(".modules_to_save.", ".") in self.tensors.keys() - {key}}
+        tokens = {key for key in self.tensors if key.endswith(".trainable_tokens_delta")}  # a tied head shares them
+        return saved | (tokens if len(tokens) > 1 else set())
+
+    @property
     def home(self) -> Path:
         """The folder of the run."""
         return self.run_folder or self.folder

@@ -86,7 +86,7 @@ def _load(adapter: Adapter, model: Any) -> PeftLoad:
     # What has another shape than its place is left out and counted among the missing.
     mismatched = adapter.tensors.keys() & {*missing, *missing.values()}
     return PeftLoad(
-        unexpected=frozenset(adapter.tensors.keys() & set(result.unexpected_keys)),
+        unexpected=frozenset(adapter.tensors.keys() & set(result.unexpected_keys) - adapter.copies),
         mismatched=frozenset(mismatched),
         missing=frozenset(name for key, name in missing.items() if not {key, name} & mismatched),
     )

@@ -49,8 +49,8 @@ def refuse_partly_loaded(adapter: Adapter, model: Any, missing: list[str], unexp
         ExportError: a tensor was left out, or PEFT made one up that changes the model.
     """
     fix = "Give the base that it was trained on, correct or remove the tensors, or save the adapter again."
-    if unexpected:
-        names = [key.replace(".default", "") for key in unexpected]
+    names = [key for key in unexpected if key not in adapter.copies]
+    if names:
         raise ExportError(f"'{adapter.folder}' holds tensors that PEFT has no place for on this base, so the result "
                           f"would lack them: {shorten(names)}. {fix}")  # fmt: skip
     # A module without any tensor is one that was not trained: its new B is zero and nothing changes.

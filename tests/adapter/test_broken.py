@@ -2,11 +2,13 @@
 
 import adapter_cases as make
 import pytest
+import torch
 from peft_outcome import load_with_peft
 from serving_cases import LLAMA, OTHERS
 
 from echo_trainer.adapter.base import read_base
 from echo_trainer.adapter.check import check_adapter
+from echo_trainer.adapter.logit_error import probe_ids, reference
 from echo_trainer.adapter.peft_load import load_without_weights
 from echo_trainer.adapter.read import read_adapter
 from echo_trainer.adapter.rules import RULES, UNREADABLE
@@ -70,6 +72,25 @@ def test_experts_are_not_called_broken_without_the_base_either(family, bases, tm
     make.edit_config(adapter, base_model_name_or_path="nobody/nothing")
     found = [finding.rule.name for finding in check_adapter(adapter).findings]
     assert found == ["experts-unknown", "depth-unknown"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]},
+                                      {"trainable_token_indices": [3, 66]}])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_a_resized_vocabulary_is_not_broken(family, settings, bases, tmp_path):
+    """PEFT saves its embeddings, some of them twice, and loads them onto a base that is resized first."""
+    base = make.load_base(bases[family])
+    base.resize_token_embeddings(70)
+    config = make.LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
+    model = make.get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path)
+    broken = [found.rule.name for found in check_adapter(tmp_path, base=bases[family]).findings if found.rule.broken]
+    assert broken == []
+    original, _, loaded = reference(tmp_path, bases[family])
+    assert loaded.get_input_embeddings().weight.shape[0] == 70
+    with torch.no_grad():
+        expected = model(input_ids=probe_ids(loaded.config)).logits
+    torch.testing.assert_close(original, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [
