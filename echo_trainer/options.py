@@ -28,12 +28,12 @@ def check_echo_fields(config: Any) -> None:
     if not _is_number(config.echo_kd_temperature) or config.echo_kd_temperature <= 0:
         raise ValueError(
             f"`echo_kd_temperature` divides the logits, so {config.echo_kd_temperature!r} cannot work: write a "
-            f"number above 0, such as 2.0."
+            f"finite number above 0, such as 2.0."
         )
     if not _is_number(config.echo_kd_weight) or config.echo_kd_weight < 0:
         raise ValueError(
-            f"`echo_kd_weight` is {config.echo_kd_weight!r}; a negative weight would push the two passes apart. "
-            f"Write 0 (no distillation) or a positive number such as 1.0."
+            f"`echo_kd_weight` is {config.echo_kd_weight!r}, and it multiplies a loss. Write 0 (no distillation) or a "
+            f"positive number such as 1.0; a negative one would push the two passes apart."
         )
     if not _is_integer(config.echo_bottleneck) or config.echo_bottleneck < 1:
         raise ValueError(
@@ -54,6 +54,10 @@ def check_echo_fields(config: Any) -> None:
 def refuse_options_without_an_echo(config: Any) -> None:
     """Refuse options of `SFTConfig` that cannot work with the echo, with a ValueError."""
     off = "or switch the echo off with echo_p_start=0 and echo_p_end=0"
+    if config.loss_type not in ("nll", "dft"):
+        raise ValueError(
+            f"`loss_type` is {config.loss_type!r}, which TRL does not know. Leave it out, or write 'nll'."
+        )
     if config.loss_type != "nll":
         raise ValueError(
             f"`loss_type={config.loss_type!r}` re-weights the cross-entropy, and Echo-LoRA defines its loss on "

@@ -148,7 +148,6 @@ class EchoSFTTrainer(JointTrainer):
         set_up_echo(self)
         self.echo_metrics.clear()  # those of a run that was interrupted would be counted here
         self.guard.begin()
-        self.pass_choice.begin()
         self.first_step.begin()
         self.add_callback(self.first_step)
         try:

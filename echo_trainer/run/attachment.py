@@ -23,7 +23,9 @@ class Attachment:
 
     def __init__(self, host: Host):
         self.host = host
-        self._model: nn.Module | None = None  # that has the networks, also while they are hidden
+        # of a run: the model that has the networks, also while they are hidden
+        self._model: nn.Module | None = None
+        self._networks: nn.Module | None = None
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -44,24 +46,25 @@ class Attachment:
 
     def put_on(self) -> None:
         """The model is about to be wrapped: make networks and step a part of it."""
-        if self.host.echo is None:
+        echo, model = self.host.echo, self.host.model
+        if echo is None:
             return
-        self._model = self.host.model
-        install_echo_forward(self._model, self.host.echo, self.host.distillation)
-        attach_networks(self._model, self.host.echo.networks)
+        self._model, self._networks = model, echo.networks
+        install_echo_forward(model, echo, self.host.distillation)
+        attach_networks(model, echo.networks)
 
     def take_off(self) -> None:
         """Make the model the plain adapted model again."""
         if self._model is not None:
             detach_networks(self._model)
             remove_echo_forward(self._model)
-            self._model = None
+            self._model = self._networks = None
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
         """Who reads the model inside sees the plain adapted model."""
-        model = self._model
-        if model is None or not has_networks(model):
+        model, networks = self._model, self._networks
+        if model is None or networks is None or not has_networks(model):
             yield
             return
         detach_networks(model)
@@ -69,16 +72,16 @@ class Attachment:
             yield
         finally:
             if self._model is model:  # training goes on
-                attach_networks(model, self.host.echo.networks)
+                attach_networks(model, networks)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The networks are part of the model inside, whatever they are outside."""
-        model = self.host.model
-        if self.host.echo is None or has_networks(model):
+        echo, model = self.host.echo, self.host.model
+        if echo is None or has_networks(model):
             yield
             return
-        attach_networks(model, self.host.echo.networks)
+        attach_networks(model, echo.networks)
         try:
             yield
         finally:

@@ -150,21 +150,46 @@ def finish_adapter(folder: str | Path, model: Any, portable: bool, shown_as: str
     try:
         if portable:
             adapter = read_adapter(active)
-            trained = _probe_outputs(adapter)
+            as_trained, trained = adapter.config, _probe_outputs(adapter)
             adapter = read_adapter(make_portable(adapter, base))
             _compare_functions(adapter, trained)
+            _say_what_changed(as_trained, adapter.config)
     except NotPortableError as error:
         logger.warning("The adapter keeps its trained form: %s", error)
     except AdapterError as error:
         logger.error("The adapter in %s is damaged: %s", shown_as, error)
     report = check_adapter(adapter or active, base=base)
     for engine, verdict in report.verdicts.items():
-        if verdict in (Verdict.REFUSES, Verdict.SILENTLY_WRONG):
+        if verdict in _OUTCOMES:
             rules = ", ".join(found.rule.name for found in report.for_engine(engine))
             logger.warning(
-                "%s %s this adapter (%s); `echo-trainer check %s` says why.", engine, verdict, rules, shown_as
+                "%s %s (%s); `echo-trainer check %s` says why, and what helps.",
+                engine,
+                _OUTCOMES[verdict],
+                rules,
+                shown_as,
             )
     return report
+
+
+_OUTCOMES = {
+    Verdict.REFUSES: "refuses to load this adapter",
+    Verdict.SILENTLY_WRONG: "loads this adapter without an error and answers differently from what was trained",
+}
+
+
+def _say_what_changed(trained: dict[str, Any], saved: dict[str, Any]) -> None:
+    """One line where the portable form shows another rank or scale than the user has set."""
+    names = ("r", "lora_alpha", "use_rslora")
+    before, after = ([f"{name}={config.get(name)}" for name in names] for config in (trained, saved))
+    changed = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
+    if changed:
+        logger.warning(
+            "The adapter was trained with %s and is saved with %s: the same function, in the form that every engine "
+            "reads. portable_adapter=False keeps the trained form.",
+            ", ".join(old for old, _ in changed),
+            ", ".join(new for _, new in changed),
+        )
 
 
 def _probe_outputs(adapter: Adapter) -> dict[str, Tensor]:

@@ -97,9 +97,9 @@ class FirstStep(TrainerCallback):
                 f"adapter would be trained. Call super().compute_loss(model, inputs, ...) and change what it returns, "
                 f"{OFF}."
             )
-        networks = dict(self.host.echo.networks.named_parameters())
-        if self.host.is_deepspeed_enabled:  # its engine holds gradients and optimizer in pieces
+        if self.host.echo is None or self.host.is_deepspeed_enabled:  # whose engine holds gradients in pieces
             return
+        networks = dict(self.host.echo.networks.named_parameters())
         without = [name for name, parameter in networks.items() if parameter.grad is None]
         if without:
             raise EchoNotTrainedError(

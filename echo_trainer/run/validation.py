@@ -77,8 +77,8 @@ def _check_adapter(config: Any) -> None:
         )
     if config.bias != "none":
         raise ValueError(
-            f"`bias={config.bias!r}` of the LoraConfig trains biases: with 'all' those of the echo networks would end "
-            f"up in the saved adapter, and no serving engine loads trained biases. Use bias='none', {OFF}."
+            f"`bias={config.bias!r}` of the LoraConfig trains biases of the base, and no serving engine loads trained "
+            f"biases. Use bias='none', {OFF}."
         )
 
 
