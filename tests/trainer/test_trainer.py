@@ -151,7 +151,8 @@ def test_first_echo_pass_equals_plain_pass(tmp_path):
     assert first["echo/routed"] == 1 and first["echo/agreement"] == 1
     assert first["echo/kd"] == pytest.approx(0, abs=1e-6)
     assert first["echo/ce_echo"] == pytest.approx(first["echo/ce_plain"], rel=1e-6)
-    assert first["loss"] == pytest.approx(2 * first["echo/ce_plain"], rel=1e-6)
+    assert first["loss"] == pytest.approx(first["echo/ce_plain"], rel=1e-6)
+    assert first["echo/objective"] == pytest.approx(2 * first["echo/ce_plain"], rel=1e-6)
 
 
 def test_lora_and_echo_runs_are_paired(tmp_path):
