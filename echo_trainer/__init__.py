@@ -4,8 +4,8 @@ echo_trainer: `EchoSFTTrainer`, a drop-in replacement for `trl.SFTTrainer` that 
 One training step, top to bottom; the file of each stage in brackets:
 
     first step ──> is the echo pass exact here?       [passes.proof, passes.rounding, run.pass_choice]
-    labels ──> answer segments, boundaries b_i        [method.segments]
-    step k ──> routes r_i ~ Bernoulli(p_k)            [method.routing, run.collate, run.batches]
+    labels ──> answer segments, boundaries b_i        [method.segments, run.collate in the loader's workers]
+    step k ──> routes r_i ~ Bernoulli(p_k)            [method.routing, run.draft, run.batches]
            ──> the indices of the step                [method.plan, method.layouts]
     plain pass: CE_plain, deep states h at b_i        [passes.plain, passes.layers]
       z_i = mean over s in S of stopgrad(h_i^(s)[b_i])

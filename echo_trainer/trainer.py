@@ -34,15 +34,15 @@ from .method.network import EchoNetworks
 from .passes.memory import now_running
 from .passes.setup import EchoSetup
 from .run.agreement import Agreement
+from .run.answers import PLAN_KEY, backbone_inputs
 from .run.at_work import AtWork
 from .run.attachment import Attachment
 from .run.batches import Batches
 from .run.building import distillation_of, set_up_echo
 from .run.checkpoints import Checkpoints
-from .run.collate import PLAN_KEY, backbone_inputs
 from .run.first_step import FirstStep
 from .run.guard import Guard
-from .run.metrics import EchoMetrics, input_tokens
+from .run.metrics import EchoMetrics
 from .run.optimizer import give_own_rate, take_in
 from .run.pass_choice import PassChoice
 from .run.pushes import Pushes
@@ -100,7 +100,7 @@ class EchoSFTTrainer(JointTrainer):
         self.distillation = distillation_of(config)
         self.dataset_name: str | None = None
         self.agreement = Agreement()
-        self.echo_metrics = EchoMetrics()
+        self.echo_metrics = EchoMetrics(self.agreement)
         self.batches, self.guard, self.checkpoints = Batches(self), Guard(self), Checkpoints(self)
         self.saver, self.pushes = Saver(self), Pushes(self)
         self.attachment, self.first_step, self.at_work = Attachment(self), FirstStep(self), AtWork()
@@ -166,11 +166,11 @@ class EchoSFTTrainer(JointTrainer):
     # Handed over
 
     def get_train_dataloader(self):
-        """The training data loader; with the echo on it yields uncollated examples."""
+        """TRL's training data loader; with the echo on its batches know where their answers are."""
         return self.batches.loader(super().get_train_dataloader)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step, collated and planned now, when the step is known."""
+        """The micro-batches of one optimizer step, planned now, when the step is known."""
         taken = self.batches.of_a_step(super().get_batch_samples, epoch_iterator, num_batches, device)
         self.first_step.plans += sum(PLAN_KEY in batch for batch in taken[0])
         return taken
@@ -265,7 +265,7 @@ class EchoSFTTrainer(JointTrainer):
         if router_weight is not None and "aux_loss" in output:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + router_weight * output["aux_loss"] / steps
-        self.echo_metrics.add(output, plan, input_tokens(inputs))
+        self.echo_metrics.add(output, plan)
         self.first_step.count(plan)
         if return_outputs:
             with torch.no_grad():
@@ -284,8 +284,8 @@ class EchoSFTTrainer(JointTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with the echo's metrics of the steps since the last log."""
         if self.echo is not None and ("loss" in logs or "train_runtime" in logs):
-            metrics = self.echo_metrics.drain(self.accelerator)
+            metrics = self.echo_metrics.drain()
             if metrics:
-                self.tokens_trained_on += int(metrics.pop("input_tokens"))
+                self.tokens_trained_on += metrics.pop("input_tokens")
                 logs.update(metrics, num_tokens=self.tokens_trained_on)
         super().log(logs, start_time)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..run.collate import PLAN_KEY
+from ..run.answers import PLAN_KEY
 from ..trainer import EchoSFTTrainer
 from .echoes import NETWORKS, ControlledNetworks
 from .flops import plain_sizes, step_sizes

@@ -156,10 +156,10 @@ class JointTrainer(SFTTrainer):
 
     @contextmanager
     def whole_batches(self) -> Iterator[None]:
-        """Data loaders made inside hand batches on as they are, unless the user wants them dispatched."""
+        """Data loaders made inside hand batches on as they are, unless the user wants them sent from one process."""
         options = self.accelerator.dataloader_config
         before = options.dispatch_batches
-        if not before:
+        if not before or self.accelerator.num_processes == 1:
             options.dispatch_batches = False
         try:
             yield

@@ -5,12 +5,13 @@ pass R rows of A tokens after P prefix tokens, J positions that receive an echo;
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
+from .indices import Indices
 from .segments import Segments
 
 
@@ -25,24 +26,6 @@ class EchoForm(StrEnum):
     SUFFIX = "suffix"
     ROWS = "full"
     BATCH = "full (whole batches)"
-
-
-@dataclass(frozen=True)
-class Indices:
-    """A record of tensors (and records) that can be moved to a device in one call."""
-
-    def to(self, device: torch.device | str):
-        """The same record with every tensor on `device`."""
-        moved = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, dict):
-                moved[item.name] = {name: part.to(device) for name, part in value.items()}
-            elif isinstance(value, Tensor | Indices):
-                moved[item.name] = (
-                    value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
-                )
-        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -104,6 +105,7 @@ def chunked_objective(
     labels_N: Tensor,
     plain_weight_N: Tensor,
     reach_E: Tensor,
+    reach_host_E: np.ndarray,
     head: Head,
     kd: Distillation,
 ) -> tuple[Tensor, Statistics]:
@@ -116,6 +118,7 @@ def chunked_objective(
         labels_N: the tokens to predict.
         plain_weight_N: weight of CE_plain per position.
         reach_E: increasing indices into N of the positions of `echo_Ed`.
+        reach_host_E: the same on the host, where they are cut into chunks.
         head: the language-model head.
         kd: distillation options.
 
@@ -123,7 +126,7 @@ def chunked_objective(
         The objective, a scalar of at least float32 with gradient, and statistics.
     """
     objective, *statistics = _ChunkedObjective.apply(
-        plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, head, kd, *head.parameters
+        plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, reach_host_E, head, kd, *head.parameters
     )
     return objective, Statistics(*statistics)
 
@@ -137,15 +140,17 @@ class _ChunkedObjective(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, head, kd, *parameters):
+    def forward(ctx, plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, reach_host_E, head, kd, *parameters):
         hidden = (plain_Nd, echo_Ed)
+        # With a model split over devices the last of them computes the loss.
+        labels_N, plain_weight_N, reach_E = (x.to(plain_Nd.device) for x in (labels_N, plain_weight_N, reach_E))
         gradients: list[Any] = [torch.zeros_like(x) if ctx.needs_input_grad[i] else None for i, x in enumerate(hidden)]
         # what is trained of the head sums over chunks, in at least float32
         of_head = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         objective = plain_Nd.new_zeros((), dtype=torch.promote_types(plain_Nd.dtype, torch.float32))
         statistics = [objective.clone() for _ in Statistics._fields]
         chunk = max(1, CHUNK_LOGITS // head.vocabulary)
-        reach = _split_reach(reach_E, len(labels_N), chunk) if echo_Ed is not None else None
+        reach = _split_reach(reach_host_E, len(labels_N), chunk) if echo_Ed is not None else None
         for number, start in enumerate(range(0, len(labels_N), chunk)):
             span_N = slice(start, min(start + chunk, len(labels_N)))
             span_E = reach[number] if reach is not None else slice(0, 0)
@@ -178,7 +183,7 @@ class _ChunkedObjective(torch.autograd.Function):
             None if gradient is None else (gradient * grad_objective).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*gradients[:2], *[None] * 5, *gradients[2:])
+        return (*gradients[:2], *[None] * 6, *gradients[2:])
 
 
 def shown_as(objective: Tensor, shown: Tensor) -> Tensor:
@@ -237,10 +242,7 @@ def _objective(plain_nd, echo_ed, labels_N, plain_weight_N, reach_E, head, kd):
     )
 
 
-def _split_reach(reach_E: Tensor, n: int, chunk: int) -> list[slice]:
-    """The slice of E that falls into each chunk of N. One chunk, the usual case, needs no look at the data."""
-    if n <= chunk:
-        return [slice(0, len(reach_E))]
-    edges = torch.arange(0, n + chunk, chunk, device=reach_E.device).clamp(max=n)
-    cuts = torch.searchsorted(reach_E, edges).tolist()
+def _split_reach(reach_E: np.ndarray, n: int, chunk: int) -> list[slice]:
+    """The slice of E that falls into each chunk of N."""
+    cuts = np.searchsorted(reach_E, [*range(0, n, chunk), n]).tolist()
     return [slice(a, b) for a, b in itertools.pairwise(cuts)]

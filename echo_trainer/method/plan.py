@@ -15,11 +15,13 @@ twice: `plain_weight_N` is 1 + r_i there.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .layouts import EchoForm, Indices, Layout, full_layout, suffix_layout, weightless_layout
-from .segments import Segments
+from .indices import Indices
+from .layouts import EchoForm, Layout, full_layout, suffix_layout, weightless_layout
+from .segments import Segments, numbered_spans
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class EchoPlan(Indices):
         predict_N: int64 (N,), positions in F that predict an answer token.
         labels_N: int64 (N,), the tokens they predict.
         plain_weight_N: float32 (N,), how often CE_plain counts: 1, or 1 + r_i where the echo cannot reach.
-        reach_E: int64 (E,), indices into N of the routed positions that the echo can reach.
+        reach_E: int64 (E,), indices into N of the routed positions that the echo can reach, increasing.
+        reach_host_E: the same, which stay on the host.
         boundary_G: int64 (G,), positions in F of the boundary of each routed segment.
         layout: what the echo pass runs. None where nothing is to run (E = 0), unless `lockstep`.
         probability: p_k.
         n_samples, n_routed, n_unroutable: documents with an answer, those routed, those without a boundary.
         n_routed_tokens: answer tokens of routed documents, reached or not.
+        n_tokens: tokens of the batch, padding aside.
         lockstep: whether every process runs an echo pass for each micro-batch (see `method/silence.py`).
     """
 
@@ -44,6 +48,7 @@ class EchoPlan(Indices):
     labels_N: Tensor
     plain_weight_N: Tensor
     reach_E: Tensor
+    reach_host_E: np.ndarray
     boundary_G: Tensor
     layout: Layout | None
     probability: float
@@ -51,6 +56,7 @@ class EchoPlan(Indices):
     n_routed: int
     n_unroutable: int
     n_routed_tokens: int
+    n_tokens: int
     lockstep: bool = False
 
     @property
@@ -64,6 +70,7 @@ class EchoPlan(Indices):
             self,
             plain_weight_N=torch.ones_like(self.plain_weight_N),
             reach_E=self.reach_E[:0],
+            reach_host_E=self.reach_host_E[:0],
             layout=self.layout if self.lockstep else None,
             n_routed=0,
             n_routed_tokens=0,
@@ -72,7 +79,7 @@ class EchoPlan(Indices):
 
 def make_plan(
     segments: Segments,
-    routed: Sequence[bool],
+    routed: Sequence[bool] | np.ndarray,
     *,
     positions: str = "answer",
     form: EchoForm = EchoForm.ROWS,
@@ -94,26 +101,24 @@ def make_plan(
         lockstep: lay out an echo pass in any case; one of no weight where nothing is routed.
         images: of each row, where rows are run without the others; see `full_layout`.
     """
-    routed_D = torch.as_tensor(list(routed), dtype=torch.bool) & segments.routable_D
-    predict_N = segments.predict_F.nonzero().flatten()
-    document_N = segments.document_F[predict_N]
-    routed_segment_S = routed_D[segments.document_S]
-    number_S = routed_segment_S.cumsum(0) - 1
+    routed_D = torch.from_numpy(np.array(routed, dtype=bool)) & segments.routable_D
+    routed_S = routed_D[segments.document_S]
+    boundary_G = segments.boundary_S[routed_S]
+    begin_G = segments.start_S[routed_S] if positions == "answer" else boundary_G
+    inject_F = numbered_spans(segments.n_positions, begin_G, segments.end_S[routed_S])
+    # One more for padding, which is no document.
+    first_D = torch.full((segments.n_documents + 1,), segments.n_positions)
+    first_D.scatter_reduce_(0, segments.document_S[routed_S], begin_G, "amin")
 
-    inject_F = _injections(segments, routed_segment_S, number_S, positions)
-    inject_position = inject_F.ge(0).nonzero().flatten()
-    first_D = torch.full((segments.n_documents,), segments.labels_F.numel())
-    first_D.scatter_reduce_(0, segments.document_F[inject_position], inject_position, "amin")
-
-    routed_N = routed_D[document_N]
-    reached_N = routed_N & predict_N.ge(first_D[document_N])
+    predict_N = segments.predict_N
+    routed_N = torch.cat([routed_D, routed_D.new_zeros(1)])[segments.document_N]
+    reached_N = routed_N & predict_N.ge(first_D[segments.document_N])
     reach_E = reached_N.nonzero().flatten()
-    boundary_G = segments.boundary_S[routed_segment_S]
     layout = None
     if len(reach_E):
         reached = predict_N[reach_E]
         if form is EchoForm.SUFFIX:
-            layout = suffix_layout(segments, inject_F, first_D, reached, position_ids)
+            layout = suffix_layout(segments, inject_F, first_D[:-1], reached, position_ids)
         else:
             all_rows = form is EchoForm.BATCH
             layout = full_layout(segments, inject_F, reached, position_ids, all_rows=all_rows, images=images)
@@ -122,9 +127,10 @@ def make_plan(
     answered_D = segments.answered_D
     return EchoPlan(
         predict_N=predict_N,
-        labels_N=segments.labels_F[predict_N],
+        labels_N=segments.labels_N,
         plain_weight_N=1.0 + (routed_N & ~reached_N).float(),
         reach_E=reach_E,
+        reach_host_E=reach_E.numpy(),
         boundary_G=boundary_G,
         layout=layout,
         probability=probability,
@@ -132,17 +138,6 @@ def make_plan(
         n_routed=int(routed_D.sum()),
         n_unroutable=int((answered_D & ~segments.routable_D).sum()),
         n_routed_tokens=int(routed_N.sum()),
+        n_tokens=int((segments.end_D - segments.start_D).sum()),
         lockstep=lockstep,
     )
-
-
-def _injections(segments: Segments, routed_S: Tensor, number_S: Tensor, positions: str) -> Tensor:
-    """Routed segment whose echo is added at each position, -1 where none, (F,)."""
-    inject_F = torch.full_like(segments.segment_F, -1)
-    answer = segments.segment_F.ge(0).nonzero().flatten()
-    segment = segments.segment_F[answer]
-    keep = routed_S[segment]
-    inject_F[answer[keep]] = number_S[segment[keep]]
-    if positions == "predicting":
-        inject_F[segments.boundary_S[routed_S]] = number_S[routed_S]
-    return inject_F

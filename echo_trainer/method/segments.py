@@ -8,8 +8,10 @@ last token of the prompt. A segment at the very start of a document has no promp
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,26 +23,32 @@ class Segments:
     """
     Where the answers of a batch are. All indices count positions of the flattened batch, row * T + t.
 
+    Few numbers for long rows: what a worker process finds is sent to the one that trains.
+
     Attributes:
         shape: (B, T).
-        predict_F: bool (F,), positions that predict an answer token.
-        labels_F: int64 (F,), the token to predict at each position (-100 where none).
-        segment_F: int64 (F,), segment of each answer token, -1 outside answers and in segments without a boundary.
-        boundary_S: int64 (S,), boundary position of each segment.
+        predict_N: int64 (N,), positions that predict an answer token, increasing.
+        labels_N: int64 (N,), the tokens they predict.
+        document_N: int64 (N,), document of each of them, -1 where it is padding.
+        start_S, end_S: int64 (S,), first position and one past the last of each segment with a boundary, increasing.
         document_S: int64 (S,), document of each segment.
-        document_F: int64 (F,), document of each position, -1 for padding.
         start_D, end_D: int64 (D,), first position and one past the last position of each document.
     """
 
     shape: tuple[int, int]
-    predict_F: Tensor
-    labels_F: Tensor
-    segment_F: Tensor
-    boundary_S: Tensor
+    predict_N: Tensor
+    labels_N: Tensor
+    document_N: Tensor
+    start_S: Tensor
+    end_S: Tensor
     document_S: Tensor
-    document_F: Tensor
     start_D: Tensor
     end_D: Tensor
+
+    @property
+    def n_positions(self) -> int:
+        """Number of positions F of the flattened batch."""
+        return self.shape[0] * self.shape[1]
 
     @property
     def n_documents(self) -> int:
@@ -48,11 +56,16 @@ class Segments:
         return len(self.start_D)
 
     @property
+    def boundary_S(self) -> Tensor:
+        """int64 (S,): boundary position of each segment."""
+        return self.start_S - 1
+
+    @property
     def answered_D(self) -> Tensor:
         """bool (D,): documents with at least one predicted answer token."""
-        answered = torch.zeros(self.n_documents, dtype=torch.bool)
-        answered[self.document_F[self.predict_F]] = True
-        return answered
+        answered = torch.zeros(self.n_documents + 1, dtype=torch.bool)  # the last for padding
+        answered[self.document_N] = True
+        return answered[:-1]
 
     @property
     def routable_D(self) -> Tensor:
@@ -61,10 +74,30 @@ class Segments:
         routable[self.document_S] = True
         return routable & self.answered_D
 
+    @cached_property
+    def document_F(self) -> Tensor:
+        """int64 (F,): document of each position, -1 for padding."""
+        return numbered_spans(self.n_positions, self.start_D, self.end_D)
+
+    @cached_property
+    def segment_F(self) -> Tensor:
+        """int64 (F,): segment of each answer token, -1 outside answers and in segments without a boundary."""
+        return numbered_spans(self.n_positions, self.start_S, self.end_S)
+
+
+def numbered_spans(n: int, start: Tensor, end: Tensor) -> Tensor:
+    """int64 (n,): the number of the span [start, end) that each position lies in, -1 in none; spans are disjoint."""
+    length = end - start
+    number = torch.arange(len(start)).repeat_interleave(length)
+    before = length.cumsum(0) - length
+    found = torch.full((n,), -1)
+    found[torch.arange(len(number)) + (start - before)[number]] = number
+    return found
+
 
 def find_segments(batch: dict[str, Any], examples: Sequence[dict[str, Any]] | None = None) -> Segments:
     """
-    Find the answer segments of a collated batch.
+    Find the answer segments of a collated batch, on the host.
 
     Args:
         batch: what a collator of TRL returned: `labels` (B, T), and `attention_mask` (B, T) of a padded batch or
@@ -81,45 +114,39 @@ def find_segments(batch: dict[str, Any], examples: Sequence[dict[str, Any]] | No
             f"The collated batch has the keys {sorted(batch)} and no 'labels', so nothing says where the answers are. "
             f"Use a collator that returns 'labels' with -100 on prompt tokens, or leave `data_collator` out."
         )
-    labels_BT = batch["labels"]
-    n_rows, length = labels_BT.shape
-    document_F = _number_runs(_documents(batch, n_rows, length).reshape(-1))
-    answer_F = _true_labels(batch, examples).reshape(-1).ne(IGNORE_INDEX) & document_F.ge(0)
+    n_rows, length = batch["labels"].shape
+    labels_F = batch["labels"].numpy().reshape(-1)
+    document_F = _documents(batch, n_rows, length)
+    changes = np.flatnonzero(document_F[1:] != document_F[:-1]) + 1
+    starts, ends = np.append(0, changes), np.append(changes, len(document_F))
+    real = document_F[starts] >= 0
+    start_D, end_D = starts[real], ends[real]
 
-    next_label_BT = torch.full_like(labels_BT, IGNORE_INDEX)
-    next_label_BT[:, :-1] = labels_BT[:, 1:]
-    next_label_F = next_label_BT.reshape(-1)
+    labelled = labels_F != IGNORE_INDEX
+    predicted = np.flatnonzero(labelled)
+    predicted = predicted[predicted % length != 0]
 
-    previous_answer_F = torch.zeros_like(answer_F)
-    previous_answer_F[1:] = answer_F[:-1] & document_F[:-1].eq(document_F[1:])
-    starts_document_F = torch.ones_like(answer_F)
-    starts_document_F[1:] = document_F[:-1].ne(document_F[1:])
-    start_F = answer_F & ~previous_answer_F
-    run_F = start_F.cumsum(0) - 1
+    answer_F = labelled & (document_F >= 0)
+    if is_flat(batch) and examples:
+        answer_F[start_D[_begins_with_answer(start_D, examples)]] = True
+    answer = np.flatnonzero(answer_F)
+    document = document_F[answer]
+    new = np.ones(len(answer) + 1, bool)
+    new[1:-1] = (answer[1:] != answer[:-1] + 1) | (document[1:] != document[:-1])
+    start, end = answer[new[:-1]], answer[new[1:]] + 1
+    document = document[new[:-1]]
+    has_boundary = start != start_D[document]
+    arrays = (
+        predicted - 1, labels_F[predicted], document_F[predicted - 1],
+        start[has_boundary], end[has_boundary], document[has_boundary], start_D, end_D,
+    )  # fmt: skip
+    return Segments((n_rows, length), *(torch.from_numpy(array.astype(np.int64, copy=False)) for array in arrays))
 
-    start_position = start_F.nonzero().flatten()
-    has_boundary = ~starts_document_F[start_position]
-    number = has_boundary.cumsum(0) - 1
-    number[~has_boundary] = -1
-    segment_F = torch.full_like(run_F, -1)
-    segment_F[answer_F] = number[run_F[answer_F]]
-    first_position = start_position[has_boundary]
 
-    real = document_F.ge(0)
-    document_start = (starts_document_F & real).nonzero().flatten()
-    ends = torch.ones_like(real)
-    ends[:-1] = document_F[:-1].ne(document_F[1:])
-    return Segments(
-        shape=(n_rows, length),
-        predict_F=next_label_F.ne(IGNORE_INDEX),
-        labels_F=next_label_F,
-        segment_F=segment_F,
-        boundary_S=first_position - 1,
-        document_S=document_F[first_position],
-        document_F=document_F,
-        start_D=document_start,
-        end_D=(ends & real).nonzero().flatten() + 1,
-    )
+def is_flat(batch: dict[str, Any]) -> bool:
+    """Whether documents are told apart by position ids that restart (packed and padding-free batches)."""
+    places = batch.get("position_ids")
+    return batch.get("attention_mask") is None and places is not None and places.shape == batch["labels"].shape
 
 
 def has_boundary(example: dict[str, Any]) -> bool:
@@ -133,34 +160,26 @@ def has_boundary(example: dict[str, Any]) -> bool:
     return False
 
 
-def _number_runs(ids_F: Tensor) -> Tensor:
-    """Number the runs of equal ids 0, 1, 2 ... in order; -1 stays -1."""
-    starts = torch.ones_like(ids_F, dtype=torch.bool)
-    starts[1:] = ids_F[1:].ne(ids_F[:-1])
-    real = ids_F.ge(0)
-    return (starts & real).cumsum(0).sub(1).masked_fill(~real, -1)
+def _documents(batch: dict[str, Any], n_rows: int, length: int) -> np.ndarray:
+    """Number of the document of every position, 0, 1, 2 ... in order; -1 for padding; (F,)."""
+    if is_flat(batch):
+        return (batch["position_ids"].numpy().reshape(-1) == 0).cumsum() - 1
+    mask = batch.get("attention_mask")
+    real = np.ones((n_rows, length), bool) if mask is None or mask.dim() != 2 else mask.numpy() != 0
+    starts = real.copy()
+    starts[:, 1:] &= ~real[:, :-1]
+    return np.where(real, starts.reshape(-1).cumsum().reshape(n_rows, length) - 1, -1).reshape(-1)
 
 
-def _documents(batch: dict[str, Any], n_rows: int, length: int) -> Tensor:
-    """An id per position that changes where a document ends, (B, T); padding gets -1."""
-    attention_mask = batch.get("attention_mask")
-    position_ids = batch.get("position_ids")
-    if attention_mask is None and position_ids is not None:
-        return position_ids.eq(0).reshape(-1).cumsum(0).sub(1).reshape(n_rows, length)
-    rows = torch.arange(n_rows)[:, None].expand(n_rows, length)
-    if attention_mask is None or attention_mask.dim() != 2:
-        return rows
-    return rows.masked_fill(attention_mask.eq(0), -1)
-
-
-def _true_labels(batch: dict[str, Any], examples: Sequence[dict[str, Any]] | None) -> Tensor:
-    """Labels with what the padding-free collator masked at document starts put back, (B, T)."""
-    labels = batch["labels"]
-    if not examples or "attention_mask" in batch or "position_ids" not in batch:
-        return labels
+def _begins_with_answer(start_D: np.ndarray, examples: Sequence[dict[str, Any]]) -> np.ndarray:
+    """bool (D,): documents of a flat batch whose first token is one of an answer."""
     if not all("labels" in example for example in examples):
-        return batch["input_ids"]  # TRL's collator then trains on every token
-    flat = torch.cat([torch.as_tensor(example["labels"]) for example in examples])
-    restored = labels.clone()
-    restored[0, : len(flat)] = flat
-    return restored
+        return np.ones(len(start_D), bool)  # TRL's collator then trains on every token
+    ends = np.cumsum([len(example["labels"]) for example in examples])
+    number_D = np.searchsorted(ends, start_D, side="right")
+    begins = np.zeros(len(start_D), bool)
+    for document, (number, start) in enumerate(zip(number_D.tolist(), start_D.tolist(), strict=True)):
+        if number < len(examples):  # what pads a flat batch belongs to no example
+            labels = examples[number]["labels"]
+            begins[document] = int(labels[start - ends[number]]) != IGNORE_INDEX
+    return begins

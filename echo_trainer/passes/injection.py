@@ -59,7 +59,8 @@ class Injection:
 
     def mean_relative_delta(self) -> Tensor:
         """Mean over modules of |delta| / |output| at the positions that received an echo, without gradient."""
-        return torch.stack(list(self.relative.values())).mean()
+        found = list(self.relative.values())
+        return torch.stack([norm.to(found[0].device) for norm in found]).mean()
 
     @contextmanager
     def _hooked(self, sites: list[EchoSite]) -> Iterator[None]:
@@ -82,7 +83,10 @@ class Injection:
                     f"{min(self.position_by_count)} tokens, so an echo cannot be added token by token. Leave it out "
                     f"of `target_modules`, or name other `echo_target_layers`."
                 )
-            echo_Jo = self.delta[key].to(flat.dtype).index_select(0, self.segment_J)
+            # A model may be split over devices; the echo networks are all on one.
+            position_J = position_J.to(flat.device)
+            echo_Go = self.delta[key].to(flat.device, flat.dtype)
+            echo_Jo = echo_Go.index_select(0, self.segment_J.to(flat.device))
             if key not in self.relative:
                 self.relative[key] = _relative_norm(echo_Jo, flat, position_J)
             return flat.index_add(0, position_J, echo_Jo).view_as(output)

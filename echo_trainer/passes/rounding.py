@@ -43,6 +43,7 @@ def relative(states: Tensor, reference: Tensor) -> float:
     if not states.numel():
         return 0.0
     exact = torch.float32 if states.device.type == "mps" else torch.float64  # mps knows no float64
+    reference = reference.to(states.device)
     alike = torch.isinf(reference) & (states == reference)
     reference, states = (x.masked_fill(alike, 0.0).to(exact) for x in (reference, states))
     distance = (states - reference).norm(dim=-1) / reference.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)

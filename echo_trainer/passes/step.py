@@ -90,7 +90,7 @@ def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: 
         setup: the model and its echo parts.
         kd: distillation options.
         inputs: keyword arguments of the backbone (no labels; the plan holds them).
-        plan: the plan of the batch, on the model's device.
+        plan: the plan of the batch, on the device of the inputs.
 
     Returns:
         "objective" (sum over answer tokens, with gradient), the fields of [`losses.Statistics`] (sums), "gate" and
@@ -102,7 +102,7 @@ def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: 
         now_running("echo pass")
         delta, gate = setup.networks(plain.source_SGd, weightless=plan.weightless)
         echo_Ed, injection = run_echo_pass(setup, inputs, plan, plain, delta)
-        relative_delta = injection.mean_relative_delta()
+        relative_delta = injection.mean_relative_delta().to(plan.boundary_G.device)
     now_running("loss")
 
     def loss(head: LanguageModelHead):
@@ -112,26 +112,30 @@ def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: 
             plan.labels_N,
             plan.plain_weight_N,
             plan.reach_E,
+            plan.reach_host_E,
             head,
             kd,
         )
         return *objective, _router_loss(head, plain.hidden_Nd, inputs)
 
     objective, statistics, aux_loss = with_head(setup.model, setup.backbone, plain.outputs, loss)
+    # A model split over devices ends on another one than its inputs, the plan and the echo networks are on.
+    device = inputs["input_ids"].device
+    objective = objective.to(device)
     if echo_Ed is None:
         # A step that routes nothing still has to give every parameter a gradient: DDP waits for each of them.
         objective = objective + touch(*setup.networks.parameters())
     elif plan.weightless:
-        objective = objective + touch(echo_Ed)
+        objective = objective + touch(echo_Ed).to(device)
     zero = objective.detach().new_zeros(())
     output = {
         "objective": objective,
-        **statistics._asdict(),
+        **{name: value.to(device) for name, value in statistics._asdict().items()},
         "gate": zero if gate is None else gate,
         "relative_delta": zero if relative_delta is None else relative_delta,
     }
     if aux_loss is not None:
-        output["aux_loss"] = aux_loss
+        output["aux_loss"] = aux_loss.to(device)
     return output
 
 

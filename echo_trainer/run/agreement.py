@@ -51,6 +51,14 @@ class Agreement:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._host())
         return bool(value.item())
 
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over the processes, exact for whole numbers up to 2**53. Every process must call it."""
+        if self.alone:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._host())
+        return total.tolist()
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in their order. Every process must call it."""
         if self.alone:

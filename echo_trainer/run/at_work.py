@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..method.plan import EchoPlan
-from .collate import PLAN_KEY
+from .answers import PLAN_KEY
 
 
 class AtWork:

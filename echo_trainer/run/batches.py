@@ -1,4 +1,4 @@
-"""Collation at the moment of use: the trainer's side of the deferred collation that `collate.py` explains."""
+"""The batches of a run: collated where they are loaded, their routes drawn and planned when their step is known."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,7 +7,9 @@ from ..method.layouts import EchoForm
 from ..method.routing import RoutingSchedule
 from ..passes.memory import explain_out_of_memory
 from ..passes.proof import ProofResult
-from .collate import PLAN_KEY, DeferredBatch, DraftPlan
+from .answers import PLAN_KEY
+from .collate import EchoCollator
+from .draft import DraftPlan, draw
 from .host import Host
 from .proof_rows import no_trace, proof_inputs
 
@@ -20,50 +22,52 @@ class Batches:
 
     def loader(self, make: Callable[[], Any]) -> Any:
         """
-        The training data loader; with the echo on it yields uncollated examples.
+        The training data loader. With the echo on its batches, the same dicts, know where their answers are.
 
         Args:
             make: makes the Trainer's loader, with the collator that the trainer has at that moment.
         """
-        if self.host.echo is None:
+        host, collator = self.host, self.host.data_collator
+        if host.pass_choice is None:
             return make()
-        collator, self.host.data_collator = self.host.data_collator, DeferredBatch
+        host.data_collator = EchoCollator(collator, lockstep=host.pass_choice.one_form)
         try:
-            # Left to itself, accelerate would cut the batches of a stream up, and they are not tensors yet.
-            with self.host.whole_batches():
+            # Left to itself, accelerate would have one process collate for all, and cut its batches up.
+            with host.whole_batches():
                 return make()
         finally:
-            self.host.data_collator = collator
+            host.data_collator = collator
 
     def of_a_step(self, take: Callable[..., tuple[list, Any]], batches: Iterator, n_batches: int, device: Any) -> Any:
         """
-        The micro-batches of one optimizer step, collated now, when the step is known, and planned.
+        The micro-batches of one optimizer step, planned now, when the step is known.
 
         Args:
             take: the Trainer's `get_batch_samples`.
             batches, n_batches, device: its arguments.
         """
         host = self.host
+        taken, n_items = take(batches, n_batches, device)
         if host.pass_choice is None:
-            return take(batches, n_batches, device)
-        taken, n_items = take(self._drafts(batches), n_batches, device)
-        drafts = [batch[PLAN_KEY] for batch in taken]
-        host.pass_choice.settle(drafts, self.compare_passes, host.state.global_step)
-        for batch, draft in zip(taken, drafts, strict=True):
-            batch[PLAN_KEY] = draft.plan(host.pass_choice.form(draft))
-        return taken, n_items
+            return taken, n_items
+        schedule, step = self._schedule(), host.state.global_step
+        options = {"positions": host.args.echo_positions, "lockstep": host.pass_choice.one_form}
+        drafts = [draw(batch, schedule, step, number, **options) for number, batch in enumerate(taken)]
+        host.pass_choice.settle(drafts, self.compare_passes, step)
+        planned = [{**draft.batch, PLAN_KEY: draft.plan(host.pass_choice.form(draft))} for draft in drafts]
+        return planned, n_items
 
     def compare_passes(self, draft: DraftPlan, form: EchoForm) -> ProofResult:
         """Compare the passes on rows of a batch, as training would run them."""
         host = self.host
         with no_trace(host.model_wrapped), host.compute_loss_context_manager():
-            inputs, task = proof_inputs(draft, form, host.data_collator.collator, host.args.device)
+            inputs, task = proof_inputs(draft, form, host.data_collator, host.args.device)
             with explain_out_of_memory(inputs, task.plans[0], "comparison of the two passes"):
                 return host.model_wrapped(**inputs, echo_proof=task)
 
-    def _drafts(self, batches: Iterator[DeferredBatch]) -> Iterator[dict[str, Any]]:
+    def _schedule(self) -> RoutingSchedule:
         args, state = self.host.args, self.host.state
-        self.host.data_collator.schedule = RoutingSchedule(
+        return RoutingSchedule(
             seed=args.resolved_echo_seed,
             p_start=args.echo_p_start,
             p_end=args.echo_p_end,
@@ -73,6 +77,3 @@ class Batches:
             rank=args.process_index,
             batch_size=state.train_batch_size,
         )
-        for micro_batch, batch in enumerate(batches):
-            draft = self.host.data_collator.draft(batch.examples, state.global_step, micro_batch)
-            yield {**draft.batch, PLAN_KEY: draft}

@@ -12,11 +12,10 @@ from ..passes.layers import adapted_layers, decoder_layers, find_sites
 from ..passes.modules import base_model_of
 from ..passes.setup import EchoSetup
 from ..selection.use import named_layers
-from .collate import EchoCollator
 from .host import Host
 from .lockstep import checkpoint_without_reentry, needs_lockstep
 from .pass_choice import PassChoice
-from .validation import check_dataset, check_model
+from .validation import check_batches, check_dataset, check_model
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +29,11 @@ def set_up_echo(host: Host) -> None:
     """
     args = host.args
     check_model(host.model, host.accelerator)
-    check_dataset(host.train_dataset, getattr(host.data_collator, "collator", host.data_collator))
+    check_batches(host.accelerator, host.padding_free)
+    check_dataset(host.train_dataset, host.data_collator)
     checkpoint_without_reentry(args)
     in_step = needs_lockstep(host.accelerator, host.model)
     host.echo, host.distillation = _setup_for(host), distillation_of(args)
-    if not isinstance(host.data_collator, EchoCollator):
-        host.data_collator = EchoCollator(host.data_collator)
-    host.data_collator.positions, host.data_collator.lockstep = args.echo_positions, in_step
     host.pass_choice = PassChoice(args.echo_pass, host.agreement, type(host.echo.model).__name__, in_step)
 
 

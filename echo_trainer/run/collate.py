@@ -1,175 +1,30 @@
-"""Deferred collation: the collator that draws the routes, called when the step it belongs to is known.
+"""`EchoCollator`: collate a batch and note where its answers are; with a step also draw its routes and plan it.
 
-A data loader looks ahead, gradient accumulation pulls several batches at once and worker processes never see the
-step, so an ordinary collator cannot know when its batch will be used. Therefore the training data loader yields
-uncollated examples in a `DeferredBatch`, and the trainer calls `EchoCollator` at the moment of use.
-
-A collated batch is a draft first: its routes are drawn, and how its echo pass is computed is chosen when a batch of
-its kind has been proved (`pass_choice.py`).
+In training it runs in the workers of the data loader, without a step: what it adds belongs to the batch alone. The
+trainer draws the routes and plans when the step is known (`batches.py`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-import torch
-
-from ..method.layouts import EchoForm, FullLayout
-from ..method.plan import EchoPlan, make_plan
+from ..method.layouts import EchoForm
 from ..method.routing import RoutingSchedule
-from ..method.segments import Segments, find_segments
-from .ownership import Owned, Ownership, copy_of
-
-PLAN_KEY = "echo_plan"
-TEXT_INPUTS = {"input_ids", "attention_mask", "position_ids", "labels"}
-# Keys with the same information as `position_ids`, for varlen kernels; the suffix pass lays documents out anew.
-PADDING_FREE_INPUTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-
-
-class DeferredBatch:
-    """The examples of one micro-batch, not collated yet. Opaque, so that no data loader looks inside."""
-
-    def __init__(self, examples: Sequence[dict[str, Any]]):
-        self.examples = list(examples)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-
-@dataclass(frozen=True)
-class DraftPlan:
-    """
-    A collated batch whose routes are drawn and whose echo pass is not laid out yet.
-
-    Attributes:
-        batch: what the collator returned, without this draft.
-        examples: what it was made of.
-        segments: its answers.
-        routed_D: r_i of every document.
-        probability: p_k.
-        positions, lockstep: as for `make_plan`.
-        ownership: what belongs to which row, for inputs that are not text.
-    """
-
-    batch: dict[str, Any]
-    examples: Sequence[dict[str, Any]]
-    segments: Segments
-    routed_D: list[bool]
-    probability: float
-    positions: str
-    lockstep: bool
-    ownership: Ownership
-
-    def plan(self, form: EchoForm) -> EchoPlan:
-        """The plan of the step, its echo pass laid out in `form`; all rows run where nobody knows what is whose."""
-        return self.plan_of(self.routed_D, form, probability=self.probability, lockstep=self.lockstep)
-
-    def plan_of(self, routed_D: Sequence[bool], form: EchoForm, **options: Any) -> EchoPlan:
-        """The plan of the batch with other routes; options as for `make_plan`."""
-        owned = self.owned if form is EchoForm.ROWS else Owned({}, ())
-        options |= {"positions": self.positions, "position_ids": places_of(self.batch)}
-        if owned is None:
-            return make_plan(self.segments, routed_D, form=EchoForm.BATCH, **options)
-        plan = make_plan(self.segments, routed_D, form=form, images=owned.images, **options)
-        if plan.weightless and owned.parts:  # one row for the sake of other processes, which may have no image
-            return make_plan(self.segments, routed_D, form=EchoForm.BATCH, **options)
-        if not isinstance(plan.layout, FullLayout) or plan.layout.row_R is None or not owned.parts:
-            return plan
-        return replace(plan, layout=replace(plan.layout, picks=owned.picks(plan.layout.row_R.tolist())))
-
-    @cached_property
-    def owned(self) -> Owned | None:
-        """What each row owns of the inputs that are not text; None where that is not known."""
-        names = self.other_inputs + (["position_ids"] if self._unusual_places else [])
-        if not names:
-            return Owned({}, ())
-        return None if self.lockstep else self.ownership.of(self.batch, self.examples, names)
-
-    @property
-    def answered(self) -> bool:
-        """Whether some document has an answer that an echo can reach."""
-        return bool(len(reachable_documents(self.segments, self.positions)))
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest document."""
-        return int((self.segments.end_D - self.segments.start_D).max()) if self.segments.n_documents else 0
-
-    @property
-    def kind(self) -> str:
-        """What a model may treat differently in this batch than in others, in words."""
-        rows = self.segments.shape[0]
-        mask = self.batch.get("attention_mask")
-        if self.segments.n_documents > rows:
-            kind = "rows of several documents (packed or padding-free)"
-        elif mask is None:
-            kind = "rows without padding"
-        elif mask.dim() != 2:
-            kind = f"rows with an attention mask of {mask.dim()} dimensions"
-        else:
-            left = bool((self.segments.start_D % self.segments.shape[1]).ne(0).any())
-            kind = "rows padded on the left" if left else "padded rows"
-        if self.batch.get("position_ids") is not None and mask is not None:
-            kind += ", with position ids"
-        return f"{kind}, with {', '.join(self.other_inputs)}" if self.other_inputs else kind
-
-    @property
-    def other_inputs(self) -> list[str]:
-        """Inputs that are not text, such as images."""
-        return sorted(set(self.batch) - TEXT_INPUTS - PADDING_FREE_INPUTS)
-
-    def unprovable(self, form: EchoForm) -> str | None:
-        """
-        Why one batch of this kind proves nothing about the next, None where it does.
-
-        A mask of one's own and inputs that are not text may mean something else in every batch: which token sees
-        which, which row an image belongs to, and whether one stands after the first answer.
-        """
-        if form is EchoForm.SUFFIX and self.other_inputs:
-            return f"which tokens need {', '.join(self.other_inputs)} differs from batch to batch"
-        if form is EchoForm.SUFFIX and self._unusual_places:
-            return f"which position a token has is up to position ids of {self.batch['position_ids'].dim()} dimensions"
-        if form is EchoForm.ROWS and self.owned is None:
-            what = ", ".join(self.other_inputs) or "position_ids"
-            why = "every process must run the same" if self.lockstep else "that is not known"
-            return f"a row can be run without the others only with its own part of {what}, and {why}"
-        mask = self.batch.get("attention_mask")
-        if form is EchoForm.SUFFIX and mask is not None and mask.dim() != 2:
-            return f"which token sees which is up to an attention mask of {mask.dim()} dimensions"
-        return None
-
-    @property
-    def _unusual_places(self) -> bool:
-        """Whether position ids have another form than one number for each token."""
-        places = self.batch.get("position_ids")
-        return places is not None and places.dim() != 2
-
-
-def places_of(batch: dict[str, Any]) -> torch.Tensor | None:
-    """Position ids of a batch, (1 or B, T); None where it has none, or some of another form."""
-    places = batch.get("position_ids")
-    return places if places is not None and places.dim() == 2 else None
-
-
-def reachable_documents(segments: Segments, positions: str) -> torch.Tensor:
-    """Documents in which an echo reaches a position that predicts an answer token, int64, in their order."""
-    plan = make_plan(segments, [True] * segments.n_documents, positions=positions)
-    return segments.document_F[plan.predict_N[plan.reach_E]].unique()
+from .answers import PLAN_KEY, EchoBatch, find_answers
+from .draft import DraftPlan, draw
+from .ownership import Ownership, copy_of
 
 
 class EchoCollator:
     """
-    Collate a batch with `collator`, draw which of its samples are routed, and add the plan of the echo pass.
+    Collate a batch with `collator` and note where its answers are; add the plan of an echo pass where a step is given.
 
     Args:
         collator: collator of the plain batch, such as TRL's. Its output is kept as it is.
         positions: "answer" or "predicting".
         lockstep: give every batch an echo pass, one of no weight where nothing is routed (see `method/silence.py`).
-        form: how `__call__` lays the echo pass out. The trainer chooses for every batch anew.
+        form: how the echo pass is laid out. The trainer, which plans by itself, chooses for every batch anew.
 
-    The routes need `schedule`, which the trainer sets when training begins. Called without a step (evaluation, or by
-    hand) it is the collator it wraps.
+    The routes need `schedule`, to be set before a step is given.
     """
 
     def __init__(
@@ -186,54 +41,30 @@ class EchoCollator:
         self.ownership = Ownership(collator)
         self.schedule: RoutingSchedule | None = None
 
-    def __call__(
-        self, examples: list[dict[str, Any]], step: int | None = None, micro_batch: int = 0
-    ) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[dict[str, Any]], step: int | None = None, micro_batch: int = 0) -> EchoBatch:
         """
         Collate `examples`; with `step` (optimizer step, from 0) and `micro_batch` (index in the step) add the plan.
 
         Returns:
             The batch of the wrapped collator, with an [`EchoPlan`] under "echo_plan" if `step` is given.
-        """
-        if step is None:
-            return dict(self.collator(examples))
-        draft = self.draft(examples, step, micro_batch)
-        return {**draft.batch, PLAN_KEY: draft.plan(self.form)}
 
-    def draft(self, examples: list[dict[str, Any]], step: int, micro_batch: int) -> DraftPlan:
-        """Collate examples and draw the routes of their documents."""
+        Raises:
+            ValueError: the batch has no `labels`.
+            RuntimeError: a step was given, and `schedule` is not set.
+        """
+        batch = EchoBatch(self.collator([copy_of(example) for example in examples]))  # TRL's changes what it is given
+        batch.answers = find_answers(batch, examples, None if self.lockstep else self.ownership)
+        if step is not None:
+            batch[PLAN_KEY] = self._draft(batch, step, micro_batch).plan(self.form)
+        return batch
+
+    def draft(self, examples: Sequence[dict[str, Any]], step: int, micro_batch: int) -> DraftPlan:
+        """Collate examples and draw the routes of their documents; see `__call__`."""
+        return self._draft(self(examples), step, micro_batch)
+
+    def _draft(self, batch: EchoBatch, step: int, micro_batch: int) -> DraftPlan:
         if self.schedule is None:
             raise RuntimeError(
-                "EchoCollator was given a step before `schedule` was set; the trainer does so in train()."
+                "EchoCollator was given a step before `schedule` was set: set it to a RoutingSchedule of the run."
             )
-        batch = dict(self.collator([copy_of(example) for example in examples]))  # TRL's changes what it is given
-        segments = find_segments(batch, examples)
-        return DraftPlan(
-            batch=batch,
-            examples=examples,
-            segments=segments,
-            routed_D=[self.schedule.draw(step, micro_batch, *p) for p in sample_of_document(segments, examples)],
-            probability=self.schedule.probability(step),
-            positions=self.positions,
-            lockstep=self.lockstep,
-            ownership=self.ownership,
-        )
-
-
-def backbone_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What of a batch are arguments of the backbone."""
-    return {k: v for k, v in batch.items() if k not in ("labels", "shift_labels", PLAN_KEY)}
-
-
-def sample_of_document(segments: Segments, examples: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
-    """For every document: the sample it belongs to and its number inside the sample (packed examples hold several)."""
-    rows, length = segments.shape
-    if rows == len(examples) and "seq_lengths" not in examples[0]:
-        return [(int(start) // length, 0) for start in segments.start_D]
-    places = [
-        (row, document)
-        for row, example in enumerate(examples)
-        for document in range(len(example.get("seq_lengths") or [0]))
-    ]
-    # Positions that pad a padding-free batch count as documents of their own; they hold no answer.
-    return places + [(len(examples), extra) for extra in range(segments.n_documents - len(places))]
+        return draw(batch, self.schedule, step, micro_batch, self.positions, self.lockstep)

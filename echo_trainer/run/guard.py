@@ -1,19 +1,19 @@
 """Numerical guard: what is not finite in the echo pass never reaches a weight.
 
-After the backward pass of a micro-batch its loss and every gradient are looked at. If something is not finite, the
-gradients of that micro-batch are thrown away and it is run again without the echo: CE_plain alone. That is counted
-(`echo/nonfinite`), said, and ends the run when it happens again and again. A plain loss that is not finite ends the
-run at once: no step can follow from it.
+After the backward pass of the last micro-batch of an optimizer step the losses and the gradients are looked at, once:
+what is not finite stays so when more is added to it. If something is not finite, the gradients of the step are thrown
+away and its micro-batches are run again, each looked at by itself; one whose echo is at fault is run without it:
+CE_plain alone. That is counted (`echo/nonfinite`), said, and ends the run when it happens again and again. A plain
+loss that is not finite ends the run at once: no step can follow from it.
 
-The look costs no extra wait: transformers reads the loss at the same place (`logging_nan_inf_filter`).
-
-fp16 with a scaler: infinite gradients are how the scaler finds its scale, so it looks at those and skips the step. The
-run ends only when it goes on skipping, long after any scale would do.
+fp16 with a scaler: infinite gradients are how the scaler finds its scale, so it looks at those and skips the step (see
+`scaler.py`).
 """
 
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,16 +23,28 @@ from torch.nn.utils import get_total_norm
 from ..method.losses import NonFiniteLossError
 from ..method.plan import EchoPlan
 from ..passes.memory import explain_out_of_memory
-from .collate import PLAN_KEY
+from .answers import PLAN_KEY
 from .host import Host
+from .scaler import ScalerWatch
 
 logger = logging.getLogger(__name__)
 
 MAX_IN_A_ROW = 10
 """Micro-batches in a row whose echo pass may be non-finite before the run ends."""
 
-MAX_SKIPPED_IN_A_ROW = 30
-"""The run ends when the fp16 scaler skips so many optimizer steps in a row; each halves its scale, 2**16 at first."""
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One of an optimizer step: what runs it forward and backward, and what it runs on."""
+
+    run: Callable[[dict[str, Any]], Tensor]
+    inputs: dict[str, Any]
+    plan: EchoPlan
+
+    def loss(self, plan: EchoPlan) -> Tensor:
+        """Run it, with its own plan or another one."""
+        with explain_out_of_memory(self.inputs, plan):
+            return self.run({**self.inputs, PLAN_KEY: plan})
 
 
 class Guard:
@@ -46,11 +58,16 @@ class Guard:
     def __init__(self, host: Host):
         self.host = host
         self.nonfinite_in_a_row = 0
-        self._scale_seen: tuple[int, float] | None = None  # optimizer step, scale
+        self.scaler = ScalerWatch(host)
+        self._step: list[MicroBatch] = []  # the micro-batches of the optimizer step so far
+        self._losses: list[Tensor] = []  # what they gave
+        self._before: tuple[dict[str, Tensor], tuple] = ({}, ())  # gradients and metrics before the step
 
     def begin(self) -> None:
         """Forget what an earlier run of the trainer counted."""
-        self.nonfinite_in_a_row, self._scale_seen = 0, None
+        self.nonfinite_in_a_row = 0
+        self.scaler = ScalerWatch(self.host)
+        self._step, self._losses = [], []
 
     def step(self, run: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> Tensor:
         """
@@ -60,35 +77,76 @@ class Guard:
             run: the Trainer's step: takes the inputs, gives the loss and leaves gradients.
             inputs: of the micro-batch, with its plan where the echo is on.
 
+        Returns:
+            The loss of the micro-batch. Where some had to be run again the last one makes the sum right.
+
         Raises:
             NonFiniteLossError: the plain loss is not finite, or the echo pass was not in many steps in a row.
         """
         plan: EchoPlan | None = inputs.get(PLAN_KEY)
         if self.host.echo is None or plan is None:
             return run(inputs)
-        self._watch_the_scaler()
-        before = None if self._checks_loss_only() else self._copy_gradients()
-        metrics = self.host.echo_metrics.snapshot()
-        with explain_out_of_memory(inputs, plan):
-            loss = run(inputs)
-            if before is None or self._all_finite(loss):
-                if before is not None and plan.layout is not None and not plan.weightless:
-                    self.nonfinite_in_a_row = 0
-                return loss
-            self._put_gradients(before)
-            self.host.echo_metrics.restore(metrics)
-            self._count_non_finite()
-            loss = run({**inputs, PLAN_KEY: plan.without_echo()})
-        if not self._all_finite(loss):
-            self._put_gradients(before)
-            raise NonFiniteLossError(
-                f"The plain loss or its gradients are not finite at step {self.host.state.global_step} (loss "
-                f"{float(loss):g}), without any echo: training has diverged or a sample overflows the model's dtype. "
-                f"No weight was changed by this step. Start a new run from the last checkpoint's adapter, "
-                f"PeftModel.from_pretrained(model, CHECKPOINT, is_trainable=True), with a lower learning_rate, "
-                f"max_grad_norm=1.0 or bf16 instead of fp16; a resumed run would keep the old rate."
+        self.scaler.look()
+        if self._checks_loss_only():
+            return MicroBatch(run, inputs, plan).loss(plan)
+        if not self._step:
+            self._before = self._copy_gradients(), self.host.echo_metrics.snapshot()
+        self._step.append(MicroBatch(run, inputs, plan))
+        loss = self._step[-1].loss(plan)
+        self._losses.append(loss)
+        if not self.host.accelerator.sync_gradients:
+            return _finite_or_zero(loss)
+        step, losses, before = self._step, self._losses, self._before
+        self._step, self._losses, self._before = [], [], ({}, ())
+        if self._all_finite(losses):
+            if any(_has_echo(each.plan) for each in step):
+                self.nonfinite_in_a_row = 0
+            return loss
+        total = self._run_again(step, before)
+        for logged in losses[:-1]:
+            total = total - _finite_or_zero(logged).to(_finest(logged.device))
+        return total
+
+    def _run_again(self, step: list[MicroBatch], before: tuple[dict[str, Tensor], tuple]) -> Tensor:
+        """
+        The loss of an optimizer step whose losses or gradients were not finite, run again.
+
+        Args:
+            step: its micro-batches; where there is one only, it is known which is at fault.
+            before: gradients and metrics before the step.
+        """
+        self._put_gradients(before[0])
+        self.host.echo_metrics.restore(before[1])
+        if len(step) > 1:
+            logger.warning(
+                "Step %d: a loss or a gradient is not finite. Its %d micro-batches are run again, one by one.",
+                self.host.state.global_step,
+                len(step),
             )
-        return loss
+        total = 0.0
+        for each in step:
+            gradients, metrics = self._copy_gradients(), self.host.echo_metrics.snapshot()
+            if len(step) > 1:
+                loss = each.loss(each.plan)
+                if self._all_finite([loss]):
+                    self.nonfinite_in_a_row = 0 if _has_echo(each.plan) else self.nonfinite_in_a_row
+                    total = total + loss
+                    continue
+                self._put_gradients(gradients)
+                self.host.echo_metrics.restore(metrics)
+            self._count_non_finite()
+            loss = each.loss(each.plan.without_echo())
+            if not self._all_finite([loss]):
+                self._put_gradients(before[0])
+                raise NonFiniteLossError(
+                    f"The plain loss or its gradients are not finite at step {self.host.state.global_step} (loss "
+                    f"{float(loss):g}), without any echo: training has diverged or a sample overflows the model's "
+                    f"dtype. No weight was changed by this step. Start a new run from the last checkpoint's adapter, "
+                    f"PeftModel.from_pretrained(model, CHECKPOINT, is_trainable=True), with a lower learning_rate, "
+                    f"max_grad_norm=1.0 or bf16 instead of fp16; a resumed run would keep the old rate."
+                )
+            total = total + loss
+        return total
 
     def forward(
         self, run: Callable[[EchoPlan], dict[str, Tensor]], plan: EchoPlan
@@ -144,35 +202,14 @@ class Guard:
                 f"(echo_p_start=0 and echo_p_end=0); a resumed run would keep the old rates."
             )
 
-    def _watch_the_scaler(self) -> None:
-        """
-        Stop when the fp16 scaler has skipped every optimizer step since its scale was last looked at.
-
-        Not by `accelerator.optimizer_step_was_skipped`: it is never true for a fused optimizer, the default.
-        """
-        step, scaler = self.host.state.global_step, self.host.accelerator.scaler
-        if scaler is None or (self._scale_seen is not None and step < self._scale_seen[0] + MAX_SKIPPED_IN_A_ROW):
-            return
-        scale = scaler.get_scale()  # waits for the device, so not in every step
-        if self._scale_seen is not None:
-            seen_at, before = self._scale_seen
-            if scale <= before * scaler.get_backoff_factor() ** (step - seen_at):
-                raise NonFiniteLossError(
-                    f"The last {step - seen_at} optimizer steps, up to step {step}, were all skipped: their gradients "
-                    f"are not finite whatever the scale of fp16 (it is {scale:g} by now). No weight was changed by "
-                    f"them. Use bf16=True instead of fp16, or a lower echo_learning_rate, or no echo "
-                    f"(echo_p_start=0 and echo_p_end=0)."
-                )
-        self._scale_seen = (step, scale)
-
-    def _all_finite(self, loss: Tensor) -> bool:
-        """Whether loss and gradients are finite on every process; the same answer on all of them."""
+    def _all_finite(self, losses: list[Tensor]) -> bool:
+        """Whether losses and gradients are finite on every process; the same answer on all of them."""
         # fp16 scales the loss so high that infinite gradients are normal: the scaler looks at those itself.
         gradients = [] if self.host.accelerator.scaler is not None else map(_local, self._gradients().values())
         # One maximum over all gradients: looking at each would launch hundreds of kernels a step. With FSDP2 a process
         # may hold no row of a small matrix, and nothing has no maximum.
         largest = get_total_norm([gradient for gradient in gradients if gradient.numel()], norm_type=math.inf)
-        return self._agreed_finite([loss, largest])
+        return self._agreed_finite([*losses, largest])
 
     def _agreed_finite(self, tensors: list[Tensor]) -> bool:
         """Whether all are finite on every process. Every process must call it."""
@@ -187,7 +224,7 @@ class Guard:
         }
 
     def _copy_gradients(self) -> dict[str, Tensor]:
-        """Gradients of the micro-batches before, with accumulation; else nothing."""
+        """Gradients as they are; nothing before the first micro-batch of a step."""
         return {name: gradient.clone() for name, gradient in self._gradients().items()}
 
     @torch.no_grad()
@@ -203,3 +240,18 @@ class Guard:
 def _local(gradient: Any) -> Tensor:
     """The part of a sharded gradient that this process holds."""
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+
+
+def _has_echo(plan: EchoPlan) -> bool:
+    """Whether a micro-batch runs an echo pass that counts."""
+    return plan.layout is not None and not plan.weightless
+
+
+def _finite_or_zero(loss: Tensor) -> Tensor:
+    """The loss, or zero where it is not finite; the device alone knows."""
+    return torch.where(torch.isfinite(loss), loss, 0.0)
+
+
+def _finest(device: torch.device) -> torch.dtype:
+    """The finest dtype of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64

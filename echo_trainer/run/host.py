@@ -25,6 +25,7 @@ class Host(Protocol):
         args, state, model, model_wrapped, accelerator, optimizer, train_dataset, processing_class, data_collator,
         callback_handler, control, hub_model_id, is_deepspeed_enabled, is_fsdp_enabled: those of
         `transformers.Trainer`.
+        padding_free: that of `trl.SFTTrainer`.
         staging_folder, push_is_due: see `compat.trainer.JointTrainer`.
         agreement: the talks between the processes of the run.
         echo: the echo's parts of the model, None with the echo off.
@@ -51,6 +52,7 @@ class Host(Protocol):
     hub_model_id: str | None
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
+    padding_free: bool
     staging_folder: str | None
     push_is_due: bool
     agreement: Agreement

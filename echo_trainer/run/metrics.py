@@ -1,15 +1,14 @@
 """Metrics of the echo, summed on the device and read only when they are logged.
 
-A `.item()` a step makes the host wait for the device. So a step only adds to tensors; `drain` reduces them over the
-processes and reads them in one go.
+A `.item()` a step makes the host wait for the device. So a step only adds to a tensor, which `drain` reads in one go;
+what the host knows by itself it counts in whole numbers. One reduction adds both up over the processes.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..method.plan import EchoPlan
+from .agreement import Agreement
 
 SUMS = ("objective", "ce_plain", "entropy", "correct", "ce_plain_routed", "ce_echo", "kd", "agreement")
 MEANS = ("gate", "relative_delta", "aux_loss")
@@ -21,30 +20,35 @@ _COLUMNS: tuple[str, ...] = (*SUMS, *MEANS, *COUNTS)
 
 
 class EchoMetrics:
-    """Sums since the last log."""
+    """
+    Sums since the last log.
 
-    def __init__(self) -> None:
+    Args:
+        agreement: between the processes of the run.
+    """
+
+    def __init__(self, agreement: Agreement) -> None:
+        self.agreement = agreement
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
         self._device_sums: Tensor | None = None
-        self._counts = dict.fromkeys(COUNTS, 0.0)
-        self._input_tokens: list[Tensor] = []
+        self._counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
 
-    def add(self, output: dict[str, Tensor], plan: EchoPlan, input_tokens: Tensor | int) -> None:
-        """Add a micro-batch: the output of `echo_step`, its plan, and its number of real input tokens."""
+    def add(self, output: dict[str, Tensor], plan: EchoPlan) -> None:
+        """Add a micro-batch: the output of `echo_step`, and its plan."""
         zero = output["objective"].detach().new_zeros(())
         row = torch.stack([output.get(name, zero).detach().float() for name in (*SUMS, *MEANS)])
         self._device_sums = row if self._device_sums is None else self._device_sums + row
-        self._input_tokens.append(torch.as_tensor(input_tokens))
         counts = {
             "tokens": len(plan.labels_N),
             "routed_tokens": plan.n_routed_tokens,
+            "input_tokens": plan.n_tokens,
             "samples": plan.n_samples,
             "routed": plan.n_routed,
             "unroutable": plan.n_unroutable,
-            "echo_passes": float(plan.layout is not None and not plan.weightless),
+            "echo_passes": int(plan.layout is not None and not plan.weightless),
             "passes": 1,
             "p": plan.probability,
         }
@@ -57,25 +61,24 @@ class EchoMetrics:
 
     def snapshot(self) -> tuple:
         """The sums as they are, for `restore`."""
-        return self._device_sums, dict(self._counts), list(self._input_tokens)
+        return self._device_sums, dict(self._counts)
 
     def restore(self, snapshot: tuple) -> None:
         """Forget what was added since the snapshot."""
-        self._device_sums, self._counts, self._input_tokens = snapshot
+        self._device_sums, self._counts = snapshot
 
-    def drain(self, accelerator: Any) -> dict[str, float]:
+    def drain(self) -> dict[str, float]:
         """
         The means since the last call, over all processes; empty where nothing was added. Every process must call it.
 
         Returns:
-            TRL's `entropy`, `mean_token_accuracy`, `aux_loss`, the `echo/*` metrics, and `input_tokens` (a sum).
+            TRL's `entropy`, `mean_token_accuracy`, `aux_loss`, the `echo/*` metrics, and `input_tokens` (a whole
+            number).
         """
         if self._device_sums is None:
             return {}
-        self._counts["input_tokens"] = float(sum(int(n) for n in self._input_tokens))
-        counts = torch.tensor([self._counts[name] for name in COUNTS], device=self._device_sums.device)
-        totals = accelerator.reduce(torch.cat([self._device_sums, counts]), reduction="sum")
-        total = dict(zip(_COLUMNS, totals.tolist(), strict=True))
+        totals = self.agreement.sum([*self._device_sums.tolist(), *(self._counts[name] for name in COUNTS)])
+        total = dict(zip(_COLUMNS, totals, strict=True))
         self.clear()
         return _as_metrics(total)
 
@@ -87,7 +90,7 @@ def _as_metrics(total: dict[str, float]) -> dict[str, float]:
     metrics = {
         "entropy": mean("entropy", "tokens"),
         "mean_token_accuracy": mean("correct", "tokens"),
-        "input_tokens": total["input_tokens"],
+        "input_tokens": int(total["input_tokens"]),
         "echo/objective": mean("objective", "tokens"),
         "echo/ce_plain": mean("ce_plain", "tokens"),
         "echo/p": mean("p", "passes"),
@@ -111,8 +114,3 @@ def _as_metrics(total: dict[str, float]) -> dict[str, float]:
     if total["aux_loss"]:
         metrics["aux_loss"] = mean("aux_loss", "passes")
     return metrics
-
-
-def input_tokens(inputs: dict[str, Any]) -> torch.Tensor | int:
-    """Real tokens of a batch, as TRL counts `num_tokens`."""
-    return inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()

@@ -17,7 +17,7 @@ from typing import Any
 from ..method.layouts import EchoForm
 from ..passes.proof import ProofResult
 from .agreement import Agreement
-from .collate import DraftPlan
+from .draft import DraftPlan
 
 logger = logging.getLogger(__name__)
 

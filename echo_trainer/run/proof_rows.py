@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..method.layouts import EchoForm
-from ..method.segments import IGNORE_INDEX, Segments, find_segments
+from ..method.segments import IGNORE_INDEX, Segments, is_flat
 from ..passes.proof import ProofTask
-from .collate import DraftPlan, backbone_inputs, reachable_documents, sample_of_document
+from .answers import Answers, backbone_inputs, find_answers
+from .draft import DraftPlan, reachable_documents
 
 ROWS = 2
 DOCUMENTS = 8
@@ -35,9 +36,10 @@ def proof_inputs(
         collator: that made the batch.
         device: of the model.
     """
-    batch, segments = _few_rows(draft, collator)
+    batch, answers = _few_rows(draft, collator)
+    segments = answers.segments
     documents = _documents(segments, draft.positions)
-    small = draft if batch is draft.batch else replace(draft, batch=batch, segments=segments)
+    small = replace(draft, batch=batch, answers=answers)
     # All of them, and the shortest alone: what else is in a pass must make no difference. As many on every process.
     chosen = [[d in routed for d in range(segments.n_documents)] for routed in (documents, documents[-1:])]
     plans = [small.plan_of(routed, form, lockstep=True) for routed in chosen]
@@ -102,23 +104,34 @@ def _remember(module: nn.Module, memory: dict[str, tuple[Any, Tensor | None]]) -
             setattr(module, name, value)
 
 
-def _few_rows(draft: DraftPlan, collator: Callable) -> tuple[dict[str, Any], Segments]:
+def _few_rows(draft: DraftPlan, collator: Callable) -> tuple[dict[str, Any], Answers]:
     """
-    The batch of two examples: of those that an echo reaches the longest and the shortest.
+    The batch of two samples: of those that an echo reaches the longest and the shortest.
 
     The batch as it is where it cannot be made smaller: what another collator than TRL's does is not known.
     """
-    examples = draft.examples
-    reached = reachable_documents(draft.segments, draft.positions).tolist()
-    if len(examples) <= ROWS or not reached or type(collator) is not DataCollatorForLanguageModeling:
-        return draft.batch, draft.segments
-    places = sample_of_document(draft.segments, examples)
-    numbers = sorted({places[document][0] for document in reached}, key=lambda i: -len(examples[i]["input_ids"]))
+    batch, answers, segments = draft.batch, draft.answers, draft.segments
+    reached = reachable_documents(segments, draft.positions)
+    if answers.n_samples <= ROWS or not len(reached) or type(collator) is not DataCollatorForLanguageModeling:
+        return batch, answers
+    length_D = (segments.end_D - segments.start_D).numpy()
+    tokens = np.bincount(answers.sample_D, weights=length_D, minlength=answers.n_samples)
+    numbers = sorted(set(answers.sample_D[reached].tolist()), key=lambda number: -tokens[number])
     if len(numbers) == 1:  # another one beside it, so that there is a row without an echo
-        numbers.append(next(i for i in range(len(examples)) if i != numbers[0]))
-    few = [examples[numbers[0]], examples[numbers[-1]]]
+        numbers.append(next(i for i in range(answers.n_samples) if i != numbers[0]))
+    few = [_example(batch, answers, number) for number in (numbers[0], numbers[-1])]
     batch = dict(collator(few))
-    return batch, find_segments(batch, few)
+    return batch, find_answers(batch, few)
+
+
+def _example(batch: dict[str, Any], answers: Answers, number: int) -> dict[str, Any]:
+    """One of the examples that TRL's collator made a batch of."""
+    documents = np.flatnonzero(answers.sample_D == number)
+    start, end = (bounds[documents].tolist() for bounds in (answers.segments.start_D, answers.segments.end_D))
+    example = {name: batch[name].reshape(-1)[start[0] : end[-1]].tolist() for name in ("input_ids", "labels")}
+    if is_flat(batch):
+        example["seq_lengths"] = [b - a for a, b in zip(start, end, strict=True)]
+    return example
 
 
 def _documents(segments: Segments, positions: str) -> list[int]:
@@ -148,8 +161,8 @@ def _first_and_later(segments: Segments, documents: list[int]) -> tuple[Tensor, 
 
 def _tiny_ids(batch: dict[str, Any]) -> Tensor:
     """Two rows of answer tokens that differ in their last one, (2, n)."""
-    labels = batch["labels"][batch["labels"].ne(IGNORE_INDEX)] if "labels" in batch else batch["input_ids"].flatten()
-    tokens = (labels if len(labels) else batch["input_ids"].flatten()).unique()
+    labels = batch["labels"][batch["labels"].ne(IGNORE_INDEX)]
+    tokens = (labels if len(labels) else batch["input_ids"].flatten()).unique().cpu()
     row = tokens[torch.arange(TINY) % len(tokens)]
     other = row.clone()
     # Where there is one token only, its neighbour is another one.

@@ -7,6 +7,7 @@ import itertools
 import logging
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft.utils import PeftType
@@ -87,9 +88,10 @@ def check_model(model: nn.Module, accelerator: Any) -> None:
     What can be refused once model and accelerator exist.
 
     Raises:
-        ValueError: no trainable adapter, more than one, weights that no adapter saves, FSDP1, activation checkpointing
-            by FSDP, sharded sequences or matrices.
+        ValueError: weights that are fetched for every pass, no trainable adapter, more than one, weights that no
+            adapter saves, FSDP1, activation checkpointing by FSDP, sharded sequences or matrices.
     """
+    _check_devices(getattr(model, "hf_device_map", None) or {}, accelerator.device)
     if not any("lora_" in name and parameter.requires_grad for name, parameter in model.named_parameters()):
         raise ValueError(
             "The PeftModel has no trainable LoRA parameter. Load it with PeftModel.from_pretrained(model, adapter, "
@@ -118,6 +120,39 @@ def check_model(model: nn.Module, accelerator: Any) -> None:
                     f"matrices over processes, and the echo needs the boundary of a prompt and its answer in one "
                     f"place. Use data parallelism (DDP, FSDP2, DeepSpeed ZeRO), {OFF}."
                 )
+
+
+def _check_devices(device_map: dict[str, Any], device: torch.device) -> None:
+    """Refuse a model that does not lie on devices as a whole; it may lie on several of them."""
+    fetched = {name: str(place) for name, place in device_map.items() if str(place) in ("cpu", "disk")}
+    if device.type == "cpu":
+        fetched = {name: place for name, place in fetched.items() if place == "disk"}
+    if fetched:
+        name, place = next(iter(fetched.items()))
+        raise ValueError(
+            f"`device_map` has left {name!r} on {place!r}: its weights are fetched for every pass and gone when "
+            f"gradients are computed. Use a model that fits: load it in 4 bits (load_in_4bit), split it over more "
+            f"GPUs with device_map='auto', or shard it with FSDP2 or ZeRO-3 (recipes/accelerate), {OFF}."
+        )
+
+
+def check_batches(accelerator: Any, padding_free: bool) -> None:
+    """
+    Refuse batches that one process cannot collate for all.
+
+    Args:
+        accelerator: of the trainer.
+        padding_free: whether batches are single rows of several documents.
+
+    Raises:
+        ValueError: they are, and are to be sent to other processes.
+    """
+    if padding_free and accelerator.dataloader_config.dispatch_batches and accelerator.num_processes > 1:
+        raise ValueError(
+            "`dispatch_batches=True` has one process collate for all of them and cuts its batch up by rows, and a "
+            "padding-free batch (`padding_free`, or `packing` with strategy 'bfd') is a single row. Write "
+            "accelerator_config={'dispatch_batches': False}: each process then collates its own share of the data."
+        )
 
 
 def _check_what_is_trained(model: Any) -> None:

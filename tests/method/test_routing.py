@@ -2,7 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from echo_trainer.method.routing import RoutingSchedule, uniform
 
@@ -15,23 +18,19 @@ def test_probability_is_linear_from_start_to_end():
 
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 1.0])
 def test_frequency(p):
-    schedule = RoutingSchedule(3, p, p, total_steps=10**9, batch_size=1)
     n = 4000
-    share = sum(schedule.draw(step, 0, 0) for step in range(n)) / n
+    schedule = RoutingSchedule(3, p, p, total_steps=10**9, batch_size=n)
+    share = schedule.draw(7, 0, np.arange(n)).mean()
     assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / n)
 
 
 def test_neighbours_are_independent():
     """Draws of neighbouring positions and documents are uncorrelated, and seeds differ."""
     n = 4000
-    columns = [
-        [uniform(0, i) for i in range(n)],
-        [uniform(0, i + 1) for i in range(n)],
-        [uniform(0, i, 1) for i in range(n)],
-        [uniform(1, i) for i in range(n)],
-    ]
+    i = np.arange(n)
+    columns = [uniform(0, i), uniform(0, i + 1), uniform(0, i, 1), uniform(1, i)]
     for column in columns[1:]:
-        products = sum((a - 0.5) * (b - 0.5) for a, b in zip(columns[0], column, strict=True)) / n
+        products = ((columns[0] - 0.5) * (column - 0.5)).mean()
         assert abs(12 * products) < 4 / math.sqrt(n)
 
 
@@ -50,3 +49,26 @@ def test_position_depends_on_the_global_order_only(batch, accumulation, world):
 def test_routes_never_change():
     """The draws are part of what a resumed run relies on, also after an upgrade."""
     assert [round(uniform(42, i), 12) for i in range(3)] == [0.820198147861, 0.368128450909, 0.876797967446]
+
+
+@given(
+    seed=st.integers(-(2**63), 2**70),
+    places=st.lists(st.tuples(st.integers(0, 2**63), st.integers(0, 2**63)), min_size=1, max_size=20),
+)
+def test_draws_are_those_of_numpys_generator(seed, places):
+    """All at once, bit for bit what a generator made for each of them gives."""
+    positions, documents = (np.array(column, np.uint64) for column in zip(*places, strict=True))
+    expected = []
+    for place in places:
+        generator = np.random.Philox(key=np.array([seed % 2**64, 0], np.uint64), counter=[*place, 0, 0])
+        expected.append(int(generator.random_raw() >> np.uint64(11)) * 2.0**-53)
+    assert uniform(seed, positions, documents).tolist() == expected
+    assert [float(uniform(seed, *place)) for place in places] == expected
+
+
+def test_many_draws_are_as_many_single_ones():
+    schedule = RoutingSchedule(5, 0.4, 0.4, total_steps=10, accumulation=2, world_size=3, rank=1, batch_size=7)
+    rows, documents = np.arange(7).repeat(4), np.tile(np.arange(4), 7)
+    drawn = schedule.draw(3, 1, rows, documents)
+    assert drawn.tolist() == [bool(schedule.draw(3, 1, r, d)) for r, d in zip(rows, documents, strict=True)]
+    assert 0 < drawn.sum() < 28

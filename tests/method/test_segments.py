@@ -26,7 +26,7 @@ def test_padded_batch():
     assert segments.boundary_S.tolist() == [1, 5, 13]
     assert segments.document_S.tolist() == [0, 1, 2]
     assert segments.segment_F.tolist() == [-1, -1, 0, 0, -1, -1, 1, -1, -1, -1, -1, -1, -1, -1, 2]
-    assert segments.predict_F.nonzero().flatten().tolist() == [1, 2, 5, 10, 13]
+    assert segments.predict_N.tolist() == [1, 2, 5, 10, 13]
     assert segments.routable_D.tolist() == [True, True, True]
 
 
@@ -46,7 +46,7 @@ def test_packed_equals_padding_free():
     packed = [packed_example(examples[:2]), packed_example(examples[2:])]
     left = find_segments(padding_free_collator()(examples), examples)
     right = find_segments(padding_free_collator()(packed), packed)
-    for name in ("predict_F", "labels_F", "segment_F", "boundary_S", "document_S", "start_D"):
+    for name in ("predict_N", "labels_N", "segment_F", "boundary_S", "document_S", "start_D"):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
 
 

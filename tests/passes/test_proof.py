@@ -131,7 +131,7 @@ def test_packed_documents_that_a_model_mixes(tmp_path, caplog, form):
     if form == "padded":
         assert forms(trainer) == [EchoForm.SUFFIX] and "mixes" not in text
     else:
-        assert forms(trainer) == [EchoForm.BATCH if trainer.data_collator.lockstep else EchoForm.ROWS]
+        assert forms(trainer) == [EchoForm.BATCH if trainer.pass_choice.one_form else EchoForm.ROWS]
         assert "OPTForCausalLM itself mixes packed documents" in text and "in plain SFT as well" in text
 
 

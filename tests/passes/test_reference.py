@@ -18,7 +18,7 @@ from echo_trainer.method import losses
 from echo_trainer.method.losses import Distillation
 from echo_trainer.method.routing import uniform
 from echo_trainer.method.sites import site_key
-from echo_trainer.run.collate import sample_of_document
+from echo_trainer.run.collate import EchoCollator
 
 TEACHERS = ["echo", "plain", "mutual"]
 
@@ -143,7 +143,6 @@ def test_weighted_aggregation_starts_as_the_mean_and_learns():
 
 def test_routes_of_packed_documents_are_those_of_their_places():
     examples = [packed_example(random_examples(2, seed=1)), packed_example(random_examples(3, seed=2))]
-    from echo_trainer.method.segments import find_segments
-
-    batch = padding_free_collator()(examples)
-    assert sample_of_document(find_segments(batch, examples), examples) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    answers = EchoCollator(padding_free_collator())(examples).answers
+    places = list(zip(answers.sample_D.tolist(), answers.number_D.tolist(), strict=True))
+    assert places == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]

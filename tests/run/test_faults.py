@@ -16,13 +16,15 @@ import torch
 from datasets import Dataset
 from models import lora_config, prompt_completion_rows, tiny_model
 from paths import SUPPORT
+from poison import poison_a_micro_batch
 from training import adapter, assert_equal, echo_trainer, losses
 from transformers import TrainerCallback
 
 from echo_trainer.manifest import MANIFEST
 from echo_trainer.run.checkpoint_files import DELETED, STAGING, checkpoints, damage, last_whole_checkpoint, rotate
 from echo_trainer.run.final_save import NonFiniteAdapterError
-from echo_trainer.run.guard import MAX_IN_A_ROW, MAX_SKIPPED_IN_A_ROW, NonFiniteLossError
+from echo_trainer.run.guard import MAX_IN_A_ROW, NonFiniteLossError
+from echo_trainer.run.scaler import MAX_SKIPPED_IN_A_ROW
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -301,6 +303,37 @@ def test_a_poisoned_echo_gives_a_plain_step(tmp_path, harm, accumulation):
     assert losses(poisoned) == losses(plain)
     counted = [entry.get("echo/nonfinite", 0) for entry in poisoned.state.log_history[:-1]]
     assert counted == [0, accumulation, 0]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["loss", "gradient"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_one_micro_batch_loses_its_echo_and_the_others_keep_theirs(tmp_path, number, backward):
+    """Whichever it is of the step: the weights are those of a run in which it alone was planned without an echo."""
+    settings = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "max_steps": 3, "echo_p_end": 1.0}
+    poisoned = echo_trainer(tmp_path / "a", **settings)
+    poison_a_micro_batch(poisoned, number, backward=backward)
+    poisoned.train()
+
+    plain = echo_trainer(tmp_path / "b", **settings)
+    collate = plain.get_batch_samples
+
+    def without_that_echo(*args):
+        batches, n_items = collate(*args)
+        if plain.state.global_step == 1:
+            batches[number]["echo_plan"] = batches[number]["echo_plan"].without_echo()
+        return batches, n_items
+
+    plain.get_batch_samples = without_that_echo
+    plain.train()
+    assert_equal(adapter(poisoned), adapter(plain))
+    assert losses(poisoned) == pytest.approx(losses(plain), rel=1e-6)
+    columns = ("echo/nonfinite", "echo/ce_echo", "num_tokens")
+    logged, expected = (
+        [[entry.get(name, 0) for name in columns] for entry in trainer.state.log_history[:-1]]
+        for trainer in (poisoned, plain)
+    )
+    assert [entry[0] for entry in logged] == [0, 1, 0]
+    assert [entry[1:] for entry in logged] == [entry[1:] for entry in expected]
 
 
 def test_an_echo_that_stays_poisoned_ends_the_run(tmp_path):

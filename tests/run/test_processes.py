@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 
 DEADLINE = process_worker.DEADLINE + 60
 
-DDP_CASES = ["equal", "differs", "stream", "silent", "uneven", "whole", "resumed"]
-SHARDED_CASES = ["equal", "differs", "fading", "whole-sharded", "resumed-sharded"]
-ALL_CASES = ["equal", "differs", "stream", "silent", "fading", "uneven", "whole", "resumed"]
+DDP_CASES = ["equal", "differs", "stream", "dispatched", "poisoned", "silent", "uneven", "whole", "resumed"]
+SHARDED_CASES = ["equal", "differs", "poisoned", "fading", "whole-sharded", "resumed-sharded"]
+ALL_CASES = ["equal", "differs", "stream", "dispatched", "poisoned", "silent", "fading", "uneven", "whole", "resumed"]
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 ENGINES = [
@@ -124,6 +124,7 @@ def assert_same_training(launch: Launch, alone, case: str) -> None:
     """Routes exactly, losses, gradient norms and final weights within float32 rounding."""
     ranks, (reference, weights) = launch.ranks(case), alone(case, launch.world)
     assert launch.routes(case) == _merged([reference])
+    assert ranks[0]["tokens"] == reference["tokens"] and all(type(n) is int for n in reference["tokens"])
     torch.testing.assert_close(ranks[0]["losses"], reference["losses"], rtol=2e-5, atol=0)
     torch.testing.assert_close(ranks[0]["gradient_norms"], reference["gradient_norms"], rtol=1e-4, atol=0)
     ours = launch.weights(case)
@@ -151,6 +152,18 @@ def test_one_process_whose_rows_differ_decides_for_all(launch, alone):
 def test_stream_equals_one_process(launch, alone):
     """A streamed dataset: each process reads it and keeps its share."""
     assert_same_training(launch, alone, launch.case("stream"))
+
+
+def test_batches_that_one_process_collates_for_all(launch, alone):
+    """`dispatch_batches=True`: what accelerate has cut out of a larger batch is planned like any other."""
+    assert_same_training(launch, alone, launch.case("dispatched"))
+
+
+def test_an_echo_that_is_not_finite_in_one_process(launch, alone):
+    """Its micro-batch runs without an echo everywhere, the others of its step with theirs."""
+    case = launch.case("poisoned")
+    assert_same_training(launch, alone, case)
+    assert launch.ranks(case)[0]["nonfinite"] == [0, launch.world, 0]
 
 
 def test_process_without_any_answer(launch, alone):

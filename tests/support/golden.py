@@ -42,9 +42,11 @@ def run(name: str) -> dict:
     settings = {"lora": lora_config(init_lora_weights=True, lora_dropout=0.1), **settings, **more}
     routes, draw, threads = {}, RoutingSchedule.draw, torch.get_num_threads()
 
-    def drawn(self, step, micro_batch, row, document=0):
-        routed = draw(self, step, micro_batch, row, document)
-        routes[f"{self.position(step, micro_batch, row)}.{document}"] = int(routed)
+    def drawn(self, step, micro_batch, rows, documents):
+        routed = draw(self, step, micro_batch, rows, documents)
+        for place in zip(self.position(step, micro_batch, rows), documents, routed, strict=True):
+            position, document, found = map(int, place)
+            routes[f"{position}.{document}"] = found
         return routed
 
     with tempfile.TemporaryDirectory() as folder:

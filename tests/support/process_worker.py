@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from models import lora_config, prompt_completion_rows, tiny_model
 from peft import PeftModel
+from poison import poison_a_micro_batch
 from safetensors.torch import save_file
 from training import echo_trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -49,6 +50,15 @@ def silent_rows(n: int, world: int) -> list[dict]:
     return rows
 
 
+def even_rows(n: int) -> list[dict]:
+    """Rows of one length, which accelerate can concatenate, with prompts of several lengths."""
+    rows = []
+    for i in range(n):
+        ids = [2 + (5 * i + 3 * j) % 50 for j in range(10)]
+        rows.append({"input_ids": ids, "labels": [-100] * (2 + i % 5) + ids[2 + i % 5 :]})
+    return rows
+
+
 def settings_of(case: str, world: int, compared: int) -> dict:
     """Arguments of `training.echo_trainer` for a case, run by `world` processes, `compared` in the run it is for."""
     if case in ("equal", "differs"):
@@ -70,6 +80,17 @@ def settings_of(case: str, world: int, compared: int) -> dict:
         return {
             **SHARED, "max_steps": 3, "optim": "sgd", "per_device_train_batch_size": 8 // world, "rows": stream,
         }  # fmt: skip
+    if case == "dispatched":
+        stream = Dataset.from_list(even_rows(40)).to_iterable_dataset()
+        return {
+            **SHARED, "max_steps": 3, "optim": "sgd", "per_device_train_batch_size": 8 // world, "rows": stream,
+            "dataset_kwargs": {"skip_prepare_dataset": True}, "accelerator_config": {"dispatch_batches": True},
+        }  # fmt: skip
+    if case == "poisoned":
+        return {
+            **SHARED, "max_steps": 3, "optim": "sgd", "gradient_accumulation_steps": 2, "echo_p_start": 1.0,
+            "echo_p_end": 1.0, "per_device_train_batch_size": 4 // world,
+        }  # fmt: skip
     if case == "uneven":
         return {
             **SHARED, "max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2,
@@ -90,6 +111,8 @@ def build(case: str, folder: Path, world: int, compared: int, **more):
     for name, parameter in trainer.echo_networks.named_parameters():
         if name.endswith("project_out"):
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+    if case == "poisoned" and trainer.args.process_index == world - 1:
+        poison_a_micro_batch(trainer, number=0)
     return trainer
 
 
@@ -106,7 +129,7 @@ def run(case: str, output: Path, world: int, compared: int | None = None, **more
             str(output / case.replace("resumed", "whole") / "checkpoint-2") if case.startswith("resumed") else None
         )
         trainer.train(resume_from_checkpoint=resume)
-        seen["lockstep"] = trainer.data_collator.lockstep
+        seen["lockstep"] = trainer.pass_choice.one_form
         seen["forms"] = [str(verdict.form) for verdict in trainer.pass_choice.verdicts.values()]
         seen["against"] = [verdict.against for verdict in trainer.pass_choice.verdicts.values()]
         saves = seen["saves"]
@@ -115,6 +138,8 @@ def run(case: str, output: Path, world: int, compared: int | None = None, **more
         networks = whole_state(trainer.echo_networks)
         seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         seen["gradient_norms"] = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        seen["nonfinite"] = [entry.get("echo/nonfinite", 0) for entry in trainer.state.log_history if "loss" in entry]
+        seen["tokens"] = [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry]
         seen["steps"] = trainer.state.global_step
         rank = trainer.args.process_index
         if rank == 0:
@@ -131,9 +156,10 @@ def _watch(seen: dict):
     """Count draws, echo passes and saves; returns a function that stops it."""
     draw, run_echo_pass, save = RoutingSchedule.draw, echo.run_echo_pass, PeftModel.save_pretrained
 
-    def drawn(self, step, micro_batch, row, document=0):
-        routed = draw(self, step, micro_batch, row, document)
-        seen["routes"][str(self.position(step, micro_batch, row))] = routed
+    def drawn(self, step, micro_batch, rows, documents):
+        routed = draw(self, step, micro_batch, rows, documents)
+        positions = self.position(step, micro_batch, rows).tolist()
+        seen["routes"] |= dict(zip(map(str, positions), routed.tolist(), strict=True))
         return routed
 
     def counted(*args, **kwargs):

@@ -132,8 +132,7 @@ def test_a_row_with_an_image_comes_along(tmp_path, monkeypatch, rows_run):
 
 
 def labels_of(trainer, n=6):
-    collator = trainer.data_collator.collator
-    batch = collator([dict(trainer.train_dataset[i]) for i in range(n)])
+    batch = trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(n)])
     return batch, [[t for t in row.tolist() if t != -100] for row in batch["labels"]]
 
 
