@@ -196,6 +196,32 @@ def test_another_number_of_processes_is_announced(two_steps, tmp_path, caplog):
     assert "number of processes changed" in caplog.text and "It was 2 and is 1." in caplog.text
 
 
+def test_a_list_with_fewer_facts_resumes(two_steps, tmp_path, caplog):
+    """Another version may have kept fewer; what is not known is not compared."""
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoint-2" / MANIFEST
+    facts = json.loads(path.read_text())
+    for fact in ("learning_rate", "processes", "planned_steps", "rows", "base_values", "published_by"):
+        del facts[fact]
+    path.write_text(json.dumps(facts))
+    echo_trainer(tmp_path, max_steps=4, lora=changed(), learning_rate=1e-5).train(resume_from_checkpoint=True)
+    assert "Resuming from" not in caplog.text
+    with pytest.raises(ValueError, match=r"global batch of 4 samples \(\? processes\)"):
+        echo_trainer(tmp_path, lora=changed(), per_device_train_batch_size=2).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+@pytest.mark.parametrize("harm", [{"files": {"optimizer.pt": {}}}, {"files": {"optimizer.pt": 3}}, {"adapter": None}])
+def test_a_list_that_lacks_what_is_needed_is_damage(two_steps, tmp_path, harm):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoint-2" / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | harm))
+    assert damage(tmp_path / "checkpoint-2") == f"{MANIFEST} cannot be read"
+    with pytest.raises(ValueError, match="all are damaged: checkpoint-2"):
+        echo_trainer(tmp_path, lora=changed()).train(resume_from_checkpoint=True)
+
+
 def test_an_edited_card_is_no_damage(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-2" / "README.md").write_text("mine")
