@@ -104,9 +104,8 @@ def save_new_rows(folder: str | Path, model: Any, state_dict: dict[str, Tensor] 
     for _, path in adapter_folders(folder, model.active_adapters) if rows is not None else ():
         adapter, missing = read_adapter(path), {}
         for name in (name for name in names if saved_rows(adapter, (name,)) is None):
-            for key in (
-                f"{PREFIX}{name}.{inside}weight" for inside in ("", "base_layer.", "token_adapter.base_layer.")
-            ):
+            for inside in ("", "base_layer.", "token_adapter.base_layer."):
+                key = f"{PREFIX}{name}.{inside}weight"
                 weight = tensors.get(key, tensors.get(key.removeprefix(PREFIX)))
                 if weight is not None and weight.shape[0] > rows:
                     missing[key] = weight.detach().cpu().clone()
