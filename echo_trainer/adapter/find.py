@@ -124,8 +124,8 @@ def base_weights(adapter: Adapter, base: Base | None) -> Found:
 
 
 def new_tokens(adapter: Adapter, base: Base | None) -> Found:
-    lost = 0 if base is None else missing_rows(adapter, base.rows, base.embeddings)
-    return [f"{lost} tokens above the base's {base.rows} rows"] if lost else []
+    lost = 0 if base is None else missing_rows(adapter, base.rows, base.embeddings, base.tied)
+    return [f"{lost} tokens above the base's {base.rows} rows"] if base is not None and lost else []
 
 
 def bias_flag(adapter: Adapter, base: Base | None) -> Found:

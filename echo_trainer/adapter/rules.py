@@ -91,7 +91,8 @@ RULES = (
          f"Merge it, which resizes the base as well: {MERGED}."),
     Rule("new-tokens", "? ? ? ✗ ?", find.new_tokens,
          "The tokenizer beside the adapter has tokens for which neither the base nor the adapter has embeddings.",
-         "Save them with the adapter, model.save_pretrained(OUT, save_embedding_layers=True), then merge it."),
+         "Save them with the adapter, model.save_pretrained(OUT, save_embedding_layers=True), then merge it. With "
+         "LoRA on the embedding itself PEFT leaves the head out: train both with modules_to_save instead."),
     Rule("bias-setting", "✗ ✓ ✓ ✓ ✓", find.bias_flag,
          "The config announces trained biases.",
          f"If there are none: {PORTABLE}."),

@@ -84,9 +84,19 @@ def tokens_beside(folder: Path) -> int | None:
     return max(ids) + 1 if ids else None
 
 
-def missing_rows(adapter: Adapter, rows: int, names: tuple[str, ...]) -> int:
-    """How many tokens the tokenizer beside the adapter has for which neither a base of `rows` nor the adapter has."""
-    return max(0, (tokens_beside(adapter.home) or 0) - max(rows, saved_rows(adapter, names) or 0))
+def missing_rows(adapter: Adapter, rows: int, names: tuple[str, ...], tied: bool) -> int:
+    """
+    How many tokens of the training have no embedding in the base or the adapter.
+
+    Args:
+        adapter: its files, with the tokenizer of the training.
+        rows: of the base's embeddings.
+        names: of the base's embeddings.
+        tied: whether they share a weight, so that one of them is enough.
+    """
+    needed = max(saved_rows(adapter, names) or 0, tokens_beside(adapter.home) or 0)
+    there = [max(rows, saved_rows(adapter, (name,)) or 0) for name in names] or [rows]
+    return max(0, needed - (max(there) if tied else min(there)))
 
 
 def fit_vocabulary(model: Any, adapter: Adapter) -> int:
@@ -100,14 +110,15 @@ def fit_vocabulary(model: Any, adapter: Adapter) -> int:
     Returns:
         How many rows stay as they were drawn, since the adapter does not hold them.
     """
-    embedding = model.get_input_embeddings()
-    if embedding is None or getattr(embedding, "weight", None) is None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(embedding, "weight", None) is None:
         return 0
     names, present = embedding_names(model), embedding.weight.shape[0]
-    lost, saved = missing_rows(adapter, present, names), saved_rows(adapter, names)
-    rows = saved or present
+    tied = head is not None and head.weight is embedding.weight
+    lost = missing_rows(adapter, present, names, tied)
+    rows = saved_rows(adapter, names) or present
     if lost:
-        rows = max(rows, present) + lost
+        rows = max(rows, tokens_beside(adapter.home) or 0)
     if rows != present:
         model.resize_token_embeddings(rows, mean_resizing=False)
     return lost
@@ -117,8 +128,8 @@ def say_lost(adapter: Adapter, lost: int) -> None:
     """Say that embeddings of new tokens were drawn at random, where `fit_vocabulary` had to."""
     if lost:
         logger.warning(
-            "The tokenizer beside '%s' has %d tokens for which neither the base nor the adapter has embeddings; these "
-            "are random now. Save the adapter again with model.save_pretrained(OUT, save_embedding_layers=True).",
-            adapter.folder,
+            "%d tokens that '%s' was trained with have no embedding in the base or in the adapter; theirs are random "
+            "now. Save the adapter again with model.save_pretrained(OUT, save_embedding_layers=True).",
             lost,
+            adapter.home,
         )

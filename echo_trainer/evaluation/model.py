@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from ..adapter.base import read_base
 from ..adapter.folder import Adapter, AdapterError
 from ..adapter.logit_error import with_adapter
-from ..adapter.read import read_adapter
+from ..adapter.read import adapter_folder, read_adapter
 from ..adapter.refuse import refuse_broken
 from ..compat.building import load_model
 from ..compat.identity import commit_of
+
+logger = logging.getLogger(__name__)
 
 _SAMPLED_ABOVE = 1 << 30  # bytes; larger weight files are hashed in part
 _CHUNK = 1 << 20
@@ -69,11 +72,27 @@ def load_for_evaluation(
     except OSError as error:
         raise _not_loaded(source, adapter, error) from error
     identity = {"model": _public(source), **_digest(source, model), "dtype": dtype}
+    tokenizer = load_tokenizer(name, base, trust_remote_code)
     if adapter is not None and files is not None:
         model = with_adapter(model, files)
-        identity |= {"adapter": _digest(adapter, None) | {"name": _public(adapter)}}
-    tokenizer = load_tokenizer(name, base, trust_remote_code)
+        place = str(files.folder) if Path(adapter).is_dir() else adapter
+        identity |= {"adapter": _digest(place, None) | {"name": _public(adapter)}}
+    else:
+        _make_room(model, tokenizer, source)
     return Loaded(model.to(device).eval(), tokenizer, source, adapter, identity)
+
+
+def _make_room(model: Any, tokenizer: Any, name: str) -> None:
+    """Give a whole model a row for each token, so that one it never saw is padding or nonsense, and no IndexError."""
+    rows = getattr(getattr(model.get_input_embeddings(), "weight", None), "shape", (len(tokenizer),))[0]
+    if len(tokenizer) > rows:
+        logger.warning(
+            "The tokenizer of %s has %d tokens, and the model %d rows: what it knows of the last ones is random.",
+            name,
+            len(tokenizer),
+            rows,
+        )
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def load_tokenizer(name: str, base: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -152,11 +171,12 @@ def _adapter_config(name: str) -> dict[str, Any] | None:
     """The configuration of an adapter; None where the name is that of a whole model."""
     folder = Path(name)
     if folder.is_dir():
-        path = folder / "adapter_config.json"
-        if not path.is_file():
-            if not (folder / "config.json").is_file():
-                raise ValueError(f"The folder {name} holds neither adapter_config.json nor config.json.")
+        if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             return None
+        try:
+            path = adapter_folder(folder) / "adapter_config.json"
+        except AdapterError as error:
+            raise ValueError(f"The folder {name} holds neither an adapter nor a model: {error}") from error
         return json.loads(path.read_text(encoding="utf-8"))
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"There is no folder {name}.")

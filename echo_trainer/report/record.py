@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..adapter.vocabulary import rows_of_config
 from ..compat.identity import commit_of, fingerprint_of, name_of
 from ..files import id_from_cache, is_local
 from ..options import TOKEN_FIELDS
@@ -103,6 +104,9 @@ def _base(model: Any) -> dict[str, Any]:
     hub_id = id_from_cache(name) or (None if is_local(name) else name)
     if hub_id:
         found |= {"base_model": hub_id, "base_revision": commit_of(model.config)}
+    embedding, rows = model.get_input_embeddings(), rows_of_config(model.config)
+    present = getattr(getattr(embedding, "weight", None), "shape", (rows,))[0]
+    found["resized_vocabulary"] = present if rows is not None and present != rows else None
     # The quickstart's base is part of this package.
     found["license"] = "apache-2.0" if found["base_is_quickstart"] else _license(hub_id, None if hub_id else name)
     return found

@@ -99,6 +99,7 @@ def usage(record: dict[str, Any]) -> dict[str, Any]:
         "adapter_python": json.dumps(adapter),
         "name": _name(record),
         "rank": rank,
+        "resized_vocabulary": record.get("resized_vocabulary"),
         "vllm_rank": min((allowed for allowed in VLLM_RANKS if rank and allowed >= rank), default=None),
         "prompt": prompt,
         "request": json.dumps(

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..adapter.check import Report, check_adapter
-from ..adapter.folder import CONFIG_NAME, WEIGHTS_NAME, Adapter, AdapterError
+from ..adapter.folder import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Adapter, AdapterError
 from ..adapter.portable import NotPortableError, make_portable
 from ..adapter.read import read_adapter
 from ..adapter.rules import Verdict
@@ -93,19 +93,24 @@ def keep_trained(folder: str | Path, model: Any) -> None:
 
 def save_new_rows(folder: str | Path, model: Any, state_dict: dict[str, Tensor] | None) -> None:
     """
-    Save the embeddings with an adapter of a resized vocabulary where PEFT did not.
+    Save the embeddings with an adapter of a resized vocabulary, those that PEFT did not.
 
-    PEFT asks the Hub what the base's vocabulary is, and takes no answer for "not resized".
+    PEFT asks the Hub what the base's vocabulary is, and takes no answer for "not resized"; and it leaves out the head
+    where the embedding has a LoRA.
     """
-    embedding = model.get_input_embeddings()
-    rows, present = rows_of_config(model.config), getattr(getattr(embedding, "weight", None), "shape", (0,))[0]
-    if rows is None or present <= rows:
-        return
-    names = embedding_names(model.get_base_model())
-    for name, path in adapter_folders(folder, model.active_adapters):
-        if saved_rows(read_adapter(path), names) is None:
-            selected = {"selected_adapters": [name], "state_dict": state_dict}
-            model.save_pretrained(folder, save_embedding_layers=True, **selected)
+    base, rows = model.get_base_model(), rows_of_config(model.config)
+    tensors = base.state_dict() if state_dict is None else state_dict
+    names = embedding_names(base)
+    for _, path in adapter_folders(folder, model.active_adapters) if rows is not None else ():
+        adapter, missing = read_adapter(path), {}
+        for name in (name for name in names if saved_rows(adapter, (name,)) is None):
+            for inside in ("", "base_layer.", "token_adapter.base_layer."):
+                key = f"{PREFIX}{name}.{inside}weight"
+                weight = tensors.get(key, tensors.get(key.removeprefix(PREFIX)))
+                if weight is not None and weight.shape[0] > rows:
+                    missing[key] = weight.detach().cpu().clone()
+        if missing:
+            save_file(load_file(adapter.weights) | missing, adapter.weights, metadata={"format": "pt"})
 
 
 def compare_written(folder: str | Path, adapters: dict[str, dict[str, Tensor]]) -> None:

@@ -201,6 +201,7 @@ def test_what_is_not_in_the_adapter_sets_it_aside(where, tmp_path):
     {},
     {"modules_to_save": ["embed_tokens", "lm_head"]},
     {"trainable_token_indices": [60, 61]},
+    {"target_modules": ["q_proj", "embed_tokens"]},
 ])  # fmt: skip
 @pytest.mark.parametrize("known", [True, False], ids=["base known", "Hub not reached"])
 def test_embeddings_of_new_tokens_are_saved(known, settings, tmp_path):
@@ -208,7 +209,7 @@ def test_embeddings_of_new_tokens_are_saved(known, settings, tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model.resize_token_embeddings(66)
-    lora = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
+    lora = LoraConfig(**{"r": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings})
     if not known:
         lora.base_model_name_or_path = "nobody/nothing"
     trainer = echo_trainer(tmp_path / "out", model=model, lora=lora, max_steps=2)
