@@ -37,7 +37,7 @@ from .run.agreement import Agreement
 from .run.at_work import AtWork
 from .run.attachment import Attachment
 from .run.batches import Batches
-from .run.building import distillation_of, set_up_echo
+from .run.building import loss_terms_of, set_up_echo
 from .run.checkpoints import Checkpoints
 from .run.collate import PLAN_KEY, backbone_inputs
 from .run.first_step import FirstStep
@@ -97,7 +97,7 @@ class EchoSFTTrainer(JointTrainer):
             check_arguments(call["model"], call.get("peft_config"), call.get("compute_loss_func"))
         self.echo: EchoSetup | None = None
         self.pass_choice: PassChoice | None = None
-        self.distillation = distillation_of(config)
+        self.loss_terms = loss_terms_of(config)
         self.dataset_name: str | None = None
         self.agreement = Agreement()
         self.echo_metrics = EchoMetrics()
@@ -242,7 +242,8 @@ class EchoSFTTrainer(JointTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
-        L = (1 / N) sum_i [ CE_plain + r_i (CE_echo + lambda_kd KD) ], N the answer tokens of the global batch.
+        L = (1 / N) sum_i w_i [ CE_plain + r_i (CE_echo + lambda_kd KD) ], N the answer tokens of the global batch,
+        w_i = 1, or 1 / (1 + r_i) with `echo_loss="mean"`.
 
         L is what is trained on, by its gradient. The value, which is logged as `loss`, is that of its plain part, the
         loss of `SFTTrainer`; L itself is logged as `echo/objective`. Batches without a plan (evaluation, echo off)

@@ -19,11 +19,11 @@ from .._version import __version__
 from ..evaluation.evaluate import Record, Task, accuracy, evaluate_task
 from ..files import write_json
 from ..method.layouts import EchoForm
-from ..method.losses import Distillation
 from ..passes.modules import base_model_of
 from ..recipe.arguments import arguments_of
 from ..recipe.training import model_options
 from ..rendering.forms import Form, form_of
+from ..run.building import loss_terms_of
 from . import memory
 from .arms import ARMS
 from .data import held_out_task, load_examples, load_tests, row_options
@@ -192,13 +192,14 @@ def _evaluate(bench: Workbench, trainer: AblationTrainer, report: Report) -> tup
 def _flops(bench: Workbench, adapter: str, trainer: AblationTrainer) -> dict[str, Any]:
     """Counted FLOPs of the whole training, and the sizes they were computed from."""
     args, echo = trainer.args, trainer.echo
-    key = (adapter, echo is not None, args.echo_positions)
+    layers = (tuple(echo.source_layers), tuple(sorted({site.layer for site in echo.sites}))) if echo else None
+    key = (adapter, layers, args.echo_positions, args.echo_gate, args.echo_detach)
     if key not in bench.coefficients:  # whole numbers that depend on nothing else, so counted once
         setup = echo or plain_setup(base_model_of(trainer.model))
-        kd = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
         form = _form(trainer)
         trainer.model.train()
-        bench.coefficients[key] = count_coefficients(setup, kd, form, args.echo_positions, echo is not None)
+        terms, positions = loss_terms_of(args), args.echo_positions
+        bench.coefficients[key] = count_coefficients(setup, terms, form, positions, echo is not None)
     coefficients, sizes = bench.coefficients[key], trainer.sizes().sum(axis=0)
     return {
         "flops": float(sizes @ coefficients),

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..method.losses import Distillation, chunked_objective
+from ..method.losses import EchoLoss, chunked_objective
 from ..method.plan import EchoPlan
 from ..method.silence import touch
 from .echo import run_echo_pass
@@ -23,7 +23,7 @@ from .setup import EchoSetup
 ECHO_MODULE = "echo_networks"
 
 
-def install_echo_forward(model: nn.Module, setup: EchoSetup, kd: Distillation) -> None:
+def install_echo_forward(model: nn.Module, setup: EchoSetup, terms: EchoLoss) -> None:
     """
     Teach `model(...)` two keywords: with `echo_plan` the forward is a whole Echo-LoRA step, with `echo_proof` it
     compares the passes (see `proof.py`).
@@ -31,7 +31,10 @@ def install_echo_forward(model: nn.Module, setup: EchoSetup, kd: Distillation) -
     Must run before `accelerator.prepare`, which wraps the forward it finds. Without a keyword the forward is the
     original one, so evaluation and generation are those of the plain adapter.
     """
-    if getattr(model.forward, "echo_of", None) == (setup, kd):  # from here on, or below what accelerate wrapped it in
+    if getattr(model.forward, "echo_of", None) == (
+        setup,
+        terms,
+    ):  # from here on, or below what accelerate wrapped it in
         return
     own, original = vars(model).get("forward"), model.forward
 
@@ -40,13 +43,13 @@ def install_echo_forward(model: nn.Module, setup: EchoSetup, kd: Distillation) -
         if echo_proof is not None:
             return prove(setup, kwargs, echo_proof)
         if echo_plan is not None:
-            return echo_step(setup, kd, kwargs, echo_plan)
+            return echo_step(setup, terms, kwargs, echo_plan)
         return original(*args, **kwargs)
 
     installed: Any = forward
     # accelerate unwraps a model by following `__wrapped__`; it must stop here.
     del installed.__wrapped__
-    installed.echo_of = (setup, kd)
+    installed.echo_of = (setup, terms)
     installed.echo_restores = (forward, own)
     model.forward = types.MethodType(installed, model)
 
@@ -82,13 +85,13 @@ def detach_networks(model: nn.Module) -> None:
         delattr(model, ECHO_MODULE)
 
 
-def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: EchoPlan) -> dict[str, Tensor]:
+def echo_step(setup: EchoSetup, terms: EchoLoss, inputs: dict[str, Any], plan: EchoPlan) -> dict[str, Tensor]:
     """
     Plain pass, echo pass and losses of one micro-batch.
 
     Args:
         setup: the model and its echo parts.
-        kd: distillation options.
+        terms: what the echo pass adds to the loss, and what it weighs.
         inputs: keyword arguments of the backbone (no labels; the plan holds them).
         plan: the plan of the batch, on the model's device.
 
@@ -113,7 +116,7 @@ def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: 
             plan.plain_weight_N,
             plan.reach_E,
             head,
-            kd,
+            terms,
         )
         return *objective, _router_loss(head, plain.hidden_Nd, inputs)
 

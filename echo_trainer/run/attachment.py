@@ -47,7 +47,7 @@ class Attachment:
         if self.host.echo is None:
             return
         self._model = self.host.model
-        install_echo_forward(self._model, self.host.echo, self.host.distillation)
+        install_echo_forward(self._model, self.host.echo, self.host.loss_terms)
         attach_networks(self._model, self.host.echo.networks)
 
     def take_off(self) -> None:

@@ -27,8 +27,11 @@ logger = logging.getLogger(__name__)
 
 ECHO_WEIGHTS = "echo_networks.safetensors"
 RESUME_OPTIONS = (
-    "bottleneck", "aggregation", "positions", "p_start", "p_end", "kd_weight", "kd_temperature", "teacher",
+    "bottleneck", "aggregation", "positions", "p_start", "p_end", "kd_weight", "kd_temperature", "teacher", "gate",
+    "detach", "loss",
 )  # fmt: skip
+UNNAMED = {"gate": "sigmoid", "detach": True, "loss": "sum"}
+"""What they were in checkpoints that do not name them."""
 
 
 class Checkpoints:
@@ -233,6 +236,7 @@ class Checkpoints:
             saved = json.loads(metadata.get("echo", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         options = self._echo_options(echo)
+        saved = {**UNNAMED, **saved}
         changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in options.items() if saved.get(k) != v]
         if changed:
             raise ValueError(

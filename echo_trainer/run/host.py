@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from ..method.losses import Distillation
+from ..method.losses import EchoLoss
 from ..method.network import EchoNetworks
 from ..passes.setup import EchoSetup
 from .agreement import Agreement
@@ -28,7 +28,7 @@ class Host(Protocol):
         staging_folder, push_is_due: see `compat.trainer.JointTrainer`.
         agreement: the talks between the processes of the run.
         echo: the echo's parts of the model, None with the echo off.
-        distillation: how the passes teach each other.
+        loss_terms: what the echo pass adds to the loss.
         networks_class: of the echo networks.
         echo_metrics: sums since the last log.
         pass_choice: which form the echo pass takes; None with the echo off.
@@ -55,7 +55,7 @@ class Host(Protocol):
     push_is_due: bool
     agreement: Agreement
     echo: EchoSetup | None
-    distillation: Distillation
+    loss_terms: EchoLoss
     networks_class: type[EchoNetworks]
     echo_metrics: EchoMetrics
     pass_choice: PassChoice | None

@@ -7,6 +7,7 @@ import itertools
 import logging
 from typing import Any
 
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft.utils import PeftType
@@ -82,13 +83,18 @@ def _check_adapter(config: Any) -> None:
         )
 
 
-def check_model(model: nn.Module, accelerator: Any) -> None:
+def check_model(model: nn.Module, accelerator: Any, detach: bool) -> None:
     """
     What can be refused once model and accelerator exist.
 
+    Args:
+        model: with its adapter.
+        accelerator: of the trainer.
+        detach: `echo_detach`.
+
     Raises:
         ValueError: no trainable adapter, more than one, weights that no adapter saves, FSDP1, activation checkpointing
-            by FSDP, sharded sequences or matrices.
+            by FSDP, sharded sequences or matrices, or a gradient through the echo under DeepSpeed.
     """
     if not any("lora_" in name and parameter.requires_grad for name, parameter in model.named_parameters()):
         raise ValueError(
@@ -96,6 +102,12 @@ def check_model(model: nn.Module, accelerator: Any) -> None:
             "is_trainable=True)."
         )
     _check_what_is_trained(model)
+    if not detach and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "`echo_detach=False` was never run with DeepSpeed, whose sums depend on the order in which gradients "
+            "arrive, and the echo's gradient through the plain pass changes that order. Use DDP or FSDP2, or set "
+            "echo_detach=True."
+        )
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.activation_checkpointing:
         raise ValueError(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ablation_cases import do, tiny_recipe
 from models import adapted, tiny_model
-from steps import DEFAULT_KD, echo_setup, planned_batch, random_examples, step_gradients
+from steps import PAPER, echo_setup, planned_batch, random_examples, step_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 from echo_trainer.ablation.arms import ARMS, find_arms
@@ -16,7 +16,7 @@ from echo_trainer.ablation.plan import Run
 from echo_trainer.ablation.run_one import Workbench, build_trainer
 from echo_trainer.ablation.schedule import matched_run
 from echo_trainer.method.layouts import EchoForm
-from echo_trainer.method.network import EchoNetworks
+from echo_trainer.method.network import EchoNetworks, NetworkForm
 from echo_trainer.passes.layers import find_sites
 from echo_trainer.quiet import quiet_libraries
 
@@ -52,7 +52,7 @@ def trainer_of(bench, folder, arm, adapter="lora", max_steps=None):
 
 def networks(kind, seed=3):
     model = adapted(tiny_model())
-    return NETWORKS[kind](find_sites(model.get_base_model(), [1]), 2, 32, 8, "mean", seed=seed)
+    return NETWORKS[kind](find_sites(model.get_base_model(), [1]), 2, 32, NetworkForm(bottleneck=8), seed=seed)
 
 
 def states(segments=5):
@@ -251,7 +251,7 @@ def test_flops_of_a_run_are_what_the_counter_counts(folder, adapter, arm, echo_p
 
 def test_flops_without_echo():
     model = adapted(tiny_model())
-    coefficients = count_coefficients(plain_setup(model.get_base_model()), DEFAULT_KD, EchoForm.ROWS, "answer", False)
+    coefficients = count_coefficients(plain_setup(model.get_base_model()), PAPER, EchoForm.ROWS, "answer", False)
     batch, plan = planned_batch(random_examples(3, seed=8), suffix=True, p=0.0)
     setup = echo_setup(model)
     with FlopCounterMode(display=False) as counter:

@@ -51,6 +51,9 @@ def silent_rows(n: int, world: int) -> list[dict]:
 
 def settings_of(case: str, world: int, compared: int) -> dict:
     """Arguments of `training.echo_trainer` for a case, run by `world` processes, `compared` in the run it is for."""
+    if case.startswith("strong"):  # an echo with its graph, whose gradient reaches the plain pass
+        like = settings_of(case.removeprefix("strong-"), world, compared)
+        return {**like, "echo_preset": "strong"}
     if case in ("equal", "differs"):
         accumulation = 1 if world == 1 else 2
         return {
