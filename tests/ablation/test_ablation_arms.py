@@ -148,14 +148,25 @@ def test_arms_are_paired(results):
     """Same initial weights and, step by step, the same batches, whatever the arm."""
     for arm, result in results.items():
         assert result["initial_weights"] == results["lora"]["initial_weights"], arm
-        assert result["batches"] == results["lora"]["batches"], arm
+        assert result["batches"][:3] == results["lora"]["batches"], arm
+        assert len(result["batches"]) == (4 if arm == "lora-longer" else 3)
     assert len(set(results["lora"]["batches"])) == 3
 
 
 def test_arms_differ(results):
     """No arm is another one under a second name (compute-matched has the same steps here)."""
-    nll = {arm: result["tasks"]["words"]["nll"] for arm, result in results.items() if arm != "lora-compute-matched"}
+    nll = {arm: result["tasks"]["words"]["nll"] for arm, result in results.items() if not ARMS[arm].flops_of}
+    assert nll.pop("strong-zero") == pytest.approx(nll["lora"], rel=1e-4)  # it is LoRA, up to rounding
     assert len(set(nll.values())) == len(nll), nll
+
+
+def test_weight_of_the_loss(results):
+    """1 where nothing is routed or routed samples count once; 1 + p where they count twice."""
+    weight = {arm: result["loss_weight"] for arm, result in results.items()}
+    once = [arm for arm in ARMS if arm.startswith(("lora", "strong"))]
+    assert {weight[arm] for arm in once} == {1.0}
+    assert weight["echo-no-routing"] == weight["echo-zero-no-routing"] == 2.0
+    assert 1.2 < weight["echo"] == weight["echo-zero"] == weight["echo-predicting"] < 2.0
 
 
 def test_seeds_differ_and_repeat(recipe, bench, folder, results):
@@ -226,12 +237,14 @@ def test_echo_networks_of_all_arms_start_alike(bench, folder):
     ("arm", "echo_pass", "adapter"),
     [
         ("echo", "suffix", "lora"),
+        ("strong", "suffix", "lora"),  # no gate, a gradient through z, other layers
         pytest.param("echo-predicting", "suffix", "dora", marks=pytest.mark.long),
         pytest.param("echo", "full", "dora", marks=pytest.mark.long),
     ],
 )
 def test_flops_of_a_run_are_what_the_counter_counts(folder, adapter, arm, echo_pass):
-    recipe = tiny_recipe(folder, {"echo_pass": echo_pass, "gradient_accumulation_steps": 2})
+    upper = {"lora_layers": "last"} if arm == "strong" else {}
+    recipe = tiny_recipe(folder, {"echo_pass": echo_pass, "gradient_accumulation_steps": 2, **upper})
     bench = Workbench(recipe)
     trainer = trainer_of(bench, folder, arm, adapter)
     prove, proofs = trainer.batches.compare_passes, []
@@ -297,6 +310,7 @@ def test_held_out_examples_are_in_no_training_set(recipe):
 
 def test_what_an_arm_is_measured_against_is_added():
     assert [arm.name for arm in find_arms(["lora-compute-matched"])] == ["lora", "lora-compute-matched", "echo"]
-    assert len(ARMS) == 13
+    assert [arm.name for arm in find_arms(["lora-strong-matched"])] == ["lora", "strong", "lora-strong-matched"]
+    assert len(ARMS) == 19
     with pytest.raises(ValueError, match="echo-typo"):
         find_arms(["echo-typo"])

@@ -146,7 +146,7 @@ TRAINER = [
         LAYERS,
         "LoRA on the last layer only",
         {"lora": lambda: lora_on_layers(4)},
-        "Let LoRA adapt a layer below the last",
+        "adapt a lower one",
     ),
     (LAYERS, "the last layer as target", {"echo_target_layers": [4]}, "the last of 5"),
     (ADAPTER, "`bias='all'`", {"lora": lambda: lora_config(bias="all")}, "bias='none'"),
