@@ -62,6 +62,9 @@ class EchoSFTConfig(EchoFields, SFTConfig):
     | `assistant_only_loss` | answers are the assistant's turns | True, False, None = where rows are conversations |
     | `answer_marker`, `prompt_marker` | what stands before answers and prompts in a text | text, None = nothing |
     | `drop_without_marker` | what becomes of texts without the marker | True, False = an error |
+    | `echo_probation` | when the echo is judged on held-out rows | share of the run < 1, steps, 0 = never |
+    | `echo_held_out` | rows set aside for that | integer >= 0 |
+    | `echo_when_useless` | what follows | "say", "stop" |
     | `portable_adapter` | form of the final adapter | True, False |
     | `card_prompt` | what the model card shows of the prompts | "none", "format", "example" |
 

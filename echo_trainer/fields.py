@@ -3,7 +3,17 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from .options import AGGREGATIONS, CARD_PROMPTS, GATES, LOSSES, PASSES, POSITIONS, PRESETS, TEACHERS
+from .options import (
+    AGGREGATIONS,
+    CARD_PROMPTS,
+    GATES,
+    LOSSES,
+    PASSES,
+    POSITIONS,
+    PRESETS,
+    TEACHERS,
+    WHEN_USELESS,
+)
 
 if TYPE_CHECKING:
     Sources = list[int] | Literal["depth", "cka", "above"] | None
@@ -142,6 +152,29 @@ class EchoFields:
     echo_seed: int | None = field(
         default=None,
         metadata={"help": "Seed of the routing and of the echo networks' initialisation, >= 0. None: `seed`."},
+    )
+
+    echo_probation: float = field(
+        default=0.1,
+        metadata={
+            "help": "When the echo is judged on held-out rows (an `eval_dataset`, or `echo_held_out`): a share of the "
+            "run below 1 (50 steps at least), a number of steps, or 0 for never."
+        },
+    )
+    echo_held_out: int = field(
+        default=0,
+        metadata={
+            "help": "Training rows that are set aside to judge the echo on where there is no `eval_dataset`. Nothing "
+            "is trained on them."
+        },
+    )
+    echo_when_useless: str = field(
+        default="say",
+        metadata={
+            "help": "What follows when the echo pass predicts held-out answers no better than the plain pass: 'say' "
+            "(one line), or 'stop' (as well, and plain LoRA from there on).",
+            "choices": list(WHEN_USELESS),
+        },
     )
 
     assistant_only_loss: bool | None = field(

@@ -8,6 +8,7 @@ TEACHERS = ("echo", "plain", "mutual")
 PASSES = ("auto", "suffix", "full")
 GATES = ("sigmoid", "none")
 LOSSES = ("sum", "mean")
+WHEN_USELESS = ("say", "stop")
 CARD_PROMPTS = ("none", "format", "example")
 DEPTH: Final = "depth"
 CKA: Final = "cka"
@@ -75,6 +76,17 @@ def check_echo_fields(config: Any) -> None:
             f"no gradient would ever reach either. Write a number above 0, such as 0.1 or 1.0."
         )
     _require_choice("card_prompt", config.card_prompt, CARD_PROMPTS)
+    _require_choice("echo_when_useless", config.echo_when_useless, WHEN_USELESS)
+    if not _is_number(config.echo_probation) or config.echo_probation < 0:
+        raise ValueError(
+            f"`echo_probation` is {config.echo_probation!r}. Write a share of the run below 1, such as 0.1, a number "
+            f"of steps, or 0 to leave the echo unjudged."
+        )
+    if not _is_integer(config.echo_held_out) or config.echo_held_out < 0:
+        raise ValueError(
+            f"`echo_held_out` is {config.echo_held_out!r}. Write how many training rows are set aside to judge the "
+            f"echo on, or 0."
+        )
     for name in ("echo_p_start", "echo_p_end"):
         value = getattr(config, name)
         if not _is_number(value) or not 0.0 <= value <= 1.0:

@@ -18,6 +18,7 @@ from .head import LanguageModelHead, with_head
 from .memory import now_running
 from .plain import run_plain_pass
 from .proof import ProofTask, prove
+from .score import score_passes
 from .setup import EchoSetup
 
 ECHO_MODULE = "echo_networks"
@@ -25,8 +26,8 @@ ECHO_MODULE = "echo_networks"
 
 def install_echo_forward(model: nn.Module, setup: EchoSetup, terms: EchoLoss) -> None:
     """
-    Teach `model(...)` two keywords: with `echo_plan` the forward is a whole Echo-LoRA step, with `echo_proof` it
-    compares the passes (see `proof.py`).
+    Teach `model(...)` three keywords: with `echo_plan` the forward is a whole Echo-LoRA step, with `echo_proof` it
+    compares the passes (see `proof.py`), with `echo_score` it says how well both predict (see `score.py`).
 
     Must run before `accelerator.prepare`, which wraps the forward it finds. Without a keyword the forward is the
     original one, so evaluation and generation are those of the plain adapter.
@@ -39,9 +40,18 @@ def install_echo_forward(model: nn.Module, setup: EchoSetup, terms: EchoLoss) ->
     own, original = vars(model).get("forward"), model.forward
 
     @functools.wraps(original)
-    def forward(self, *args, echo_plan: EchoPlan | None = None, echo_proof: ProofTask | None = None, **kwargs):
+    def forward(
+        self,
+        *args,
+        echo_plan: EchoPlan | None = None,
+        echo_proof: ProofTask | None = None,
+        echo_score: EchoPlan | None = None,
+        **kwargs,
+    ):
         if echo_proof is not None:
             return prove(setup, kwargs, echo_proof)
+        if echo_score is not None:
+            return score_passes(setup, kwargs, echo_score)
         if echo_plan is not None:
             return echo_step(setup, terms, kwargs, echo_plan)
         return original(*args, **kwargs)

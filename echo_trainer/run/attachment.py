@@ -84,6 +84,19 @@ class Attachment:
         finally:
             detach_networks(model)
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """The model understands the keywords of the echo inside (see `install_echo_forward`), trained or not."""
+        host = self.host
+        if self._model is not None:
+            yield
+            return
+        install_echo_forward(host.model, host.echo, host.loss_terms)
+        try:
+            yield
+        finally:
+            remove_echo_forward(host.model)
+
     def evaluating(self) -> Any:
         """
         The model is evaluated inside, as the plain adapted model.

@@ -46,6 +46,7 @@ class Batches:
         host = self.host
         if host.pass_choice is None:
             return take(batches, n_batches, device)
+        host.probation.look()
         taken, n_items = take(self._drafts(batches), n_batches, device)
         drafts = [batch[PLAN_KEY] for batch in taken]
         host.pass_choice.settle(drafts, self.compare_passes, host.state.global_step)
@@ -63,10 +64,11 @@ class Batches:
 
     def _drafts(self, batches: Iterator[DeferredBatch]) -> Iterator[dict[str, Any]]:
         args, state = self.host.args, self.host.state
+        stopped = self.host.probation.stopped
         self.host.data_collator.schedule = RoutingSchedule(
             seed=args.resolved_echo_seed,
-            p_start=args.echo_p_start,
-            p_end=args.echo_p_end,
+            p_start=0.0 if stopped else args.echo_p_start,
+            p_end=0.0 if stopped else args.echo_p_end,
             total_steps=state.max_steps,
             accumulation=args.gradient_accumulation_steps,
             world_size=args.world_size,

@@ -202,18 +202,30 @@ class EchoCollator:
 
     def draft(self, examples: list[dict[str, Any]], step: int, micro_batch: int) -> DraftPlan:
         """Collate examples and draw the routes of their documents."""
-        if self.schedule is None:
+        schedule = self.schedule
+        if schedule is None:
             raise RuntimeError(
                 "EchoCollator was given a step before `schedule` was set; the trainer does so in train()."
             )
+        return self._draft(
+            examples, lambda place: schedule.draw(step, micro_batch, *place), schedule.probability(step)
+        )
+
+    def draft_with_all(self, examples: list[dict[str, Any]]) -> DraftPlan:
+        """Collate examples, every document of which is routed."""
+        return self._draft(examples, lambda place: True, 1.0)
+
+    def _draft(
+        self, examples: list[dict[str, Any]], routed: Callable[[tuple[int, int]], bool], probability: float
+    ) -> DraftPlan:
         batch = dict(self.collator([copy_of(example) for example in examples]))  # TRL's changes what it is given
         segments = find_segments(batch, examples)
         return DraftPlan(
             batch=batch,
             examples=examples,
             segments=segments,
-            routed_D=[self.schedule.draw(step, micro_batch, *p) for p in sample_of_document(segments, examples)],
-            probability=self.schedule.probability(step),
+            routed_D=[routed(place) for place in sample_of_document(segments, examples)],
+            probability=probability,
             positions=self.positions,
             lockstep=self.lockstep,
             ownership=self.ownership,

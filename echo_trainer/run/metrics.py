@@ -98,6 +98,7 @@ def _as_metrics(total: dict[str, float]) -> dict[str, float]:
         metrics |= {
             "echo/ce_plain_routed": mean("ce_plain_routed", "routed_tokens"),
             "echo/ce_echo": mean("ce_echo", "routed_tokens"),
+            "echo/advantage": mean("ce_plain_routed", "routed_tokens") - mean("ce_echo", "routed_tokens"),
             "echo/kd": mean("kd", "routed_tokens"),
             "echo/agreement": mean("agreement", "routed_tokens"),
         }

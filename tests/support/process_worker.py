@@ -62,6 +62,12 @@ def settings_of(case: str, world: int, compared: int) -> dict:
             # What the processes must do when the rows of one of them prove that the suffix pass is not exact.
             **({"echo_pass": "full"} if case == "differs" and world == 1 else {}),
         }  # fmt: skip
+    if case == "judged":  # five held-out rows, two at a time: not as many for each process
+        return {
+            **SHARED, "max_steps": 4, "optim": "sgd", "per_device_train_batch_size": 8 // world,
+            "per_device_eval_batch_size": 2, "echo_held_out": 5, "echo_probation": 2, "echo_when_useless": "stop",
+            "echo_seed": 5,
+        }  # fmt: skip
     if case in ("silent", "fading"):
         return {
             **SHARED, "max_steps": 4, "optim": "sgd", "per_device_train_batch_size": 2 * compared // world,
@@ -110,6 +116,7 @@ def run(case: str, output: Path, world: int, compared: int | None = None, **more
         )
         trainer.train(resume_from_checkpoint=resume)
         seen["lockstep"] = trainer.data_collator.lockstep
+        seen["probation"] = trainer.probation.record()
         seen["forms"] = [str(verdict.form) for verdict in trainer.pass_choice.verdicts.values()]
         seen["against"] = [verdict.against for verdict in trainer.pass_choice.verdicts.values()]
         saves = seen["saves"]
