@@ -13,6 +13,7 @@ One training step, top to bottom; the file of each stage in brackets:
     echo pass, routed samples: module m + delta_m     [passes.echo, passes.suffix, passes.full, passes.injection]
     L = 1/N sum_i [CE_plain + r_i (CE_echo + lambda_kd KD)]   [method.losses, passes.head]
     all of it one forward of the wrapped model        [passes.step, trainer]
+    does the echo know more? on held-out rows         [method.advantage, passes.score, run.held_out, run.probation]
     backward, guarded against NaN                     [run.guard]
     checkpoints, whole or not at all                  [run.checkpoints, run.checkpoint_files, run.resume]
     the final adapter, its card, its way to the Hub   [run.save, adapter, report, run.pushes, hub]

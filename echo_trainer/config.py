@@ -5,10 +5,10 @@ Override: only fields; their validation is in `options.py`. Everything `SFTConfi
 
 import copy
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing.context import get_spawning_popen
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
@@ -16,15 +16,12 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from .compat.identity import name_of
+from .fields import EchoFields
 from .options import (
-    AGGREGATIONS,
-    CARD_PROMPTS,
-    PASSES,
-    POSITIONS,
-    TEACHERS,
     TOKEN_FIELDS,
     check_echo_fields,
     check_row_fields,
+    fill_from_preset,
     layer_list,
     marker,
     refuse_options_without_an_echo,
@@ -32,29 +29,29 @@ from .options import (
 
 logger = logging.get_logger(__name__)
 
-if TYPE_CHECKING:
-    Layers = list[int] | Literal["cka"] | None
-else:
-    Layers = list[str] | None  # for the parser of the command line, which takes one type; see `options.layer_list`
-
 
 @dataclass
-class EchoSFTConfig(SFTConfig):
+class EchoSFTConfig(EchoFields, SFTConfig):
     r"""
     Configuration of [`EchoSFTTrainer`]: every option of `trl.SFTConfig`, and the options of Echo-LoRA.
 
     The loss of one optimizer step k, with the symbols of the paper (arXiv 2605.08177):
 
-        L = (1 / N) * sum_i [ CE_plain_i + r_i * (CE_echo_i + lambda_kd * KD_i) ],   r_i ~ Bernoulli(p_k)
+        L = (1 / N) * sum_i w_i * [ CE_plain_i + r_i * (CE_echo_i + lambda_kd * KD_i) ],   r_i ~ Bernoulli(p_k)
 
     | field | symbol | unit, range |
     |---|---|---|
-    | `echo_source_layers` | S | indices of decoder layers, negative counts from the end, or "cka" |
-    | `echo_target_layers` | M | as above; every target lies below every source |
+    | `echo_preset` | where what is not set comes from | "paper", "strong" |
+    | `echo_source_layers` | S | indices of decoder layers, negative counts from the end, "depth", "cka" or "above" |
+    | `echo_target_layers` | M | indices, "depth", "cka" or "lowest"; every target lies below every source |
     | `echo_bottleneck` | width of P1, G1 | features, >= 1 |
+    | `echo_gate`, `echo_gate_bias` | g, b_g | "sigmoid", "none"; a number |
+    | `echo_scale` | lambda_m at the start | > 0 |
+    | `echo_detach` | stop-gradient on z | True, False |
     | `echo_aggregation` | how S is averaged into z | "mean", "weighted" |
     | `echo_positions` | where delta is added | "answer", "predicting" |
     | `echo_p_start`, `echo_p_end` | p_0, p_{K-1} | probability, [0, 1] |
+    | `echo_loss` | w_i | "sum" (1), "mean" (1 / (1 + r_i)) |
     | `echo_kd_weight` | lambda_kd | >= 0 |
     | `echo_kd_temperature` | tau | > 0 |
     | `echo_teacher` | direction of the distillation | "echo", "plain", "mutual" |
@@ -65,10 +62,14 @@ class EchoSFTConfig(SFTConfig):
     | `assistant_only_loss` | answers are the assistant's turns | True, False, None = where rows are conversations |
     | `answer_marker`, `prompt_marker` | what stands before answers and prompts in a text | text, None = nothing |
     | `drop_without_marker` | what becomes of texts without the marker | True, False = an error |
+    | `echo_probation` | when the echo is judged on held-out rows | share of the run < 1, steps, 0 = never |
+    | `echo_held_out` | rows set aside for that | integer >= 0 |
+    | `echo_when_useless` | what follows | "say", "stop" |
     | `portable_adapter` | form of the final adapter | True, False |
     | `card_prompt` | what the model card shows of the prompts | "none", "format", "example" |
 
-    With `echo_p_start = echo_p_end = 0` the trainer is `SFTTrainer`, step for step and bit for bit.
+    A preset gives values to options that are None, and to no other; afterwards none of them is. With
+    `echo_p_start = echo_p_end = 0` the trainer is `SFTTrainer`, step for step and bit for bit.
 
     Raises:
         ValueError: an `echo_*` value is outside its range, or an option of `SFTConfig` cannot work with the echo.
@@ -76,128 +77,6 @@ class EchoSFTConfig(SFTConfig):
 
     if TYPE_CHECKING:
         output_dir: str = "trainer_output"  # which the arguments put in the place of None
-
-    echo_source_layers: Layers = field(
-        default=None,
-        metadata={
-            "nargs": "*",
-            "help": "Source layers S: decoder layers whose hidden states at the prompt/answer boundary make the echo. "
-            "Zero-based, negative counts from the end. None: about 0.75 to 0.88 of the depth. 'cka': the most "
-            "important deep layers by CKA on the training data.",
-        },
-    )
-    echo_target_layers: Layers = field(
-        default=None,
-        metadata={
-            "nargs": "*",
-            "help": "Target layers M: decoder layers whose LoRA modules receive the echo. All must lie below every "
-            "source layer. None: about 0.13 to 0.25 of the depth. 'cka': the most important shallow layers by CKA.",
-        },
-    )
-    echo_bottleneck: int = field(
-        default=64, metadata={"help": "Width of the hidden layer of the projection and gate networks, in features."}
-    )
-    echo_aggregation: str = field(
-        default="mean",
-        metadata={
-            "help": "How the source layers are combined into the echo z: 'mean', or 'weighted' (a learned softmax "
-            "over the source layers).",
-            "choices": list(AGGREGATIONS),
-        },
-    )
-    echo_positions: str = field(
-        default="answer",
-        metadata={
-            "help": "Where the echo is added: 'answer' (positions that hold answer tokens) or 'predicting' (also the "
-            "last prompt token, which predicts the first answer token).",
-            "choices": list(POSITIONS),
-        },
-    )
-    echo_p_start: float = field(
-        default=1.0, metadata={"help": "Routing probability p at the first optimizer step, in [0, 1]."}
-    )
-    echo_p_end: float = field(
-        default=0.2, metadata={"help": "Routing probability p at the last optimizer step, in [0, 1]. p is linear."}
-    )
-    echo_kd_weight: float = field(default=1.0, metadata={"help": "Weight lambda_kd of the masked distillation, >= 0."})
-    echo_kd_temperature: float = field(
-        default=2.0, metadata={"help": "Temperature tau of the masked distillation, > 0."}
-    )
-    echo_teacher: str = field(
-        default="echo",
-        metadata={
-            "help": "Which distribution teaches: 'echo' (the plain path learns from the echo pass), 'plain' (the "
-            "other way round) or 'mutual' (both terms are added). The teacher never gets a gradient.",
-            "choices": list(TEACHERS),
-        },
-    )
-    echo_pass: str = field(
-        default="auto",
-        metadata={
-            "help": "How the echo pass is computed: 'suffix' (answer tokens only, on the prompt's keys and values of "
-            "the plain pass), 'full' (the whole sequence again), 'auto' (suffix where a comparison with the plain "
-            "pass at the first step proves it exact, else full).",
-            "choices": list(PASSES),
-        },
-    )
-    echo_layers: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dotted name of the list of decoder layers in the model, such as 'model.layers', for a model in "
-            "which they cannot be found."
-        },
-    )
-    echo_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the echo networks, > 0. None: `learning_rate`."}
-    )
-    echo_seed: int | None = field(
-        default=None,
-        metadata={"help": "Seed of the routing and of the echo networks' initialisation, >= 0. None: `seed`."},
-    )
-
-    assistant_only_loss: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether the answers of a conversation are the assistant's turns. None: yes where the rows are "
-            "conversations without a completion. False cannot work with the echo for such rows."
-        },
-    )
-    answer_marker: str | None = field(
-        default=None,
-        metadata={
-            "help": "What stands before each answer in rows of text and in what a formatting_func writes, such as "
-            "'### Response:\\n': the text before it is the prompt. \\n and \\t are read as a new line and a tab."
-        },
-    )
-    prompt_marker: str | None = field(
-        default=None,
-        metadata={
-            "help": "What stands before each prompt, such as '### Instruction:\\n'; says where an answer ends in a "
-            "text of several turns. An end token does so as well."
-        },
-    )
-    drop_without_marker: bool = field(
-        default=False,
-        metadata={"help": "Drop texts that do not hold the answer marker; else such a row is an error."},
-    )
-
-    portable_adapter: bool = field(
-        default=True,
-        metadata={
-            "help": "Write the final adapter in the form that every serving engine reads correctly (one rank, one "
-            "scale, every layer; the same function up to rounding). False keeps the trained form. Checkpoints always "
-            "keep it."
-        },
-    )
-    card_prompt: str = field(
-        default="format",
-        metadata={
-            "help": "What the model card and `echo_run.json` show of the prompts: 'format' (what all of them share, "
-            "such as templates and a system prompt; nothing of a single example), 'example' (the first training "
-            "example as well) or 'none'.",
-            "choices": list(CARD_PROMPTS),
-        },
-    )
 
     def __post_init__(self):
         if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
@@ -214,6 +93,7 @@ class EchoSFTConfig(SFTConfig):
         Raises:
             ValueError: an `echo_*` value is outside its range, or an option of `SFTConfig` cannot work with the echo.
         """
+        fill_from_preset(self)
         check_echo_fields(self)
         for name in ("answer_marker", "prompt_marker"):
             setattr(self, name, marker(name, getattr(self, name)))

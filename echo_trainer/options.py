@@ -1,14 +1,55 @@
 """Values that options of `EchoSFTConfig` can have; everything else is refused with what to write instead."""
 
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 AGGREGATIONS = ("mean", "weighted")
 POSITIONS = ("answer", "predicting")
 TEACHERS = ("echo", "plain", "mutual")
 PASSES = ("auto", "suffix", "full")
+GATES = ("sigmoid", "none")
+LOSSES = ("sum", "mean")
+WHEN_USELESS = ("say", "stop")
 CARD_PROMPTS = ("none", "format", "example")
+DEPTH: Final = "depth"
 CKA: Final = "cka"
+ABOVE: Final = "above"
+LOWEST: Final = "lowest"
+LAYER_WORDS = {
+    "echo_source_layers": {
+        DEPTH: "by the model's depth", CKA: "by layer selection", ABOVE: "the layer just above the targets",
+    },
+    "echo_target_layers": {
+        DEPTH: "by the model's depth", CKA: "by layer selection", LOWEST: "the lowest layer with an adapter",
+    },
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "echo_p_end": 0.2,
+        "echo_gate": "sigmoid",
+        "echo_scale": 0.1,
+        "echo_detach": True,
+        "echo_loss": "sum",
+    },
+    "strong": {
+        "echo_p_end": 1.0,
+        "echo_gate": "none",
+        "echo_scale": 1.0,
+        "echo_detach": False,
+        "echo_loss": "mean",
+        "echo_source_layers": ABOVE,
+        "echo_target_layers": LOWEST,
+    },
+}
+"""What a preset gives to options that are None."""
 TOKEN_FIELDS = ("hub_token", "push_to_hub_token")
+
+
+def fill_from_preset(config: Any) -> None:
+    """Give the options that are None the value of `echo_preset`, with a ValueError where there is no such preset."""
+    _require_choice("echo_preset", config.echo_preset, tuple(PRESETS))
+    for name, value in PRESETS[config.echo_preset].items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
 
 
 def check_echo_fields(config: Any) -> None:
@@ -17,7 +58,35 @@ def check_echo_fields(config: Any) -> None:
     _require_choice("echo_positions", config.echo_positions, POSITIONS)
     _require_choice("echo_teacher", config.echo_teacher, TEACHERS)
     _require_choice("echo_pass", config.echo_pass, PASSES)
+    _require_choice("echo_gate", config.echo_gate, GATES)
+    _require_choice("echo_loss", config.echo_loss, LOSSES)
+    if not isinstance(config.echo_detach, bool):
+        raise ValueError(
+            f"`echo_detach` is {config.echo_detach!r}. Write true (no gradient flows from the echo back into the "
+            f"plain pass) or false (it does)."
+        )
+    if not _is_number(config.echo_gate_bias):
+        raise ValueError(
+            f"`echo_gate_bias` is {config.echo_gate_bias!r}. Write a number: the gate starts near sigmoid of it, 0.12 "
+            f"at -2, 0.5 at 0."
+        )
+    if not _is_number(config.echo_scale) or config.echo_scale <= 0:
+        raise ValueError(
+            f"`echo_scale` is {config.echo_scale!r}, and the projection starts at zero: with a scale of zero as well "
+            f"no gradient would ever reach either. Write a number above 0, such as 0.1 or 1.0."
+        )
     _require_choice("card_prompt", config.card_prompt, CARD_PROMPTS)
+    _require_choice("echo_when_useless", config.echo_when_useless, WHEN_USELESS)
+    if not _is_number(config.echo_probation) or config.echo_probation < 0:
+        raise ValueError(
+            f"`echo_probation` is {config.echo_probation!r}. Write a share of the run below 1, such as 0.1, a number "
+            f"of steps, or 0 to leave the echo unjudged."
+        )
+    if not _is_integer(config.echo_held_out) or config.echo_held_out < 0:
+        raise ValueError(
+            f"`echo_held_out` is {config.echo_held_out!r}. Write how many training rows are set aside to judge the "
+            f"echo on, or 0."
+        )
     for name in ("echo_p_start", "echo_p_end"):
         value = getattr(config, name)
         if not _is_number(value) or not 0.0 <= value <= 1.0:
@@ -123,20 +192,30 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def layer_list(name: str, value: Any) -> list[int] | Literal["cka"] | None:
-    """Accept None, "cka", one index or a list of them (as text, from the command line); refuse everything else."""
-    if value is None or value in (CKA, [CKA]):
-        return None if value is None else CKA
+def layer_list(name: str, value: Any) -> Any:
+    """
+    Layers as they were written, made sure of.
+
+    Args:
+        name: of the option.
+        value: None, a word of `LAYER_WORDS`, one index or a list of them; as text, from the command line, as well.
+
+    Returns:
+        None, the word, or a list of indices.
+    """
+    words = LAYER_WORDS[name]
+    if value is None or value in [*words, *([word] for word in words)]:
+        return value[0] if isinstance(value, list) else value
     items = list(value) if isinstance(value, list | tuple | range) else [value]
     try:
         indices = [int(item) if isinstance(item, str) else item for item in items]
     except ValueError:
         indices = []
     if not indices or not all(_is_integer(index) for index in indices):
+        meanings = "; ".join(f"{word!r}: {meaning}" for word, meaning in words.items())
         raise ValueError(
             f"`{name}` is {value!r}. Write a list of layer indices, such as [4, 5, 6, 7] or [-8, -7, -6, -5] "
-            f"(negative counts from the end), 'cka' to choose them by layer selection, or leave it out to choose them "
-            f"by the model's depth."
+            f"(negative counts from the end), or one of these words ({meanings}), or leave it out."
         )
     if len(set(indices)) != len(indices):
         raise ValueError(f"`{name}` names a layer twice: {indices}. Name each layer once.")

@@ -8,6 +8,7 @@ The only subclass of TRL's trainer with behaviour of its own. It computes the lo
 | `training_step` | `run.guard` | what is not finite never reaches a weight |
 | `save_model`, `create_model_card` | `run.save` | the final adapter is verified, described, moved into place whole |
 | `init_hf_repo`, `push_to_hub` | `run.pushes` | only listed files, and no failure is silent |
+| `evaluation_loop` | `run.held_out` | what the echo pass says on the same rows, beside TRL's figures |
 | `compute_loss` | | one forward with both passes; TRL's without a plan (evaluation, echo off) |
 | `create_optimizer` | | a learning rate of their own for the echo networks |
 | `log` | `run.metrics` | the echo's metrics beside TRL's |
@@ -16,7 +17,6 @@ Private joints of TRL and transformers (checkpoints, resuming) are handed over i
 """
 
 import inspect
-import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -38,20 +38,20 @@ from .run.answers import PLAN_KEY, backbone_inputs
 from .run.at_work import AtWork
 from .run.attachment import Attachment
 from .run.batches import Batches
-from .run.building import distillation_of, set_up_echo
+from .run.building import loss_terms_of, set_up_echo
 from .run.checkpoints import Checkpoints
 from .run.first_step import FirstStep
 from .run.guard import Guard
+from .run.held_out import HeldOut
 from .run.metrics import EchoMetrics
 from .run.optimizer import give_own_rate, take_in
 from .run.pass_choice import PassChoice
+from .run.probation import Probation
 from .run.pushes import Pushes
 from .run.resume import base_fingerprint
 from .run.rows import Rows
 from .run.save import Saver
 from .run.validation import check_arguments
-
-logger = logging.getLogger(__name__)
 
 
 class EchoSFTTrainer(JointTrainer):
@@ -97,13 +97,14 @@ class EchoSFTTrainer(JointTrainer):
             check_arguments(call["model"], call.get("peft_config"), call.get("compute_loss_func"))
         self.echo: EchoSetup | None = None
         self.pass_choice: PassChoice | None = None
-        self.distillation = distillation_of(config)
+        self.loss_terms = loss_terms_of(config)
         self.dataset_name: str | None = None
         self.agreement = Agreement()
         self.echo_metrics = EchoMetrics(self.agreement)
         self.batches, self.guard, self.checkpoints = Batches(self), Guard(self), Checkpoints(self)
         self.saver, self.pushes = Saver(self), Pushes(self)
         self.attachment, self.first_step, self.at_work = Attachment(self), FirstStep(self), AtWork()
+        self.held_out, self.probation = HeldOut(self, self.batches.compare_passes), Probation(self)
         self.rows = Rows(config, call.get("formatting_func"))
         with self.rows.kept_from_trl(call):
             super().__init__(**call)
@@ -111,6 +112,7 @@ class EchoSFTTrainer(JointTrainer):
             self.data_collator = self.rows.collator(self.data_collator, self.processing_class, self.train_dataset)
         self.base_fingerprint = base_fingerprint(self.model)
         if config.echo_enabled:
+            self.held_out.set_aside(config.echo_held_out)
             set_up_echo(self)
 
     @property
@@ -147,8 +149,8 @@ class EchoSFTTrainer(JointTrainer):
             self.echo = None
         set_up_echo(self)
         self.echo_metrics.clear()  # those of a run that was interrupted would be counted here
-        self.guard.begin()
-        self.first_step.begin()
+        for part in (self.guard, self.probation, self.first_step):
+            part.begin()
         self.add_callback(self.first_step)
         try:
             with self.attachment.training():
@@ -237,15 +239,19 @@ class EchoSFTTrainer(JointTrainer):
         where = {"token": token, "revision": revision, "private": private, "base_model": base_model}
         return self.pushes.push(commit_message, blocking, **where, dataset_name=kwargs.get("dataset_name"))
 
+    def evaluation_loop(self, dataloader, description: str, *args: Any, **kwargs: Any):
+        """TRL's evaluation of the plain path; `evaluate` also says how the echo pass predicts the same rows."""
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        return self.held_out.added_to(output, dataloader, description, **kwargs)
+
     # The step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
-        L = (1 / N) sum_i [ CE_plain + r_i (CE_echo + lambda_kd KD) ], N the answer tokens of the global batch.
+        L = (1 / N) sum_i w_i [ CE_plain + r_i (CE_echo + lambda_kd KD) ], N the answer tokens of the global batch.
 
-        L is what is trained on, by its gradient. The value, which is logged as `loss`, is that of its plain part, the
-        loss of `SFTTrainer`; L itself is logged as `echo/objective`. Batches without a plan (evaluation, echo off)
-        take TRL's loss, so they are exactly those of `SFTTrainer`.
+        L, logged as `echo/objective`, is what is trained on, by its gradient. The value, logged as `loss`, is that of
+        its plain part, the loss of `SFTTrainer`. Batches without a plan (evaluation, echo off) take TRL's loss.
         """
         plan = self.at_work.plan_for(inputs)
         if plan is None:
@@ -267,6 +273,7 @@ class EchoSFTTrainer(JointTrainer):
             loss = loss + router_weight * output["aux_loss"] / steps
         self.echo_metrics.add(output, plan)
         self.first_step.count(plan)
+        self.probation.count(plan, tuple(inputs["input_ids"].shape))
         if return_outputs:
             with torch.no_grad():
                 return loss, model(**for_backbone)

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "echo_trainer"
 ORDER = (
     ("_version", "files", "quiet", "resources"),
     ("manifest", "options"),
+    ("fields",),
     ("method",),
     ("compat",),
     ("passes",),

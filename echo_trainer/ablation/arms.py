@@ -5,6 +5,7 @@ from typing import Any
 
 BASELINE = "lora"
 _NO_ECHO = {"echo_p_start": 0.0, "echo_p_end": 0.0}
+_STRONG = {"echo_preset": "strong"}
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Arm:
         echo: which echo the networks see: "own", or "zero", "shuffled", "noise" (`echoes.py`).
         family: arms that share a choice of learning rate.
         flops_of: the arm whose counted FLOPs this one spends on more steps; None: the recipe's number of steps.
+        length: factor on the recipe's number of steps.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     echo: str = "own"
     flops_of: str | None = None
+    length: float = 1.0
 
 
 _ARMS = (
@@ -43,6 +46,13 @@ _ARMS = (
         "lora",
         _NO_ECHO,
         flops_of="echo",
+    ),
+    Arm(
+        "lora-longer",
+        "LoRA with half as many steps again, its rate chosen at that length",
+        "lora-longer",
+        _NO_ECHO,
+        length=1.5,
     ),
     Arm("echo", "Echo-LoRA as in the recipe", "echo"),
     Arm(
@@ -76,6 +86,23 @@ _ARMS = (
         "injection also at the last prompt token, which predicts the first answer token",
         "echo",
         {"echo_positions": "predicting"},
+    ),
+    Arm("strong", "Echo-LoRA with the preset `strong`", "strong", _STRONG),
+    Arm(
+        "strong-zero",
+        "`strong` with z = 0: both passes agree and their loss counts once, so it is LoRA at the rate of `strong`",
+        "strong",
+        _STRONG,
+        echo="zero",
+    ),
+    Arm("strong-shuffled", "`strong` with z of another routed sample", "strong", _STRONG, echo="shuffled"),
+    Arm("strong-noise", "`strong` with random z of the same norm", "strong", _STRONG, echo="noise"),
+    Arm(
+        "lora-strong-matched",
+        "LoRA with as many more steps as the FLOPs of `strong` pay for",
+        "lora",
+        _NO_ECHO,
+        flops_of="strong",
     ),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}

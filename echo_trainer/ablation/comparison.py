@@ -23,6 +23,11 @@ CONTRASTS = (
     ("echo", "echo-no-kd", "the distillation"),
     ("echo", "echo-no-routing", "routing some of the samples instead of all"),
     ("echo-no-routing", "echo-zero-no-routing", "the injection where every sample is routed"),
+    ("strong", "strong-zero", "the strong injection, everything else kept"),
+    ("strong", "strong-shuffled", "the sample's own strong echo instead of another's"),
+    ("strong", "strong-noise", "a strong echo instead of noise"),
+    ("strong", "lora-longer", "the strong echo instead of half as many steps again"),
+    ("strong", "lora-strong-matched", "the same compute spent on more steps"),
 )
 
 
@@ -137,6 +142,7 @@ def _row(arm: str, found: ArmRuns, runs: dict[str, ArmRuns], tasks: list[str]) -
         "what": ARMS[arm].what,
         "seeds": sorted(found.results),
         "steps": found.mean("steps"),
+        "loss_weight": found.mean("loss_weight"),
         "training_seconds": found.mean("training_seconds"),
         "training_cpu_seconds": found.mean("training_cpu_seconds"),
         "peak_memory": found.mean("peak_memory"),
@@ -165,7 +171,8 @@ def _contrasts(runs: dict[str, ArmRuns], tasks: list[str]) -> list[dict[str, Any
             pairs = {metric: paired(runs[one], runs[other], metric, tasks) for metric in METRICS}
             known = {metric: asdict(pair) for metric, pair in pairs.items() if pair}
             if len(known) == len(pairs):
-                found.append({"one": one, "other": other, "what": what, **known})
+                weights = [runs[arm].mean("loss_weight") for arm in (one, other)]
+                found.append({"one": one, "other": other, "what": what, "loss_weights": weights, **known})
     for metric in METRICS:
         for entry, p in zip(found, holm([entry[metric]["p"] for entry in found]), strict=True):
             entry[metric]["holm"] = p

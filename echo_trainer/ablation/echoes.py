@@ -65,6 +65,7 @@ class NoiseNetworks(ControlledNetworks):
 
     def alter(self, z_Gd: Tensor) -> Tensor:
         """Normal numbers, scaled to |z| segment by segment."""
+        z_Gd = z_Gd.detach()
         noise = torch.from_numpy(self.generator().standard_normal(tuple(z_Gd.shape))).to(z_Gd)
         return noise * (z_Gd.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True))
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from ..compat.dispatch import TorchDispatchMode
 from ..method.layouts import EchoForm, SuffixLayout
-from ..method.losses import Distillation
-from ..method.network import EchoNetworks
+from ..method.losses import EchoLoss
+from ..method.network import EchoNetworks, NetworkForm
 from ..method.plan import EchoPlan, make_plan
 from ..method.segments import find_segments
 from ..passes.setup import EchoSetup
@@ -54,13 +54,13 @@ def step_sizes(rows: int, length: int, plan: EchoPlan) -> np.ndarray:
     return sizes
 
 
-def count_coefficients(setup: EchoSetup, kd: Distillation, form: EchoForm, positions: str, echo: bool) -> np.ndarray:
+def count_coefficients(setup: EchoSetup, terms: EchoLoss, form: EchoForm, positions: str, echo: bool) -> np.ndarray:
     """
     FLOPs per unit of each of `SIZES`, for forward and backward, by counting small random batches.
 
     Args:
         setup: the model and its echo parts (`plain_setup` where the echo is off).
-        kd, form, positions: as in training.
+        terms, form, positions: as in training.
         echo: whether to count echo passes.
 
     Returns:
@@ -77,7 +77,7 @@ def count_coefficients(setup: EchoSetup, kd: Distillation, form: EchoForm, posit
             rows_of_batch, length = inputs["input_ids"].shape
             sizes = step_sizes(rows_of_batch, length, plan)
             with _Counter() as counter:
-                output = echo_step(setup, kd, {k: v.to(device) for k, v in inputs.items()}, plan)
+                output = echo_step(setup, terms, {k: v.to(device) for k, v in inputs.items()}, plan)
                 output["objective"].backward()
             rows.append(sizes)
             counts.append(counter.total)
@@ -94,7 +94,7 @@ def count_coefficients(setup: EchoSetup, kd: Distillation, form: EchoForm, posit
 def plain_setup(model: PreTrainedModel) -> EchoSetup:
     """What `echo_step` needs of a model without an echo."""
     # A step without an echo pass still touches the networks' parameters, so there has to be one.
-    networks = EchoNetworks([], n_sources=1, hidden_size=1, bottleneck=1, aggregation="weighted", seed=0)
+    networks = EchoNetworks([], 1, 1, NetworkForm(bottleneck=1, aggregation="weighted"), seed=0)
     return EchoSetup(model, networks.to(next(model.parameters()).device), [], [])
 
 

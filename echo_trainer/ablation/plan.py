@@ -88,7 +88,8 @@ def specification(recipe: AblationRecipe, run: Run, fingerprints: dict[str, str]
     fixed = {key: value for key, value in asdict(recipe).items() if key not in _NOT_SPEC}
     fixed["training"] = {key: value for key, value in sorted(recipe.training.items()) if key not in _NO_MATTER}
     fixed["tests"] = [{key: value for key, value in test.items() if key != "file"} for test in recipe.tests]
-    return {**asdict(run), "settings": arm.settings, "echo": arm.echo, **fixed, "fingerprints": fingerprints}
+    arms = {"settings": arm.settings, "echo": arm.echo, **({"length": arm.length} if arm.length != 1 else {})}
+    return {**asdict(run), **arms, **fixed, "fingerprints": fingerprints}
 
 
 def digest(spec: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..options import CKA
 from ..recipe.read import read_recipe
 from .arms import ADAPTERS, ARMS
 
@@ -17,7 +18,6 @@ _SET_BY_US = {
     "completion_only_loss": "the arms `lora` (answer only) and `lora-unmasked`",
     "dataset_name": "`train` of the ablation section",
     "datasets": "`train` of the ablation section",
-    "lora_layers": "nothing: give `layers_to_transform` a list of layers instead",
     "push_to_hub": "nothing: the runs of an ablation are measured and not published",
     "packing": "nothing: packed rows mix examples, so arms could not be paired",
 }
@@ -87,6 +87,11 @@ class AblationRecipe:
         taken = [f"`{key}` ({_SET_BY_US[key]} decides)" for key in self.training if key in _SET_BY_US]
         if taken:
             raise ValueError(f"The ablation sets these itself; leave them out of the recipe: {', '.join(taken)}.")
+        if self.training.get("lora_layers") == CKA:
+            raise ValueError(
+                "`lora_layers: cka` would choose layers anew in every run. Choose once with `echo-trainer "
+                "select-layers`, or take a part that needs no choice, such as `lora_layers: last`."
+            )
         if not self.training.get("echo_p_start", 1.0) and not self.training.get("echo_p_end", 0.2):
             raise ValueError("The recipe has echo_p_start=0 and echo_p_end=0, so its arm `echo` would have no echo.")
 

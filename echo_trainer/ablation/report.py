@@ -7,6 +7,8 @@ from .arms import BASELINE
 from .statistics import POWER
 
 ALPHA = 0.05
+EVEN = 0.005
+"""Weights of the loss that differ by no more are called the same."""
 _PERCENT, _NATS = 100.0, 1.0
 
 
@@ -31,7 +33,9 @@ def render(summary: dict[str, Any], recipe_text: str, plots: dict[str, str]) -> 
         "number of rows of their table. NLL is the mean negative log-likelihood of a reference answer in nats, lower "
         "is better; it is the more sensitive measure, accuracy the one that counts. FLOPs are counted matrix "
         "products of the training, forward and backward, with the head on scored positions only. Learning rates "
-        "were chosen on training examples held out of every run.",
+        "were chosen on training examples held out of every run. Weight is that of the cross-entropies in the loss, "
+        "the mean over positions: above 1 where routed samples count twice (`echo_loss: sum`), which is a matter of "
+        "the step size and not of the echo.",
         "",
         "## Recipe",
         "",
@@ -93,14 +97,47 @@ def _sentences(part: dict[str, Any]) -> list[str]:
         text += f"better than `{BASELINE}`: {', '.join(better)}. " if better else f"no arm beats `{BASELINE}`. "
         lines.append(text + (f"Worse: {', '.join(worse)}." if worse else ""))
     for entry in part["contrasts"]:
-        if entry["other"] == "echo-zero":
-            pairs = [_verdict(entry, m, u, s) for m, u, s in (("accuracy", "points", 100), ("nll", "nats", 1))]
-            lines.append(f"The injection alone (`echo` against `echo-zero`): {'; '.join(pairs)}.")
+        if entry["other"] in ("echo-zero", "strong-zero"):
+            lines.append(f"The injection alone (`{entry['one']}` against `{entry['other']}`): {_verdicts(entry)}.")
+    lines += _of_the_weight(part)
     return [f"- {line.strip()}" for line in lines]
+
+
+def _of_the_weight(part: dict[str, Any]) -> list[str]:
+    """Which differences are a matter of the weight of the loss, and what that is worth, where it was measured."""
+    arms = part["arms"]
+    heavy = {arm: row["loss_weight"] for arm, row in arms.items() if abs(row["loss_weight"] - 1) > EVEN}
+    if not heavy:
+        return []
+    named = ", ".join(f"`{arm}` ({weight:.2f})" for arm, weight in heavy.items())
+    text = (
+        f"Weight of the loss: in {named} the cross-entropies of a position weigh that much, and 1 in the others. "
+        f"Their differences to `{BASELINE}` are in part a matter of that weight, which acts as a higher learning rate."
+    )
+    for arm in ("echo-zero", "echo-zero-no-routing"):
+        if arm in heavy and arms[arm]["accuracy"]["to_lora"]:
+            pairs = {metric: arms[arm][metric]["to_lora"] for metric in ("accuracy", "nll")}
+            text += f" The weight alone (`{arm}` against `{BASELINE}`): {_verdicts(pairs)}."
+    return [text]
+
+
+def _weights(entry: dict[str, Any]) -> str:
+    one, other = entry["loss_weights"]
+    if math.isnan(one) or math.isnan(other):
+        return "-"
+    return f"{one:.2f} both" if abs(one - other) <= EVEN else f"**{one:.2f}** - {other:.2f}"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _said(arm: str, pair: dict[str, Any], scale: float, unit: str) -> str:
     return f"`{arm}` ({pair['difference'] * scale:+.3g} {unit})"
+
+
+def _verdicts(entry: dict[str, Any]) -> str:
+    return "; ".join(_verdict(entry, *m) for m in (("accuracy", "points", _PERCENT), ("nll", "nats", _NATS)))
 
 
 def _verdict(entry: dict[str, Any], metric: str, unit: str, scale: float) -> str:
@@ -121,11 +158,12 @@ def _main_table(part: dict[str, Any]) -> list[str]:
         f"{len(part['tasks'])} test set{'s' if len(part['tasks']) > 1 else ''}, {items} items; accuracy in %, "
         f"differences to `{BASELINE}` in points.",
         "",
-        f"| arm | seeds | steps | accuracy | difference | p | NLL | difference | p | FLOPs | {clock} | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | seeds | steps | weight | accuracy | difference | p | NLL | difference | p | FLOPs | "
+        f"{clock} | memory |",
+        f"|{'---|' * 13}",
     ]
     for arm, row in part["arms"].items():
-        cells = [f"`{arm}`", str(len(row["seeds"])), f"{row['steps']:.0f}"]
+        cells = [f"`{arm}`", str(len(row["seeds"])), f"{row['steps']:.0f}", _number(row["loss_weight"])]
         for metric, scale, digits in (("accuracy", _PERCENT, 1), ("nll", _NATS, 4)):
             pair = row[metric]["to_lora"]
             cells.append(f"{row[metric]['mean'] * scale:.{digits}f}")
@@ -138,12 +176,13 @@ def _main_table(part: dict[str, Any]) -> list[str]:
 
 
 def _contrast_table(part: dict[str, Any]) -> list[str]:
-    lines = ["| | isolates | accuracy, points | p | NLL, nats | p |", "|---|---|---|---|---|---|"]
+    lines = ["| | isolates | weight | accuracy, points | p | NLL, nats | p |", "|---|---|---|---|---|---|---|"]
     for entry in part["contrasts"]:
         accuracy, nll = entry["accuracy"], entry["nll"]
         lines.append(
-            f"| `{entry['one']}` - `{entry['other']}` | {entry['what']} | {_interval(accuracy, _PERCENT, 2)} | "
-            f"{_p(accuracy['holm'])} | {_interval(nll, _NATS, 4)} | {_p(nll['holm'])} |"
+            f"| `{entry['one']}` - `{entry['other']}` | {entry['what']} | {_weights(entry)} | "
+            f"{_interval(accuracy, _PERCENT, 2)} | {_p(accuracy['holm'])} | "
+            f"{_interval(nll, _NATS, 4)} | {_p(nll['holm'])} |"
         )
     return lines
 

@@ -19,11 +19,11 @@ from .._version import __version__
 from ..evaluation.evaluate import Record, Task, accuracy, evaluate_task
 from ..files import write_json
 from ..method.layouts import EchoForm
-from ..method.losses import Distillation
 from ..passes.modules import base_model_of
 from ..recipe.arguments import arguments_of
-from ..recipe.training import model_options
+from ..recipe.training import model_options, on_chosen_layers
 from ..rendering.forms import Form, form_of
+from ..run.building import loss_terms_of
 from . import memory
 from .arms import ARMS
 from .data import held_out_task, load_examples, load_tests, row_options
@@ -89,7 +89,7 @@ def run_one(bench: Workbench, run: Run, spec: dict[str, Any], output: Path, repo
         result["peak_memory"] = memory.peak()
         result["steps"] = trainer.state.global_step
         result["losses"] = _final_losses(trainer)
-        result["batches"] = trainer.batch_checksums()
+        result["batches"], result["loss_weight"] = trainer.batch_checksums(), trainer.loss_weight()
         result |= _flops(bench, run.adapter, trainer)
         tasks, items = _evaluate(bench, trainer, report)
         result["tasks"], result["held_out_nll"] = tasks, tasks.pop(bench.held_out.name)["nll"]
@@ -123,6 +123,11 @@ def build_trainer(bench: Workbench, run: Run, scratch: Path, report: Report) -> 
     }
     if run.max_steps is not None:
         options["max_steps"] = run.max_steps
+    elif arm.length != 1:
+        if options.get("max_steps", -1) > 0:
+            options["max_steps"] = round(options["max_steps"] * arm.length)
+        else:
+            options["num_train_epochs"] = options.get("num_train_epochs", 3.0) * arm.length
     dataset = bench.dataset(run.arm)
     if not _masked(run.arm) or "input_ids" in dataset.column_names:
         options |= {"answer_marker": None, "prompt_marker": None, "drop_without_marker": False}
@@ -131,11 +136,14 @@ def build_trainer(bench: Workbench, run: Run, scratch: Path, report: Report) -> 
     _, config, adapter, _ = arguments_of(options)
     config.model_init_kwargs = model_options(adapter, config)
     set_seed(run.seed)
+    model, peft_config = adapter.model_name_or_path, get_peft_config(adapter)
+    if adapter.lora_layers is not None:
+        model, _, peft_config = on_chosen_layers(adapter, config, peft_config, dataset)
     trainer = AblationTrainer(
-        model=adapter.model_name_or_path,
+        model=model,
         args=config,
         train_dataset=dataset,
-        peft_config=get_peft_config(adapter),
+        peft_config=peft_config,
         callbacks=[_Steps(report)],
         echo=arm.echo,
     )
@@ -192,13 +200,14 @@ def _evaluate(bench: Workbench, trainer: AblationTrainer, report: Report) -> tup
 def _flops(bench: Workbench, adapter: str, trainer: AblationTrainer) -> dict[str, Any]:
     """Counted FLOPs of the whole training, and the sizes they were computed from."""
     args, echo = trainer.args, trainer.echo
-    key = (adapter, echo is not None, args.echo_positions)
+    layers = (tuple(echo.source_layers), tuple(sorted({site.layer for site in echo.sites}))) if echo else None
+    key = (adapter, layers, args.echo_positions, args.echo_gate, args.echo_detach)
     if key not in bench.coefficients:  # whole numbers that depend on nothing else, so counted once
         setup = echo or plain_setup(base_model_of(trainer.model))
-        kd = Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
         form = _form(trainer)
         trainer.model.train()
-        bench.coefficients[key] = count_coefficients(setup, kd, form, args.echo_positions, echo is not None)
+        terms, positions = loss_terms_of(args), args.echo_positions
+        bench.coefficients[key] = count_coefficients(setup, terms, form, positions, echo is not None)
     coefficients, sizes = bench.coefficients[key], trainer.sizes().sum(axis=0)
     return {
         "flops": float(sizes @ coefficients),

@@ -25,6 +25,7 @@ class AblationTrainer(EchoSFTTrainer):
         self._sizes: list[np.ndarray] = []
         self._scored: list[torch.Tensor] = []
         self._checksums: list[list[torch.Tensor]] = []
+        self._weight, self._positions = 0.0, 0
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -46,6 +47,9 @@ class AblationTrainer(EchoSFTTrainer):
         rows, length = ids.shape
         if plan is not None:
             self._sizes.append(step_sizes(rows, length, plan))
+            weights_N = self.loss_terms.plain_weights(plan.plain_weight_N, plan.reach_E)
+            self._weight += float(weights_N.sum()) + self.loss_terms.share * len(plan.reach_E)
+            self._positions += len(plan.labels_N)
         else:
             self._sizes.append(plain_sizes(rows, length, 0))
             self._scored.append(inputs["labels"][..., 1:].ne(-100).sum())
@@ -56,6 +60,10 @@ class AblationTrainer(EchoSFTTrainer):
         if self._scored:
             sizes[:, 3] = [int(count) for count in self._scored]
         return sizes
+
+    def loss_weight(self) -> float:
+        """Weight of the cross-entropies of both passes in the loss, the mean over positions; 1 for LoRA."""
+        return self._weight / self._positions if self._positions else 1.0
 
     def batch_checksums(self) -> list[int]:
         """One number for the tokens of every optimizer step, in their order."""

@@ -1,5 +1,9 @@
 """Source and target layers by depth."""
 
+from collections.abc import Sequence
+
+from ..options import ABOVE, LOWEST
+
 # Share of the depth at which a 32-layer model has its source layers 24..27 and its target layers 4..7.
 SOURCE_DEPTHS = (24 / 32, 28 / 32)
 TARGET_DEPTHS = (4 / 32, 8 / 32)
@@ -15,24 +19,39 @@ def default_target_layers(depth: int) -> list[int]:
     return _by_depth(depth, TARGET_DEPTHS)
 
 
-def resolve_layers(sources: list[int] | None, targets: list[int] | None, depth: int) -> tuple[list[int], list[int]]:
+def resolve_layers(
+    sources: list[int] | str | None,
+    targets: list[int] | str | None,
+    depth: int,
+    adapted: Sequence[int] | None = None,
+) -> tuple[list[int], list[int]]:
     """
     Source and target layers as sorted indices from 0.
 
     Args:
-        sources, targets: as given in the config; None chooses by depth, negative indices count from the end.
+        sources: as given in the config; None or "depth" chooses by depth, "above" is the layer just above the targets,
+            negative indices count from the end.
+        targets: likewise; "lowest" is the lowest adapted layer.
         depth: number L of decoder layers.
+        adapted: layers that hold LoRA modules; None is all. Targets by depth are among them: those that have the
+            depth, or the one nearest to it. Sources by depth lie above the targets, be it just above.
 
     Raises:
-        ValueError: an index lies outside the model, or a target is not below every source.
+        ValueError: an index lies outside the model, a target is not below every source, or nothing lies above what is
+            adapted.
     """
     if depth < 2:
         raise ValueError(
             f"The model has {depth} decoder layer. Echo-LoRA carries states from a deep layer to a shallower one, so "
             f"it needs at least 2."
         )
-    source = _absolute("echo_source_layers", sources, depth) if sources is not None else default_source_layers(depth)
-    target = _absolute("echo_target_layers", targets, depth) if targets is not None else default_target_layers(depth)
+    source = _absolute("echo_source_layers", sources, depth) if isinstance(sources, list) else None
+    if isinstance(targets, list):
+        target = _absolute("echo_target_layers", targets, depth)
+    else:
+        target = _targets(targets, depth, range(depth) if adapted is None else adapted, source)
+    if source is None:
+        source = _sources(sources, depth, max(target))
     if max(target) >= min(source):
         raise ValueError(
             f"Every target layer must lie below every source layer, and {max(target)} (target) is not below "
@@ -43,18 +62,34 @@ def resolve_layers(sources: list[int] | None, targets: list[int] | None, depth: 
     return source, target
 
 
-def with_adapters(targets: list[int], sources: list[int], adapted: list[int]) -> list[int]:
-    """
-    Those of the target layers that hold an adapter, where the depth has chosen them; if none does, the nearest layer
-    below every source that does.
+def _targets(word: str | None, depth: int, adapted: Sequence[int], sources: list[int] | None) -> list[int]:
+    """Targets by a word, among the adapted layers that a source can lie above; below `sources` where those are set."""
+    ceiling = depth - 1 if sources is None else min(sources)
+    below = [index for index in sorted(adapted) if index < ceiling]
+    if not below:
+        raise ValueError(
+            f"The echo goes from a deep layer to a shallower one that has an adapter, and of the {depth} layers only "
+            f"{sorted(adapted) or 'none'} have one, none of them below layer {ceiling}. Let LoRA adapt a lower one: "
+            f"check `layers_to_transform` and `target_modules` of the LoraConfig."
+        )
+    if word == LOWEST:
+        return below[:1]
+    wanted = default_target_layers(depth)
+    by_depth = [index for index in wanted if index in below]
+    return by_depth or [min(below, key=lambda index: abs(index - wanted[0]))]
 
-    Args:
-        targets, sources: from `resolve_layers`.
-        adapted: layers with an adapter.
-    """
-    below = [index for index in adapted if index < min(sources)]
-    found = [index for index in targets if index in below]
-    return found or sorted(below, key=lambda index: abs(index - targets[0]))[:1] or targets
+
+def _sources(word: str | None, depth: int, highest_target: int) -> list[int]:
+    """Sources by a word, above the targets."""
+    if highest_target >= depth - 1:
+        raise ValueError(
+            f"`echo_target_layers` names layer {highest_target}, the last of {depth}, and the echo comes from above "
+            f"the targets. Name lower layers."
+        )
+    above = [highest_target + 1]
+    if word == ABOVE:
+        return above
+    return [index for index in default_source_layers(depth) if index > highest_target] or above
 
 
 def _by_depth(depth: int, share: tuple[float, float]) -> list[int]:

@@ -2,8 +2,13 @@
 
 Shapes: N positions that predict an answer token, E of them that the echo reaches, V vocabulary, d hidden size.
 
-    objective = sum_n w_n CE(plain_n) + sum_e [ CE(echo_e) + lambda_kd KD_e ]
+    objective = sum_n w_n CE(plain_n) + sum_e w_e [ CE(echo_e) + lambda_kd KD_e ]
     KD = tau^2 KL(teacher || student) at temperature tau, the teacher without gradient
+
+Weights: with "sum" w_e = 1, and w_n = 1, or 2 at positions of routed samples that the echo cannot reach, where
+CE_plain is CE_echo. With "mean" the terms of a routed sample are halved: w_e = 1/2, and w_n = 1/2 where the echo
+reaches, 1 elsewhere. So every position has a cross-entropy of weight 1, and an echo of zero gives the loss of plain
+LoRA.
 
 The sums are not divided by N here; the trainer divides by the answer tokens of the global batch.
 
@@ -47,12 +52,32 @@ class Head(Protocol):
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """lambda_kd, tau and the direction of the distillation."""
+class EchoLoss:
+    """
+    The terms of the objective that an echo pass adds, and what they weigh.
 
-    weight: float
+    Attributes:
+        kd_weight: lambda_kd.
+        temperature: tau.
+        teacher: "echo", "plain" or "mutual".
+        reduction: "sum" (the cross-entropy of a routed sample counts twice) or "mean" (once, as that of every other).
+    """
+
+    kd_weight: float
     temperature: float
     teacher: str
+    reduction: str = "sum"
+
+    @property
+    def share(self) -> float:
+        """w_e."""
+        return 0.5 if self.reduction == "mean" else 1.0
+
+    def plain_weights(self, plain_weight_N: Tensor, reach_E: Tensor) -> Tensor:
+        """w_n, (N,), from the plan's: 1, or 2 where a routed sample is out of reach."""
+        if self.reduction == "sum":
+            return plain_weight_N
+        return torch.ones_like(plain_weight_N).index_fill(0, reach_E, self.share)
 
 
 class Statistics(NamedTuple):
@@ -107,7 +132,7 @@ def chunked_objective(
     reach_E: Tensor,
     reach_host_E: np.ndarray,
     head: Head,
-    kd: Distillation,
+    terms: EchoLoss,
 ) -> tuple[Tensor, Statistics]:
     """
     The objective above and its statistics.
@@ -120,13 +145,13 @@ def chunked_objective(
         reach_E: increasing indices into N of the positions of `echo_Ed`.
         reach_host_E: the same on the host, where they are cut into chunks.
         head: the language-model head.
-        kd: distillation options.
+        terms: what the echo pass adds, and what it weighs.
 
     Returns:
         The objective, a scalar of at least float32 with gradient, and statistics.
     """
     objective, *statistics = _ChunkedObjective.apply(
-        plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, reach_host_E, head, kd, *head.parameters
+        plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, reach_host_E, head, terms, *head.parameters
     )
     return objective, Statistics(*statistics)
 
@@ -140,7 +165,7 @@ class _ChunkedObjective(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, reach_host_E, head, kd, *parameters):
+    def forward(ctx, plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, reach_host_E, head, terms, *parameters):
         hidden = (plain_Nd, echo_Ed)
         # With a model split over devices the last of them computes the loss.
         labels_N, plain_weight_N, reach_E = (x.to(plain_Nd.device) for x in (labels_N, plain_weight_N, reach_E))
@@ -160,7 +185,7 @@ class _ChunkedObjective(torch.autograd.Function):
             ]
             with torch.enable_grad():
                 loss, sums = _objective(
-                    *leaves, labels_N[span_N], plain_weight_N[span_N], reach_E[span_E] - start, head, kd
+                    *leaves, labels_N[span_N], plain_weight_N[span_N], reach_E[span_E] - start, head, terms
                 )
             used = [i for i, leaf in enumerate(leaves) if gradients[i] is not None and leaf is not None and len(leaf)]
             wanted = [*(leaves[i] for i in used), *parameters]
@@ -205,11 +230,11 @@ class _ShownAs(torch.autograd.Function):
         return gradient, None
 
 
-def _objective(plain_nd, echo_ed, labels_N, plain_weight_N, reach_E, head, kd):
+def _objective(plain_nd, echo_ed, labels_N, plain_weight_N, reach_E, head, terms):
     """Objective and statistics of one chunk."""
     plain_NV = head.logits(plain_nd)
     ce_plain_N = cross_entropy(plain_NV, labels_N)
-    loss = (plain_weight_N * ce_plain_N).sum()
+    loss = (terms.plain_weights(plain_weight_N, reach_E) * ce_plain_N).sum()
     with torch.no_grad():
         log_NV = F.log_softmax(plain_NV, dim=-1)
         p_NV = log_NV.exp()
@@ -225,9 +250,9 @@ def _objective(plain_nd, echo_ed, labels_N, plain_weight_N, reach_E, head, kd):
     plain_EV = plain_NV.index_select(0, reach_E)
     echo_EV = head.logits(echo_ed)
     ce_echo = cross_entropy(echo_EV, labels_N.index_select(0, reach_E)).sum()
-    with torch.set_grad_enabled(kd.weight > 0):  # logged in any case
-        kd_sum = distillation(plain_EV, echo_EV, kd.temperature, kd.teacher).sum()
-    loss = loss + ce_echo + kd.weight * kd_sum
+    with torch.set_grad_enabled(terms.kd_weight > 0):  # logged in any case
+        kd_sum = distillation(plain_EV, echo_EV, terms.temperature, terms.teacher).sum()
+    loss = loss + terms.share * ce_echo + terms.share * terms.kd_weight * kd_sum
     with torch.no_grad():
         ce_plain_routed = unreached + ce_plain_N.index_select(0, reach_E).sum()
         agreement = agreement + echo_EV.argmax(-1).eq(top_N.index_select(0, reach_E)).float().sum()

@@ -36,7 +36,7 @@ class PlainState:
 
     Attributes:
         hidden_Nd: final hidden states at the predicting positions, with gradient.
-        source_SGd: hidden states of the source layers at the boundaries, without gradient.
+        source_SGd: hidden states of the source layers at the boundaries, with gradient unless `EchoSetup.detach`.
         record: keys and values of every layer, where the layout of the echo pass is a suffix.
         entry_RAd: input of the first target layer at the suffix tokens, likewise.
         layer_form: form of what a decoder layer returns, likewise.
@@ -69,7 +69,7 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
     with ExitStack() as stack:
         if plan.layout is not None:
             for index in setup.source_layers:
-                keep = _keep_rows(sources, index, plan.boundary_G, shape)
+                keep = _keep_rows(sources, index, plan.boundary_G, shape, setup.detach)
                 stack.enter_context(forward_hook(layers[index], keep))
         if isinstance(plan.layout, SuffixLayout):
             record = KeyValueRecord(plan.layout, first_layer=setup.first_target)
@@ -91,11 +91,12 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
     )
 
 
-def _keep_rows(store: dict[int, Tensor], key: int, index: Tensor, shape: tuple[int, int]) -> Callable:
-    """A hook that keeps rows of a layer's output, detached: memory for G rows, not for B*T."""
+def _keep_rows(store: dict[int, Tensor], key: int, index: Tensor, shape: tuple[int, int], detach: bool) -> Callable:
+    """A hook that keeps rows of a layer's output: memory for G rows, not for B*T."""
 
     def hook(module, args, output):
-        hidden = tokens_first(hidden_of(output).detach(), shape)
+        hidden = hidden_of(output)
+        hidden = tokens_first(hidden.detach() if detach else hidden, shape)
         store[key] = first_plane(take_rows(hidden, index))
 
     return hook

@@ -21,6 +21,7 @@ class EchoSetup:
         networks: the echo networks.
         sites: target modules.
         source_layers: S, indices from 0.
+        detach: whether z is taken without its graph.
         layers_path: path of the decoder layers in the model, where they cannot be found.
         cache: where the model takes a cache; found by the proof at the first step, None where it takes none.
         built_from: the options that the parts were chosen by.
@@ -30,6 +31,7 @@ class EchoSetup:
     networks: EchoNetworks
     sites: list[EchoSite]
     source_layers: list[int]
+    detach: bool = True
     layers_path: str | None = None
     cache: CachePlace | None = None
     built_from: tuple = ()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..method.losses import Distillation, chunked_objective
+from ..method.losses import EchoLoss, chunked_objective
 from ..method.plan import EchoPlan
 from ..method.silence import touch
 from .echo import run_echo_pass
@@ -18,35 +18,48 @@ from .head import LanguageModelHead, with_head
 from .memory import now_running
 from .plain import run_plain_pass
 from .proof import ProofTask, prove
+from .score import score_passes
 from .setup import EchoSetup
 
 ECHO_MODULE = "echo_networks"
 
 
-def install_echo_forward(model: nn.Module, setup: EchoSetup, kd: Distillation) -> None:
+def install_echo_forward(model: nn.Module, setup: EchoSetup, terms: EchoLoss) -> None:
     """
-    Teach `model(...)` two keywords: with `echo_plan` the forward is a whole Echo-LoRA step, with `echo_proof` it
-    compares the passes (see `proof.py`).
+    Teach `model(...)` three keywords: with `echo_plan` the forward is a whole Echo-LoRA step, with `echo_proof` it
+    compares the passes (see `proof.py`), with `echo_score` it says how well both predict (see `score.py`).
 
     Must run before `accelerator.prepare`, which wraps the forward it finds. Without a keyword the forward is the
     original one, so evaluation and generation are those of the plain adapter.
     """
-    if getattr(model.forward, "echo_of", None) == (setup, kd):  # from here on, or below what accelerate wrapped it in
+    if getattr(model.forward, "echo_of", None) == (
+        setup,
+        terms,
+    ):  # from here on, or below what accelerate wrapped it in
         return
     own, original = vars(model).get("forward"), model.forward
 
     @functools.wraps(original)
-    def forward(self, *args, echo_plan: EchoPlan | None = None, echo_proof: ProofTask | None = None, **kwargs):
+    def forward(
+        self,
+        *args,
+        echo_plan: EchoPlan | None = None,
+        echo_proof: ProofTask | None = None,
+        echo_score: EchoPlan | None = None,
+        **kwargs,
+    ):
         if echo_proof is not None:
             return prove(setup, kwargs, echo_proof)
+        if echo_score is not None:
+            return score_passes(setup, kwargs, echo_score)
         if echo_plan is not None:
-            return echo_step(setup, kd, kwargs, echo_plan)
+            return echo_step(setup, terms, kwargs, echo_plan)
         return original(*args, **kwargs)
 
     installed: Any = forward
     # accelerate unwraps a model by following `__wrapped__`; it must stop here.
     del installed.__wrapped__
-    installed.echo_of = (setup, kd)
+    installed.echo_of = (setup, terms)
     installed.echo_restores = (forward, own)
     model.forward = types.MethodType(installed, model)
 
@@ -82,13 +95,13 @@ def detach_networks(model: nn.Module) -> None:
         delattr(model, ECHO_MODULE)
 
 
-def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: EchoPlan) -> dict[str, Tensor]:
+def echo_step(setup: EchoSetup, terms: EchoLoss, inputs: dict[str, Any], plan: EchoPlan) -> dict[str, Tensor]:
     """
     Plain pass, echo pass and losses of one micro-batch.
 
     Args:
         setup: the model and its echo parts.
-        kd: distillation options.
+        terms: what the echo pass adds to the loss, and what it weighs.
         inputs: keyword arguments of the backbone (no labels; the plan holds them).
         plan: the plan of the batch, on the device of the inputs.
 
@@ -114,7 +127,7 @@ def echo_step(setup: EchoSetup, kd: Distillation, inputs: dict[str, Any], plan: 
             plan.reach_E,
             plan.reach_host_E,
             head,
-            kd,
+            terms,
         )
         return *objective, _router_loss(head, plain.hidden_Nd, inputs)
 

@@ -50,7 +50,7 @@ def run(
     quantization = get_quantization_config(adapter)
     peft_config = get_peft_config(adapter)
     if adapter.lora_layers is not None:
-        model, quantization, peft_config = _on_selected_layers(adapter, config, peft_config, train_dataset)
+        model, quantization, peft_config = on_chosen_layers(adapter, config, peft_config, train_dataset)
     trainer = EchoSFTTrainer(
         model=model,
         args=config,
@@ -142,10 +142,20 @@ def load_tokenizer(adapter: AdapterArguments, config: EchoSFTConfig) -> Any:
     return tokenizer
 
 
-def _on_selected_layers(
+def on_chosen_layers(
     adapter: AdapterArguments, config: EchoSFTConfig, peft_config: Any, dataset: Any
 ) -> tuple[Any, None, Any]:
-    """The loaded model and the LoraConfig that adapts only the layers `lora_layers` chooses."""
+    """
+    The loaded model and the LoraConfig that adapts only the layers `lora_layers` chooses.
+
+    Args:
+        adapter, config: of the run.
+        peft_config: for all layers; it is changed.
+        dataset: training data, looked at where layers are chosen by CKA.
+
+    Returns:
+        Model, quantisation (None: the model has it) and configuration, for the trainer.
+    """
     assert adapter.lora_layers is not None
     model, tokenizer = load_model(adapter, config)
     depth = model.config.get_text_config().num_hidden_layers

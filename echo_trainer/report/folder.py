@@ -130,8 +130,8 @@ def _write_curves(history: list[dict[str, Any]], folder: Path) -> list[str]:
     from matplotlib.figure import Figure
 
     echo = any("echo/ce_echo" in entry for entry in steps)
-    figure = Figure(figsize=(9, 3.6) if echo else (6, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2 if echo else 1, squeeze=False)[0]
+    figure = Figure(figsize=(13, 3.6) if echo else (6, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3 if echo else 1, squeeze=False)[0]
     curves = (("echo/ce_plain", "plain path"), ("echo/ce_echo", "echo pass")) if echo else (("loss", "training loss"),)
     _plot(axes[0], steps, curves, "cross-entropy per answer token, nats")
     held_out = [entry for entry in history if "eval_loss" in entry]
@@ -141,9 +141,26 @@ def _write_curves(history: list[dict[str, Any]], folder: Path) -> list[str]:
         curves = (("echo/agreement", "same top token"), ("echo/p", "routing probability"), ("echo/gate", "mean gate"))
         _plot(axes[1], steps, curves, "share")
         axes[1].set_ylim(-0.02, 1.02)
+        _plot_advantage(axes[2], steps, history)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "training.png", dpi=130)
     return ["assets/training.png"]
+
+
+def _plot_advantage(axis: Any, steps: list[dict[str, Any]], history: list[dict[str, Any]]) -> None:
+    """What the echo pass knows that the plain pass does not: in training, and where it counts, on held-out rows."""
+    curves = (("echo/advantage", "training batches"),)
+    _plot(axis, steps, curves, "CE_plain - CE_echo per answer token, nats")
+    for prefix, name in (("eval_echo_", "evaluation split"), ("echo/held_out_", "held-out rows")):
+        key = f"{prefix}advantage"
+        found = [entry for entry in history if math.isfinite(entry.get(f"{key}_se", math.nan))]
+        if found:
+            places = [[entry[name] for entry in found] for name in ("step", key)]
+            # matplotlib draws +- the error: 1.96 standard errors are the 95 % interval
+            errors = [1.96 * entry[f"{key}_se"] for entry in found]
+            axis.errorbar(*places, errors, label=f"{name}, 95 %", marker="o", linewidth=1.4, capsize=2)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=9)
 
 
 def _plot(axis: Any, entries: list[dict[str, Any]], curves: Any, label: str, marker: str = "") -> None:

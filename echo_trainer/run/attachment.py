@@ -50,7 +50,7 @@ class Attachment:
         if echo is None:
             return
         self._model, self._networks = model, echo.networks
-        install_echo_forward(model, echo, self.host.distillation)
+        install_echo_forward(model, echo, self.host.loss_terms)
         attach_networks(model, echo.networks)
 
     def take_off(self) -> None:
@@ -86,6 +86,19 @@ class Attachment:
             yield
         finally:
             detach_networks(model)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """The model understands the keywords of the echo inside (see `install_echo_forward`), trained or not."""
+        host = self.host
+        if self._model is not None:
+            yield
+            return
+        install_echo_forward(host.model, host.echo, host.loss_terms)
+        try:
+            yield
+        finally:
+            remove_echo_forward(host.model)
 
     def evaluating(self) -> Any:
         """

@@ -47,6 +47,8 @@ class Batches:
             batches, n_batches, device: its arguments.
         """
         host = self.host
+        if host.pass_choice is not None:
+            host.probation.look()
         taken, n_items = take(batches, n_batches, device)
         if host.pass_choice is None:
             return taken, n_items
@@ -67,10 +69,11 @@ class Batches:
 
     def _schedule(self) -> RoutingSchedule:
         args, state = self.host.args, self.host.state
+        stopped = self.host.probation.stopped
         return RoutingSchedule(
             seed=args.resolved_echo_seed,
-            p_start=args.echo_p_start,
-            p_end=args.echo_p_end,
+            p_start=0.0 if stopped else args.echo_p_start,
+            p_end=0.0 if stopped else args.echo_p_end,
             total_steps=state.max_steps,
             accumulation=args.gradient_accumulation_steps,
             world_size=args.world_size,

@@ -6,8 +6,9 @@ from typing import Any
 
 from ..compat.checkpointing import require_replay
 from ..compat.quantized import keep_4bit_weights
-from ..method.depth import resolve_layers, with_adapters
-from ..method.losses import Distillation
+from ..method.depth import resolve_layers
+from ..method.losses import EchoLoss
+from ..method.network import NetworkForm
 from ..passes.layers import adapted_layers, decoder_layers, find_sites
 from ..passes.modules import base_model_of
 from ..passes.setup import EchoSetup
@@ -28,12 +29,12 @@ def set_up_echo(host: Host) -> None:
         ValueError: the echo cannot work with one of them.
     """
     args = host.args
-    check_model(host.model, host.accelerator)
+    check_model(host.model, host.accelerator, args.echo_detach)
     check_batches(host.accelerator, host.padding_free)
     check_dataset(host.train_dataset, host.data_collator)
     checkpoint_without_reentry(args)
     in_step = needs_lockstep(host.accelerator, host.model)
-    host.echo, host.distillation = _setup_for(host), distillation_of(args)
+    host.echo, host.loss_terms = _setup_for(host), loss_terms_of(args)
     host.pass_choice = PassChoice(args.echo_pass, host.agreement, type(host.echo.model).__name__, in_step)
 
 
@@ -50,28 +51,32 @@ def _setup_for(host: Host) -> EchoSetup:
     keep_4bit_weights(host.model)
     by_name_or_cka = partial(named_layers, args, host.model, host.train_dataset, host.processing_class)
     named = host.agreement.decide(by_name_or_cka)
-    sources, targets = resolve_layers(*named, len(layers))
-    if named[1] is None:
-        targets = with_adapters(targets, sources, adapted_layers(base, args.echo_layers))
+    sources, targets = resolve_layers(*named, len(layers), adapted_layers(base, args.echo_layers))
     sites = find_sites(base, targets, args.echo_layers)
     networks = host.networks_class(
         sites,
         n_sources=len(sources),
         hidden_size=base.config.get_text_config().hidden_size,
-        bottleneck=args.echo_bottleneck,
-        aggregation=args.echo_aggregation,
+        form=NetworkForm(
+            bottleneck=args.echo_bottleneck,
+            aggregation=args.echo_aggregation,
+            gate=args.echo_gate,
+            gate_bias=args.echo_gate_bias,
+            scale=args.echo_scale,
+        ),
         seed=args.resolved_echo_seed,
     ).to(args.device)
     logger.info("Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s.", sources, len(sites), targets)
-    return EchoSetup(base, networks, sites, sources, args.echo_layers, built_from=built_from)
+    return EchoSetup(base, networks, sites, sources, args.echo_detach, args.echo_layers, built_from=built_from)
 
 
-def distillation_of(args: Any) -> Distillation:
-    """The distillation that the options ask for."""
-    return Distillation(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher)
+def loss_terms_of(args: Any) -> EchoLoss:
+    """What the echo pass adds to the loss, from the options."""
+    return EchoLoss(args.echo_kd_weight, args.echo_kd_temperature, args.echo_teacher, args.echo_loss)
 
 
 def _decisive_options(args: Any) -> tuple:
     """The options that the echo networks are made of."""
     layers = (args.echo_source_layers, args.echo_target_layers)
-    return (*map(str, layers), args.echo_layers, args.echo_bottleneck, args.echo_aggregation, args.resolved_echo_seed)
+    names = ("layers", "bottleneck", "aggregation", "gate", "gate_bias", "scale", "detach")
+    return (*map(str, layers), *(getattr(args, f"echo_{name}") for name in names), args.resolved_echo_seed)

@@ -1,6 +1,5 @@
 """Checkpoints of a run, with the echo networks beside the adapter, and the way back from them."""
 
-import json
 import logging
 import os
 import shutil
@@ -9,15 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..manifest import read_manifest, write_manifest
 from ..method.sites import site_key
 from ..passes.setup import EchoSetup
 from .checkpoint_files import STAGING, STATE, bring_back, damage, publish, rotate
+from .echo_weights import EchoWeights, has_echo_weights, read_echo_weights, write_echo_weights
 from .full_disk import clean_failure
 from .gathering import load_whole_state, whole_state
 from .host import Host
@@ -25,9 +22,9 @@ from .resume import check_same_run, find_checkpoint, run_facts
 
 logger = logging.getLogger(__name__)
 
-ECHO_WEIGHTS = "echo_networks.safetensors"
 RESUME_OPTIONS = (
-    "bottleneck", "aggregation", "positions", "p_start", "p_end", "kd_weight", "kd_temperature", "teacher",
+    "bottleneck", "aggregation", "positions", "p_start", "p_end", "kd_weight", "kd_temperature", "teacher", "gate",
+    "detach", "loss",
 )  # fmt: skip
 
 
@@ -118,8 +115,9 @@ class Checkpoints:
         state = whole_state(echo.networks)
         with agreement.together():
             if self.host.args.should_save:
-                metadata = {"echo": json.dumps(self._echo_options(echo)), "passes": json.dumps(passes.state())}
-                save_file(state, os.path.join(folder, ECHO_WEIGHTS), metadata=metadata)
+                probation = self.host.probation.state()
+                options = {**self._echo_options(echo), "layers": self.host.args.echo_layers}
+                write_echo_weights(folder, EchoWeights(state, options, passes.state(), probation))
 
     # Resuming
 
@@ -170,13 +168,15 @@ class Checkpoints:
                 self._check_before_loading(checkpoint)
             echo, passes = self.host.echo, self.host.pass_choice
             if echo is not None and passes is not None:
-                passes.begin(self._load_echo_networks(echo, checkpoint))
+                weights = self._load_echo_networks(echo, checkpoint)
+                passes.begin(weights.passes)
+                self.host.probation.begin(weights.probation)
         self.load(load)
 
     def _check_before_loading(self, checkpoint: str) -> None:
         if self.host.is_world_process_zero():
             check_same_run(checkpoint, {"planned_steps": self.host.state.max_steps})
-        if self.host.echo is None and os.path.isfile(os.path.join(checkpoint, ECHO_WEIGHTS)):
+        if self.host.echo is None and has_echo_weights(checkpoint):
             raise ValueError(
                 f"The checkpoint {checkpoint} was saved with the echo on, and this run has it off. Continue with the "
                 f"echo_* options of that run, or start a new run from its adapter."
@@ -196,7 +196,7 @@ class Checkpoints:
         def look() -> tuple[str | None, bool]:
             if not best or not os.path.isdir(best):
                 return None, False
-            return damage(best), os.path.isfile(os.path.join(best, ECHO_WEIGHTS))
+            return damage(best), has_echo_weights(best)
 
         why, with_echo = self.host.agreement.decide(look)
         if why is not None:
@@ -211,27 +211,16 @@ class Checkpoints:
         if self.host.echo is not None and with_echo:
             self._load_echo_networks(self.host.echo, best)
 
-    def _load_echo_networks(self, echo: EchoSetup, checkpoint: str) -> dict[str, str]:
-        """Load the networks; the forms of the echo pass that had failed by then (`PassChoice.state`)."""
+    def _load_echo_networks(self, echo: EchoSetup, checkpoint: str) -> EchoWeights:
+        """Load the networks; with what else was saved beside them."""
         with self.host.agreement.together():
-            state, passes = self._read_echo_networks(echo, checkpoint)
+            weights = read_echo_weights(checkpoint)
+            self._check_same_echo(echo, checkpoint, weights.options)
         if not self.host.is_deepspeed_enabled:  # DeepSpeed's own holds all that is trained, and is loaded by now
-            load_whole_state(echo.networks, state)
-        return passes
+            load_whole_state(echo.networks, weights.tensors)
+        return weights
 
-    def _read_echo_networks(self, echo: EchoSetup, checkpoint: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        path = os.path.join(checkpoint, ECHO_WEIGHTS)
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"The checkpoint {checkpoint} holds no {ECHO_WEIGHTS}, so the echo networks cannot go on from it. "
-                f"It was saved with save_only_model=True or without the echo. Continue from another checkpoint, or "
-                f"start a new run from its adapter: PeftModel.from_pretrained(model, {checkpoint!r}, "
-                f"is_trainable=True)."
-            )
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            saved = json.loads(metadata.get("echo", "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    def _check_same_echo(self, echo: EchoSetup, checkpoint: str, saved: dict[str, Any]) -> None:
         options = self._echo_options(echo)
         changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in options.items() if saved.get(k) != v]
         if changed:
@@ -239,7 +228,6 @@ class Checkpoints:
                 f"The checkpoint {checkpoint} belongs to other echo options: {'; '.join(changed)}. Continue with the "
                 f"options it was saved with, or start a new run."
             )
-        return state, json.loads(metadata.get("passes", "{}"))
 
     def _echo_options(self, echo: EchoSetup) -> dict[str, Any]:
         """What must not change between stop and resume, since the echo networks were trained for it."""

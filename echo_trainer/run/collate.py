@@ -10,7 +10,7 @@ from typing import Any
 from ..method.layouts import EchoForm
 from ..method.routing import RoutingSchedule
 from .answers import PLAN_KEY, EchoBatch, find_answers
-from .draft import DraftPlan, draw
+from .draft import DraftPlan, draw, draw_all
 from .ownership import Ownership, copy_of
 
 
@@ -61,6 +61,10 @@ class EchoCollator:
     def draft(self, examples: Sequence[dict[str, Any]], step: int, micro_batch: int) -> DraftPlan:
         """Collate examples and draw the routes of their documents; see `__call__`."""
         return self._draft(self(examples), step, micro_batch)
+
+    def draft_with_all(self, examples: Sequence[dict[str, Any]]) -> DraftPlan:
+        """Collate examples, every document of which is routed."""
+        return draw_all(self(examples), self.positions, self.lockstep)
 
     def _draft(self, batch: EchoBatch, step: int, micro_batch: int) -> DraftPlan:
         if self.schedule is None:

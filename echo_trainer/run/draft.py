@@ -160,3 +160,10 @@ def draw(
         positions=positions,
         lockstep=lockstep,
     )
+
+
+def draw_all(batch: dict[str, Any], positions: str = "answer", lockstep: bool = False) -> DraftPlan:
+    """A collated batch every document of which is routed; arguments as for `draw`."""
+    answers = answers_of(batch)
+    routed_D = np.ones(answers.segments.n_documents, dtype=bool)
+    return DraftPlan(batch, answers, routed_D, 1.0, positions, lockstep)

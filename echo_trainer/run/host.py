@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from ..method.losses import Distillation
+from ..method.losses import EchoLoss
 from ..method.network import EchoNetworks
 from ..passes.setup import EchoSetup
 from .agreement import Agreement
@@ -13,7 +13,10 @@ from .pass_choice import PassChoice
 
 if TYPE_CHECKING:
     from ..config import EchoSFTConfig
+    from .attachment import Attachment
     from .checkpoints import Checkpoints
+    from .held_out import HeldOut
+    from .probation import Probation
     from .pushes import Pushes
 
 
@@ -22,20 +25,20 @@ class Host(Protocol):
     `EchoSFTTrainer`, as its collaborators see it.
 
     Attributes:
-        args, state, model, model_wrapped, accelerator, optimizer, train_dataset, processing_class, data_collator,
-        callback_handler, control, hub_model_id, is_deepspeed_enabled, is_fsdp_enabled: those of
+        args, state, model, model_wrapped, accelerator, optimizer, train_dataset, eval_dataset, processing_class,
+        data_collator, callback_handler, control, hub_model_id, is_deepspeed_enabled, is_fsdp_enabled: those of
         `transformers.Trainer`.
         padding_free: that of `trl.SFTTrainer`.
         staging_folder, push_is_due: see `compat.trainer.JointTrainer`.
         agreement: the talks between the processes of the run.
         echo: the echo's parts of the model, None with the echo off.
-        distillation: how the passes teach each other.
+        loss_terms: what the echo pass adds to the loss.
         networks_class: of the echo networks.
         echo_metrics: sums since the last log.
         pass_choice: which form the echo pass takes; None with the echo off.
         base_fingerprint: see `resume.base_fingerprint`.
         dataset_name: public id of the training data, if the caller knows it.
-        checkpoints, pushes: the collaborators that others call.
+        checkpoints, pushes, attachment, held_out, probation: the collaborators that others call.
     """
 
     args: "EchoSFTConfig"
@@ -47,6 +50,7 @@ class Host(Protocol):
     optimizer: Any
     train_dataset: Any
     processing_class: Any
+    eval_dataset: Any
     data_collator: Any
     callback_handler: Any
     hub_model_id: str | None
@@ -57,7 +61,7 @@ class Host(Protocol):
     push_is_due: bool
     agreement: Agreement
     echo: EchoSetup | None
-    distillation: Distillation
+    loss_terms: EchoLoss
     networks_class: type[EchoNetworks]
     echo_metrics: EchoMetrics
     pass_choice: PassChoice | None
@@ -65,6 +69,9 @@ class Host(Protocol):
     dataset_name: str | None
     checkpoints: "Checkpoints"
     pushes: "Pushes"
+    attachment: "Attachment"
+    held_out: "HeldOut"
+    probation: "Probation"
 
     def is_world_process_zero(self) -> bool:
         """Whether this is the main process of the run."""
@@ -72,6 +79,14 @@ class Host(Protocol):
 
     def compute_loss_context_manager(self) -> Any:
         """Autocast, as a training step uses it."""
+        ...
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The loader of an evaluation set."""
+        ...
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Log figures of this step."""
         ...
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -101,14 +101,14 @@ def _as_metrics(total: dict[str, float]) -> dict[str, float]:
         metrics |= {
             "echo/ce_plain_routed": mean("ce_plain_routed", "routed_tokens"),
             "echo/ce_echo": mean("ce_echo", "routed_tokens"),
+            "echo/advantage": mean("ce_plain_routed", "routed_tokens") - mean("ce_echo", "routed_tokens"),
             "echo/kd": mean("kd", "routed_tokens"),
             "echo/agreement": mean("agreement", "routed_tokens"),
         }
     if total["echo_passes"]:
-        metrics |= {
-            "echo/gate": mean("gate", "echo_passes"),
-            "echo/relative_delta": mean("relative_delta", "echo_passes"),
-        }
+        metrics["echo/relative_delta"] = mean("relative_delta", "echo_passes")
+        if total["gate"]:  # there is none with echo_gate="none"; a sigmoid is never zero
+            metrics["echo/gate"] = mean("gate", "echo_passes")
     if total["nonfinite"]:
         metrics["echo/nonfinite"] = total["nonfinite"]
     if total["aux_loss"]:

@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft.utils import PeftType
@@ -83,13 +84,19 @@ def _check_adapter(config: Any) -> None:
         )
 
 
-def check_model(model: nn.Module, accelerator: Any) -> None:
+def check_model(model: nn.Module, accelerator: Any, detach: bool) -> None:
     """
     What can be refused once model and accelerator exist.
 
+    Args:
+        model: with its adapter.
+        accelerator: of the trainer.
+        detach: `echo_detach`.
+
     Raises:
         ValueError: weights that are fetched for every pass, no trainable adapter, more than one, weights that no
-            adapter saves, FSDP1, activation checkpointing by FSDP, sharded sequences or matrices.
+            adapter saves, FSDP1, activation checkpointing by FSDP, sharded sequences or matrices, or a gradient
+            through the echo under DeepSpeed.
     """
     _check_devices(getattr(model, "hf_device_map", None) or {}, accelerator.device)
     if not any("lora_" in name and parameter.requires_grad for name, parameter in model.named_parameters()):
@@ -98,6 +105,12 @@ def check_model(model: nn.Module, accelerator: Any) -> None:
             "is_trainable=True)."
         )
     _check_what_is_trained(model)
+    if not detach and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "`echo_detach=False` was never run with DeepSpeed, whose sums depend on the order in which gradients "
+            "arrive, and the echo's gradient through the plain pass changes that order. Use DDP or FSDP2, or set "
+            "echo_detach=True."
+        )
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.activation_checkpointing:
         raise ValueError(

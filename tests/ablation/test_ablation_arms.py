@@ -5,7 +5,7 @@ import pytest
 import torch
 from ablation_cases import do, tiny_recipe
 from models import adapted, tiny_model
-from steps import DEFAULT_KD, echo_setup, planned_batch, random_examples, step_gradients
+from steps import PAPER, echo_setup, planned_batch, random_examples, step_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 from echo_trainer.ablation.arms import ARMS, find_arms
@@ -16,7 +16,7 @@ from echo_trainer.ablation.plan import Run
 from echo_trainer.ablation.run_one import Workbench, build_trainer
 from echo_trainer.ablation.schedule import matched_run
 from echo_trainer.method.layouts import EchoForm
-from echo_trainer.method.network import EchoNetworks
+from echo_trainer.method.network import EchoNetworks, NetworkForm
 from echo_trainer.passes.layers import find_sites
 from echo_trainer.quiet import quiet_libraries
 
@@ -52,7 +52,7 @@ def trainer_of(bench, folder, arm, adapter="lora", max_steps=None):
 
 def networks(kind, seed=3):
     model = adapted(tiny_model())
-    return NETWORKS[kind](find_sites(model.get_base_model(), [1]), 2, 32, 8, "mean", seed=seed)
+    return NETWORKS[kind](find_sites(model.get_base_model(), [1]), 2, 32, NetworkForm(bottleneck=8), seed=seed)
 
 
 def states(segments=5):
@@ -148,14 +148,25 @@ def test_arms_are_paired(results):
     """Same initial weights and, step by step, the same batches, whatever the arm."""
     for arm, result in results.items():
         assert result["initial_weights"] == results["lora"]["initial_weights"], arm
-        assert result["batches"] == results["lora"]["batches"], arm
+        assert result["batches"][:3] == results["lora"]["batches"], arm
+        assert len(result["batches"]) == (4 if arm == "lora-longer" else 3)
     assert len(set(results["lora"]["batches"])) == 3
 
 
 def test_arms_differ(results):
     """No arm is another one under a second name (compute-matched has the same steps here)."""
-    nll = {arm: result["tasks"]["words"]["nll"] for arm, result in results.items() if arm != "lora-compute-matched"}
+    nll = {arm: result["tasks"]["words"]["nll"] for arm, result in results.items() if not ARMS[arm].flops_of}
+    assert nll.pop("strong-zero") == pytest.approx(nll["lora"], rel=1e-4)  # it is LoRA, up to rounding
     assert len(set(nll.values())) == len(nll), nll
+
+
+def test_weight_of_the_loss(results):
+    """1 where nothing is routed or routed samples count once; 1 + p where they count twice."""
+    weight = {arm: result["loss_weight"] for arm, result in results.items()}
+    once = [arm for arm in ARMS if arm.startswith(("lora", "strong"))]
+    assert {weight[arm] for arm in once} == {1.0}
+    assert weight["echo-no-routing"] == weight["echo-zero-no-routing"] == 2.0
+    assert 1.2 < weight["echo"] == weight["echo-zero"] == weight["echo-predicting"] < 2.0
 
 
 def test_seeds_differ_and_repeat(recipe, bench, folder, results):
@@ -226,12 +237,14 @@ def test_echo_networks_of_all_arms_start_alike(bench, folder):
     ("arm", "echo_pass", "adapter"),
     [
         ("echo", "suffix", "lora"),
+        ("strong", "suffix", "lora"),  # no gate, a gradient through z, other layers
         pytest.param("echo-predicting", "suffix", "dora", marks=pytest.mark.long),
         pytest.param("echo", "full", "dora", marks=pytest.mark.long),
     ],
 )
 def test_flops_of_a_run_are_what_the_counter_counts(folder, adapter, arm, echo_pass):
-    recipe = tiny_recipe(folder, {"echo_pass": echo_pass, "gradient_accumulation_steps": 2})
+    upper = {"lora_layers": "last"} if arm == "strong" else {}
+    recipe = tiny_recipe(folder, {"echo_pass": echo_pass, "gradient_accumulation_steps": 2, **upper})
     bench = Workbench(recipe)
     trainer = trainer_of(bench, folder, arm, adapter)
     prove, proofs = trainer.batches.compare_passes, []
@@ -251,7 +264,7 @@ def test_flops_of_a_run_are_what_the_counter_counts(folder, adapter, arm, echo_p
 
 def test_flops_without_echo():
     model = adapted(tiny_model())
-    coefficients = count_coefficients(plain_setup(model.get_base_model()), DEFAULT_KD, EchoForm.ROWS, "answer", False)
+    coefficients = count_coefficients(plain_setup(model.get_base_model()), PAPER, EchoForm.ROWS, "answer", False)
     batch, plan = planned_batch(random_examples(3, seed=8), suffix=True, p=0.0)
     setup = echo_setup(model)
     with FlopCounterMode(display=False) as counter:
@@ -297,6 +310,7 @@ def test_held_out_examples_are_in_no_training_set(recipe):
 
 def test_what_an_arm_is_measured_against_is_added():
     assert [arm.name for arm in find_arms(["lora-compute-matched"])] == ["lora", "lora-compute-matched", "echo"]
-    assert len(ARMS) == 13
+    assert [arm.name for arm in find_arms(["lora-strong-matched"])] == ["lora", "strong", "lora-strong-matched"]
+    assert len(ARMS) == 19
     with pytest.raises(ValueError, match="echo-typo"):
         find_arms(["echo-typo"])

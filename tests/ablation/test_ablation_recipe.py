@@ -98,6 +98,7 @@ def test_the_gpu_command_is_a_script():
         ({}, {"packing": True}, "paired"),
         ({}, {"completion_only_loss": False}, "lora-unmasked"),
         ({}, {"echo_p_start": 0, "echo_p_end": 0}, "no echo"),
+        ({}, {"lora_layers": "cka"}, "select-layers"),
         ({}, {"dataset_template": "alpaca"}, "instruction"),
     ],
 )

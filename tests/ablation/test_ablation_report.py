@@ -17,7 +17,7 @@ from echo_trainer.files import write_json
 N_ITEMS = 400
 
 
-def store(output, arm, seed, right, nll, *, adapter="lora", rate=0.01, tasks=("words",), batches=(1, 2, 3), flops=1e9):
+def store(output, arm, seed, right, nll, *, adapter="lora", rate=0.01, tasks=("words",), batches=(1, 2, 3), **more):
     """A finished run with given scores."""
     generator = np.random.default_rng([seed, 5])
     difficulty, noise = np.random.default_rng(9).random(N_ITEMS), generator.normal(0, 0.01, N_ITEMS)
@@ -30,11 +30,12 @@ def store(output, arm, seed, right, nll, *, adapter="lora", rate=0.01, tasks=("w
         for task in tasks
     }
     result = {
-        "run": {}, "initial_weights": f"w{seed}", "batches": list(batches), "steps": len(batches), "flops": flops,
+        "run": {}, "initial_weights": f"w{seed}", "batches": list(batches), "steps": len(batches), "flops": 1e9,
         "training_seconds": 2.0, "training_cpu_seconds": 3.0, "peak_memory": 2**30, "device": "CPU", "held_out_nll": 1,
         "tasks": {
             t: {"accuracy": float(np.mean(v["correct"])), "nll": float(np.mean(v["nll"]))} for t, v in items.items()
         },
+        **more,
     }  # fmt: skip
     folder = run_folder(output, Run(arm, adapter, seed, rate))
     write_json(folder / ITEMS, items)
@@ -68,6 +69,32 @@ def test_a_clear_difference_is_reported(recipe, tmp_path):
     assert (tmp_path / "differences-lora.png").read_bytes().startswith(b"\x89PNG")
     assert "![paired differences](differences-lora.png)" in text
     assert str(tmp_path) not in text
+
+
+def test_what_is_a_matter_of_the_weight_of_the_loss_is_called_so(recipe, tmp_path):
+    for seed in range(5):
+        store(tmp_path, "lora", seed, 0.5, 1.0, loss_weight=1.0)
+        store(tmp_path, "echo", seed, 0.6, 0.8, loss_weight=1.6)
+        store(tmp_path, "echo-zero", seed, 0.58, 0.85, loss_weight=1.6)
+        store(tmp_path, "echo-no-routing", seed, 0.6, 0.8, loss_weight=2.0)
+        store(tmp_path, "strong", seed, 0.6, 0.8, loss_weight=1.0)
+    text, summary = report(replace(recipe, arms=["echo", "echo-zero", "echo-no-routing", "strong"]), tmp_path)
+    line = next(line for line in text.splitlines() if line.startswith("- Weight of the loss"))
+    assert "in `echo` (1.60), `echo-zero` (1.60), `echo-no-routing` (2.00) the cross-entropies" in line
+    assert "The weight alone (`echo-zero` against `lora`): accuracy +9.65" in line
+    assert "| `echo` | 5 | 3 | 1.60 |" in text and "| `strong` | 5 | 3 | 1.00 |" in text
+    rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| `echo` - ")}
+    assert "| 1.60 both |" in rows["| `echo` - `echo-zero`"]
+    assert "| **1.60** - 2.00 |" in rows["| `echo` - `echo-no-routing`"]
+    assert summary["lora"]["arms"]["echo"]["loss_weight"] == pytest.approx(1.6)
+
+
+def test_results_of_before_there_was_a_weight_are_shown_without(recipe, tmp_path):
+    for seed in range(5):
+        store(tmp_path, "lora", seed, 0.5, 1.0)
+        store(tmp_path, "echo", seed, 0.6, 0.8)
+    text, _ = report(recipe, tmp_path)
+    assert "Weight of the loss" not in text and "| `echo` | 5 | 3 | - |" in text
 
 
 def test_worse_is_called_worse(recipe, tmp_path):

@@ -232,11 +232,12 @@ def test_every_run_is_planned_once_and_named_by_what_it_is(tmp_path):
     runs = final_runs(recipe, rates)
     assert len(runs) == len({run.id for run in runs}) == len(ARMS) * 2 * 5
     assert {run.seed for run in runs[:24]} == {0}  # whole pairs first
-    assert len(selection_runs(recipe)) == 3 * 2 * 2 * 3  # families, adapters, rates, the first three seeds
-    assert {run.arm for run in selection_runs(recipe)} == {"lora", "lora-unmasked", "echo"}
+    assert len(selection_runs(recipe)) == 5 * 2 * 2 * 3  # families, adapters, rates, the first three seeds
+    assert {run.arm for run in selection_runs(recipe)} == {"lora", "lora-unmasked", "lora-longer", "echo", "strong"}
     every = tiny_recipe(tmp_path, arms=[*ARMS], learning_rates=[1e-3, 1e-2], learning_rate_choice="arm")
     n_seeds = len(every.seeds[: every.learning_rate_seeds])
-    assert len(selection_runs(every)) == (len(ARMS) - 1) * 2 * n_seeds  # all but the one that is matched to another
+    matched = sum(arm.flops_of is not None for arm in ARMS.values())  # they have no rate of their own
+    assert len(selection_runs(every)) == (len(ARMS) - matched) * 2 * n_seeds
     shared = tiny_recipe(tmp_path, arms=[*ARMS], learning_rates=[1e-3, 1e-2], learning_rate_choice="shared")
     assert {run.arm for run in selection_runs(shared)} == {"lora"}
 

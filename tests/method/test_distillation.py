@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from echo_trainer.method.losses import Distillation, chunked_objective, distillation
+from echo_trainer.method.losses import EchoLoss, chunked_objective, distillation
 
 INF = math.inf
 TEACHERS = ["echo", "plain", "mutual"]
@@ -102,7 +102,7 @@ def test_objective_and_statistics_stay_finite():
     plain, echo = (torch.randn(5, 4, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
     labels, reach, head = torch.tensor([0, 3, 6, 1, 2]), torch.tensor([1, 2, 4]), RulesOut()
     weight = torch.ones(5, dtype=torch.float64)
-    objective, found = chunked_objective(plain, echo[:3], labels, weight, reach, head, Distillation(1.0, 2.0, "echo"))
+    objective, found = chunked_objective(plain, echo[:3], labels, weight, reach, head, EchoLoss(1.0, 2.0, "echo"))
     gradients = torch.autograd.grad(objective, (plain, echo))
     assert all(torch.isfinite(x).all() for x in (objective, *found, *gradients))
     logs = F.log_softmax(plain @ head.weight.T, dim=-1)

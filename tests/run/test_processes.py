@@ -24,16 +24,19 @@ from safetensors.torch import load_file
 
 DEADLINE = process_worker.DEADLINE + 60
 
-DDP_CASES = ["equal", "differs", "stream", "dispatched", "poisoned", "silent", "uneven", "whole", "resumed"]
-SHARDED_CASES = ["equal", "differs", "poisoned", "fading", "whole-sharded", "resumed-sharded"]
+MORE_CASES = ["strong-equal", "strong-fading", "judged"]
+DDP_CASES = [
+    "equal", "differs", "stream", "dispatched", "poisoned", "silent", "uneven", "whole", "resumed", *MORE_CASES,
+]  # fmt: skip
+SHARDED_CASES = ["equal", "differs", "poisoned", "fading", "whole-sharded", "resumed-sharded", *MORE_CASES]
 ALL_CASES = ["equal", "differs", "stream", "dispatched", "poisoned", "silent", "fading", "uneven", "whole", "resumed"]
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 ENGINES = [
     pytest.param(("ddp", 2, DDP_CASES), id="ddp-2"),
     pytest.param(("fsdp2", 2, SHARDED_CASES), id="fsdp2-2"),
-    pytest.param(("ddp", 4, ALL_CASES), id="ddp-4", marks=pytest.mark.long),
-    pytest.param(("fsdp2", 4, ALL_CASES), id="fsdp2-4", marks=pytest.mark.long),
+    pytest.param(("ddp", 4, [*ALL_CASES, *MORE_CASES]), id="ddp-4", marks=pytest.mark.long),
+    pytest.param(("fsdp2", 4, [*ALL_CASES, *MORE_CASES]), id="fsdp2-4", marks=pytest.mark.long),
     pytest.param(("zero2", 2, ALL_CASES), id="zero2-2", marks=[pytest.mark.long, DEEPSPEED]),
     pytest.param(("zero3", 2, ALL_CASES), id="zero3-2", marks=[pytest.mark.long, DEEPSPEED]),
 ]
@@ -184,6 +187,23 @@ def test_processes_that_route_nothing_stay_in_step(launch, alone):
     assert ranks[0]["lockstep"] == (launch.engine != "ddp")
     if ranks[0]["lockstep"]:
         assert {rank["echo_passes"] for rank in ranks} == {ranks[0]["steps"]}
+    assert_same_training(launch, alone, case)
+
+
+@pytest.mark.parametrize("case", ["strong-equal", "strong-fading"])
+def test_graph_of_the_echo_equals_one_process(launch, alone, case):
+    """`echo_detach=False`: the echo's gradient through the plain pass; also where some processes route nothing."""
+    assert_same_training(launch, alone, launch.case(case))
+
+
+def test_the_echo_is_judged_by_all_and_stopped_for_all(launch, alone):
+    """Held-out rows are shared out; every process comes to the verdict that one process comes to."""
+    case = launch.case("judged")
+    verdicts = [rank["probation"] for rank in launch.ranks(case)]
+    assert verdicts == [verdicts[0]] * launch.world and verdicts[0]["stopped"]
+    expected = alone(case, launch.world)[0]["probation"]
+    assert verdicts[0]["gain"] == pytest.approx(expected["gain"], rel=1e-4)
+    assert verdicts[0]["gain"]["samples"] == 5
     assert_same_training(launch, alone, case)
 
 

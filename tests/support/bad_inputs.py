@@ -61,6 +61,20 @@ OPTIONS = [
     ({"echo_learning_rate": "fast"}, "positive number"),
     ({"echo_seed": -1}, "at least 0"),
     ({"echo_seed": 1.5}, "at least 0"),
+    ({"echo_preset": "loud"}, "'paper', 'strong'"),
+    ({"echo_gate": "tanh"}, "'sigmoid', 'none'"),
+    ({"echo_gate_bias": "open"}, "Write a number"),
+    ({"echo_scale": 0.0}, "no gradient would ever reach"),
+    ({"echo_scale": -1.0}, "no gradient would ever reach"),
+    ({"echo_detach": "maybe"}, "true (no gradient"),
+    ({"echo_loss": "average"}, "'sum', 'mean'"),
+    ({"echo_probation": -1}, "a share of the run"),
+    ({"echo_probation": "late"}, "a share of the run"),
+    ({"echo_held_out": 2.5}, "how many training rows"),
+    ({"echo_held_out": -5}, "how many training rows"),
+    ({"echo_when_useless": "cry"}, "'say', 'stop'"),
+    ({"echo_source_layers": "lowest"}, "the layer just above the targets"),
+    ({"echo_target_layers": "above"}, "the lowest layer with an adapter"),
     ({"echo_source_layers": []}, "list of layer indices"),
     ({"echo_source_layers": "deep"}, "list of layer indices"),
     ({"echo_target_layers": [1.5]}, "list of layer indices"),
@@ -108,6 +122,14 @@ def stream_of_texts():
     return IterableDataset.from_generator(lambda: ({"text": row["prompt"]} for row in prompt_completion_rows(8)))
 
 
+def stream_of_rows():
+    return Dataset.from_list(prompt_completion_rows(8)).to_iterable_dataset()
+
+
+def evaluated():
+    return {"eval_dataset": Dataset.from_list(prompt_completion_rows(8))}
+
+
 DATA, LAYERS, ADAPTER, MODEL = "Data", "Layers of the echo", "Adapter to train", "Model"
 TRAINER = [
     (DATA, "rows with `text` only", {"rows": texts}, "no boundary"),
@@ -120,6 +142,19 @@ TRAINER = [
     ),
     (DATA, "a stream of `text`", {"rows": stream_of_texts}, "no boundary"),
     (DATA, "`max_length=3`, which cuts off every answer", {"max_length": 3}, "max_length"),
+    (
+        DATA,
+        "`echo_held_out` beside an `eval_dataset`",
+        {"echo_held_out": 4, "trainer_kwargs": evaluated},
+        "Leave one of them out",
+    ),
+    (DATA, "more rows held out than there are", {"echo_held_out": 40}, "the training data is 40 rows"),
+    (
+        DATA,
+        "`echo_held_out` of a stream",
+        {"rows": stream_of_rows, "echo_held_out": 4},
+        "the training data is a stream",
+    ),
     (LAYERS, "a source below a target", {"echo_source_layers": [1], "echo_target_layers": [3]}, "must lie below"),
     (LAYERS, "a source that is a target", {"echo_source_layers": [2], "echo_target_layers": [2]}, "must lie below"),
     (LAYERS, "one target too deep", {"echo_source_layers": [3, 4], "echo_target_layers": [0, 3]}, "must lie below"),
@@ -127,7 +162,19 @@ TRAINER = [
     (LAYERS, "a target the model does not have", {"echo_target_layers": [-6]}, "outside the model"),
     (LAYERS, "the same layer as 4 and as -1", {"echo_source_layers": [4, -1]}, "twice"),
     (LAYERS, "`echo_layers` that names no list", {"echo_layers": "model.blocks"}, "model.layers (5)"),
-    (LAYERS, "targets without LoRA", {"lora": lambda: lora_on_layers(3, 4)}, "hold no LoRA module"),
+    (
+        LAYERS,
+        "a target without LoRA",
+        {"lora": lambda: lora_on_layers(3, 4), "echo_target_layers": [1]},
+        "hold no LoRA module",
+    ),
+    (
+        LAYERS,
+        "LoRA on the last layer only",
+        {"lora": lambda: lora_on_layers(4)},
+        "adapt a lower one",
+    ),
+    (LAYERS, "the last layer as target", {"echo_target_layers": [4]}, "the last of 5"),
     (ADAPTER, "`bias='all'`", {"lora": lambda: lora_config(bias="all")}, "bias='none'"),
     (ADAPTER, "`bias='lora_only'`", {"lora": lambda: lora_config(bias="lora_only")}, "bias='none'"),
     (ADAPTER, "an IA3Config", {"lora": lambda: IA3Config(task_type="CAUSAL_LM")}, "IA3Config"),

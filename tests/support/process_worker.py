@@ -61,6 +61,9 @@ def even_rows(n: int) -> list[dict]:
 
 def settings_of(case: str, world: int, compared: int) -> dict:
     """Arguments of `training.echo_trainer` for a case, run by `world` processes, `compared` in the run it is for."""
+    if case.startswith("strong"):  # an echo with its graph, whose gradient reaches the plain pass
+        like = settings_of(case.removeprefix("strong-"), world, compared)
+        return {**like, "echo_preset": "strong"}
     if case in ("equal", "differs"):
         accumulation = 1 if world == 1 else 2
         return {
@@ -68,6 +71,12 @@ def settings_of(case: str, world: int, compared: int) -> dict:
             "per_device_train_batch_size": 8 // accumulation // world,
             # What the processes must do when the rows of one of them prove that the suffix pass is not exact.
             **({"echo_pass": "full"} if case == "differs" and world == 1 else {}),
+        }  # fmt: skip
+    if case == "judged":  # five held-out rows, two at a time: not as many for each process
+        return {
+            **SHARED, "max_steps": 4, "optim": "sgd", "per_device_train_batch_size": 8 // world,
+            "per_device_eval_batch_size": 2, "echo_held_out": 5, "echo_probation": 2, "echo_when_useless": "stop",
+            "echo_seed": 5,
         }  # fmt: skip
     if case in ("silent", "fading"):
         return {
@@ -130,6 +139,7 @@ def run(case: str, output: Path, world: int, compared: int | None = None, **more
         )
         trainer.train(resume_from_checkpoint=resume)
         seen["lockstep"] = trainer.pass_choice.one_form
+        seen["probation"] = trainer.probation.record()
         seen["forms"] = [str(verdict.form) for verdict in trainer.pass_choice.verdicts.values()]
         seen["against"] = [verdict.against for verdict in trainer.pass_choice.verdicts.values()]
         saves = seen["saves"]

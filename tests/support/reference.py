@@ -13,8 +13,10 @@ def layer_norm(z):
 
 
 def delta(network, z):
-    """lambda * (g * e) for one module and one echo vector."""
+    """lambda * (g * e) for one module and one echo vector; lambda * e where there is no gate."""
     e = network.project_out @ torch.tanh(network.project_in @ layer_norm(z))
+    if network.gate_out is None:
+        return network.scale * e
     g = torch.sigmoid(network.gate_out @ torch.tanh(network.gate_in @ layer_norm(z)) + network.gate_bias)
     return network.scale * g * e
 
@@ -89,29 +91,32 @@ def echo_logits(model, sites, networks, ids, echoes, positions, key):
             del site.module.forward
 
 
-def loss(model, setup, samples, routed, key, *, kd_weight, tau, teacher, predicting):
+def loss(model, setup, samples, routed, key, *, kd_weight, tau, teacher, predicting, detach=True, reduction="sum"):
     """
-    Sum over samples of CE_plain + r (CE_echo + lambda KD), not divided by N.
+    Sum over samples of w [CE_plain + r (CE_echo + lambda KD)], not divided by N; w = 1, or 1 / (1 + r) for "mean".
 
     samples: list of (ids, labels), unpadded documents.
     """
     total = 0.0
     for (ids, labels), r in zip(samples, routed, strict=True):
         plain, states = logits_and_states(model, ids)
-        total = total + cross_entropy(plain, labels)
         segments = spans(labels)
         if not r or not segments:
+            total = total + cross_entropy(plain, labels)
             continue
+        w = 1 / 2 if reduction == "mean" else 1
+        total = total + w * cross_entropy(plain, labels)
         echoes, positions = [], {}
         for number, (first, last) in enumerate(segments):
-            boundary = [states[s][first - 1].detach() for s in setup.source_layers]
+            boundary = [states[s][first - 1] for s in setup.source_layers]
+            boundary = [state.detach() for state in boundary] if detach else boundary
             echoes.append(sum(boundary) / len(boundary))
             for t in range(first - 1 if predicting else first, last + 1):
                 positions[t] = number
         echo = echo_logits(model, setup.sites, setup.networks.networks, ids, echoes, positions, key)
-        total = total + cross_entropy(echo, labels)
+        total = total + w * cross_entropy(echo, labels)
         if teacher in ("echo", "mutual"):
-            total = total + kd_weight * kl(echo, plain, labels, tau)
+            total = total + w * kd_weight * kl(echo, plain, labels, tau)
         if teacher in ("plain", "mutual"):
-            total = total + kd_weight * kl(plain, echo, labels, tau)
+            total = total + w * kd_weight * kl(plain, echo, labels, tau)
     return total

@@ -5,10 +5,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from echo_trainer.method.depth import resolve_layers
 from echo_trainer.method.layouts import EchoForm
-from echo_trainer.method.losses import Distillation
-from echo_trainer.method.network import EchoNetworks
+from echo_trainer.method.losses import EchoLoss
+from echo_trainer.method.network import EchoNetworks, NetworkForm
 from echo_trainer.method.routing import RoutingSchedule
-from echo_trainer.passes.layers import decoder_layers, find_sites
+from echo_trainer.passes.layers import adapted_layers, decoder_layers, find_sites
 from echo_trainer.passes.proof import observe
 from echo_trainer.passes.setup import EchoSetup
 from echo_trainer.passes.step import echo_step
@@ -16,14 +16,15 @@ from echo_trainer.run.collate import EchoCollator
 from echo_trainer.run.proof_rows import no_trace
 
 
-def echo_setup(model, sources=None, targets=None, bottleneck=8, aggregation="mean", alive=True) -> EchoSetup:
+def echo_setup(model, sources=None, targets=None, alive=True, detach=True, **form) -> EchoSetup:
     """Echo parts for an adapted model; `alive` gives P2 values other than zero, so that the echo does something."""
     base = model.get_base_model()
     layers = decoder_layers(base)
-    sources, targets = resolve_layers(sources, targets, len(layers))
+    sources, targets = resolve_layers(sources, targets, len(layers), adapted_layers(base))
     sites = find_sites(base, targets)
     width = base.config.get_text_config().hidden_size
-    networks = EchoNetworks(sites, len(sources), width, bottleneck, aggregation, seed=3).to(base.dtype)
+    form = NetworkForm(**{"bottleneck": 8, **form})
+    networks = EchoNetworks(sites, len(sources), width, form, seed=3).to(base.dtype)
     if alive:
         generator = torch.Generator().manual_seed(5)
         for name, parameter in networks.named_parameters():
@@ -33,7 +34,7 @@ def echo_setup(model, sources=None, targets=None, bottleneck=8, aggregation="mea
                 parameter.data.fill_(0.5)
             if name.endswith("source_logits"):
                 parameter.data = torch.linspace(-1, 1, len(parameter)).to(parameter.dtype)
-    setup = EchoSetup(base, networks, sites, sources)
+    setup = EchoSetup(base, networks, sites, sources, detach)
     with no_trace(model):
         observe(setup, torch.tensor([[2, 3, 4], [2, 3, 5]], device=base.device))
     return setup
@@ -83,15 +84,15 @@ def planned_batch(examples, *, suffix, positions="answer", p=1.0, collator=None,
     return batch, plan
 
 
-DEFAULT_KD = Distillation(1.0, 2.0, "echo")
+PAPER = EchoLoss(1.0, 2.0, "echo")
 
 
-def step_gradients(model, setup, batch, plan, kd=DEFAULT_KD, autocast=False):
+def step_gradients(model, setup, batch, plan, terms=PAPER, autocast=False):
     """Output of one step and the gradient of every trainable parameter, LoRA and echo, by name."""
     model.zero_grad()
     setup.networks.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = echo_step(setup, kd, dict(batch), plan)
+        output = echo_step(setup, terms, dict(batch), plan)
     output["objective"].backward()
     named = {**dict(model.named_parameters()), **{f"echo.{n}": p for n, p in setup.networks.named_parameters()}}
     return output, {n: p.grad.clone() for n, p in named.items() if p.requires_grad and p.grad is not None}

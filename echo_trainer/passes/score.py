@@ -1,0 +1,70 @@
+"""Cross-entropies of both passes position by position, without a gradient: how good a teacher the echo is.
+
+Shapes: N positions that predict an answer token, E of them that the echo reaches, d hidden size, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..method.losses import CHUNK_LOGITS, cross_entropy
+from ..method.plan import EchoPlan
+from .echo import run_echo_pass
+from .head import LanguageModelHead, with_head
+from .plain import run_plain_pass
+from .setup import EchoSetup
+
+
+class Scores(NamedTuple):
+    """
+    What both passes say at the positions of a plan.
+
+    Attributes:
+        ce_plain_N, ce_echo_N: cross-entropies in nats; the same number where the echo does not reach.
+        top_plain_N, top_echo_N: whether the token is the most likely one.
+    """
+
+    ce_plain_N: Tensor
+    ce_echo_N: Tensor
+    top_plain_N: Tensor
+    top_echo_N: Tensor
+
+
+@torch.no_grad()
+def score_passes(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> Scores:
+    """
+    Run both passes on a batch.
+
+    Args:
+        setup: the model, in evaluation mode, and its echo parts.
+        inputs: keyword arguments of the backbone, without labels.
+        plan: of the batch, on the model's device.
+    """
+    plain = run_plain_pass(setup, inputs, plan)
+    echo_Ed = None
+    if plan.layout is not None:
+        delta, _ = setup.networks(plain.source_SGd, weightless=plan.weightless)
+        echo_Ed, _ = run_echo_pass(setup, inputs, plan, plain, delta)
+
+    def score(head: LanguageModelHead) -> Scores:
+        ce_plain_N, top_plain_N = _score(head, plain.hidden_Nd, plan.labels_N)
+        ce_echo_N, top_echo_N = ce_plain_N.clone(), top_plain_N.clone()
+        if echo_Ed is not None and not plan.weightless:
+            reached = _score(head, echo_Ed, plan.labels_N.index_select(0, plan.reach_E))
+            ce_echo_N[plan.reach_E], top_echo_N[plan.reach_E] = reached
+        return Scores(ce_plain_N, ce_echo_N, top_plain_N, top_echo_N)
+
+    return with_head(setup.model, setup.backbone, plain.outputs, score)
+
+
+def _score(head: LanguageModelHead, hidden_Nd: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (N,) and whether the label is the most likely token (N,), a chunk of positions at a time."""
+    chunk = max(1, CHUNK_LOGITS // head.vocabulary)
+    ce, top = [hidden_Nd.new_zeros(0, dtype=torch.float32)], [labels_N.new_zeros(0, dtype=torch.bool)]
+    for start in range(0, len(labels_N), chunk):
+        span = slice(start, start + chunk)
+        logits_NV = head.logits(hidden_Nd[span])
+        ce.append(cross_entropy(logits_NV, labels_N[span]))
+        top.append(logits_NV.argmax(-1).eq(labels_N[span]))
+    return torch.cat(ce), torch.cat(top)

@@ -1,0 +1,159 @@
+"""The echo on probation: after a share of the run it must predict held-out answers better than the plain pass does.
+
+It is judged once, before the first step that comes after the probation; one line says what was found and what the echo
+costs. With `echo_when_useless="stop"` nothing is routed from there on: the loss is that of plain LoRA, and the echo
+networks get gradients of exactly zero.
+"""
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..method.advantage import Advantage
+from ..method.layouts import FullLayout, SuffixLayout
+from ..method.plan import EchoPlan
+from .host import Host
+
+logger = logging.getLogger(__name__)
+
+LEAST_STEPS = 50
+"""An echo is not judged earlier by a share of the run: its projections start at zero."""
+ROWS = 512
+"""Held-out rows that it is judged on, at most."""
+
+
+@dataclass
+class Verdict:
+    """
+    What was found.
+
+    Attributes:
+        step: optimizer steps done by then.
+        useless: whether the interval of the advantage holds zero, or lies below.
+        gain: the advantage over all answer tokens, as a dict (`method.advantage.Advantage`).
+        content: that over the tokens in which answers differ, None where that is all of them.
+        price: work of the echo pass as a share of the plain pass's, tokens times the layers they go through.
+    """
+
+    step: int
+    useless: bool
+    gain: dict[str, Any]
+    content: dict[str, Any] | None
+    price: float
+
+
+class Probation:
+    """
+    The judgement of a run, for a trainer.
+
+    Attributes:
+        verdict: None until the echo was judged.
+    """
+
+    def __init__(self, host: Host):
+        self.host = host
+        self.begin()
+
+    def begin(self, state: dict[str, Any] | None = None) -> None:
+        """A run begins, or goes on where `state` was taken."""
+        state = state or {}
+        self.verdict = Verdict(**state["verdict"]) if state.get("verdict") else None
+        self._work: list[float] = state.get("work", [0.0, 0.0])
+        self._given_up = False
+
+    def state(self) -> dict[str, Any]:
+        """What a run that is continued must know. JSON values."""
+        return {"verdict": asdict(self.verdict) if self.verdict else None, "work": self._work}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the echo was found useless, in a run that shall go on without it."""
+        return self.verdict is not None and self.verdict.useless and self.host.args.echo_when_useless == "stop"
+
+    def count(self, plan: EchoPlan, shape: tuple[int, int]) -> None:
+        """Count the work of a micro-batch of `shape` (rows, tokens): tokens, each times the layers it goes through."""
+        if self.verdict is None:
+            depth = len(self.host.echo.layers)
+            self._work[0] += shape[0] * shape[1] * depth
+            self._work[1] += echo_work(plan, shape, depth, self.host.echo.first_target)
+
+    def due(self) -> int | None:
+        """The step after which the echo is judged; None where it never is."""
+        wanted, steps = self.host.args.echo_probation, self.host.state.max_steps
+        due = int(wanted) if wanted >= 1 else max(LEAST_STEPS, math.ceil(wanted * steps))
+        return due if wanted and due < steps else None
+
+    def look(self) -> None:
+        """Judge the echo if it is time to. Every process must call it before each step."""
+        host = self.host
+        if host.echo is None or self.verdict is not None or self._given_up:
+            return
+        due = self.due()
+        if due is None or host.state.global_step < due:
+            return
+        finding = host.held_out.measure(host.held_out.sample(ROWS)) if host.held_out.given else None
+        if finding is None:
+            self._given_up = True
+            logger.warning(
+                "Step %d: nothing tells whether the echo helps, since no row with an answer was held out. Pass an "
+                "`eval_dataset`, or set echo_held_out=200 to set training rows aside.",
+                host.state.global_step,
+            )
+            return
+        self.verdict = Verdict(
+            step=host.state.global_step,
+            useless=not finding.telling.clear,
+            gain=asdict(finding.gain),
+            content=asdict(finding.content) if finding.content else None,
+            price=self._price(),
+        )
+        logger.log(logging.WARNING if self.verdict.useless else logging.INFO, self.sentence())
+        host.log(finding.metrics("echo/held_out_"))
+
+    def _price(self) -> float:
+        """Work of the echo pass as a share of the plain pass's, of all processes. Every process must call it."""
+        plain, echo = map(sum, zip(*self.host.agreement.gather(self._work), strict=True))
+        return echo / plain if plain else 0.0
+
+    def sentence(self) -> str:
+        """The verdict in one line."""
+        verdict = self.verdict
+        gain = Advantage(**verdict.gain)
+        found = f"{_figure(gain)} on {gain.samples} held-out samples"
+        if verdict.content:
+            found += f"; on the tokens in which answers differ {_figure(Advantage(**verdict.content))}"
+        cost = f"It costs {verdict.price:.0%} of the plain pass"
+        if not verdict.useless:
+            return (
+                f"Step {verdict.step}: the echo pass predicts answers better than the plain pass: by {found} "
+                f"(CE_plain - CE_echo, nats per token). {cost}."
+            )
+        follows = (
+            "Training goes on as plain LoRA (echo_when_useless='stop')"
+            if self.stopped
+            else "Training goes on with it; echo_when_useless='stop' would go on as plain LoRA"
+        )
+        return (
+            f"Step {verdict.step}: the echo gives nothing so far: the advantage of its pass over the plain pass is "
+            f"{found} (CE_plain - CE_echo, nats per token). {cost}. {follows}."
+        )
+
+    def record(self) -> dict[str, Any] | None:
+        """The verdict as JSON values, with what followed; None where there is none."""
+        return {**asdict(self.verdict), "stopped": self.stopped} if self.verdict else None
+
+
+def echo_work(plan: EchoPlan, shape: tuple[int, int], depth: int, first_target: int) -> int:
+    """Tokens of the echo pass of a batch of `shape`, each times the layers it goes through."""
+    if isinstance(plan.layout, SuffixLayout):
+        return plan.layout.token_RA.numel() * (depth - first_target)
+    if isinstance(plan.layout, FullLayout):
+        rows = shape[0] if plan.layout.row_R is None else len(plan.layout.row_R)
+        return rows * shape[1] * depth
+    return 0
+
+
+def _figure(gain: Advantage) -> str:
+    low, high = gain.interval
+    return f"{gain.value:+.4f} [{low:+.4f}, {high:+.4f}]"

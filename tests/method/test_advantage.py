@@ -1,0 +1,76 @@
+"""The advantage of the echo pass: a ratio of sums with an error over samples, on all tokens or those that differ."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from echo_trainer.method.advantage import advantage, differing_tokens
+
+
+def gains(lengths, seed=0, shift=0.3, spread=1.0):
+    """Gains with a part that all tokens of a sample share."""
+    generator = np.random.default_rng(seed)
+    sample = np.repeat(np.arange(len(lengths)), lengths)
+    shared = generator.normal(shift, spread, len(lengths))[sample]
+    return shared + generator.normal(0, 0.2, len(sample)), sample
+
+
+def test_equal_lengths_are_the_mean_of_samples():
+    gain, sample = gains([4] * 9)
+    found, means = advantage(gain, sample), gain.reshape(9, 4).mean(axis=1)
+    assert found.value == pytest.approx(means.mean())
+    assert found.error == pytest.approx(stats.sem(means))
+    low, high = stats.t.interval(0.95, 8, loc=means.mean(), scale=stats.sem(means))
+    assert found.interval == pytest.approx((low, high))
+    assert (found.samples, found.tokens) == (9, 36)
+
+
+def test_unequal_lengths_written_out():
+    gain, sample = gains([1, 5, 2, 7, 3], seed=2)
+    found = advantage(gain, sample + 40)  # numbers of samples are names
+    total, tokens = 0.0, 0
+    for number in range(5):
+        total, tokens = total + gain[sample == number].sum(), tokens + (sample == number).sum()
+    squares = sum((gain[sample == i].sum() - total / tokens * (sample == i).sum()) ** 2 for i in range(5))
+    assert found.value == pytest.approx(total / tokens)
+    assert found.error == pytest.approx(math.sqrt(5 / 4 * squares) / tokens)
+
+
+def test_interval_holds_the_truth():
+    """Tokens of a sample go together, so an error over tokens would be far too small; 400 draws of 40 samples."""
+    lengths, held = np.random.default_rng(1).integers(1, 12, 40), 0
+    for seed in range(400):
+        low, high = advantage(*gains(lengths, seed)).interval
+        held += low < 0.3 < high
+    assert 0.92 < held / 400 < 0.98
+
+
+def test_what_is_clear():
+    assert advantage(np.array([1.0, 1.1, 0.9]), np.arange(3)).clear
+    assert not advantage(np.array([1.0, -1.1, 0.9]), np.arange(3)).clear
+    assert not advantage(np.array([-1.0, -1.1, -0.9]), np.arange(3)).clear
+    assert not advantage(np.zeros(5), np.arange(5)).clear  # a silent echo: no error and no gain
+    assert not advantage(np.ones(4), np.zeros(4)).clear  # one sample tells nothing about the next
+    assert advantage(np.zeros(0), np.zeros(0)) is None
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (["the answer is A .", "the answer is B ."], [3, 3]),
+        (["A B", "C D"], [0, 1, 0, 1]),
+        (["yes .", "no .", "no way ."], [0, 0, 0, 1]),
+        (["x x x", "x x"], [2]),  # what both begin with is taken first
+        (["same .", "same ."], []),
+        (["alone ."], []),
+        (["a a b", "a b"], [1]),
+    ],
+)
+def test_tokens_in_which_answers_differ(answers, expected):
+    words = {word: i for i, word in enumerate(sorted(set(" ".join(answers).split())))}
+    labels = np.array([words[word] for answer in answers for word in answer.split()])
+    sample = np.repeat(np.arange(len(answers)), [len(answer.split()) for answer in answers])
+    place = np.concatenate([np.arange(len(answer.split())) for answer in answers])
+    assert place[differing_tokens(labels, sample)].tolist() == expected
