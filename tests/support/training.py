@@ -37,9 +37,8 @@ def _build(trainer_class, config_class, folder, rows, model, lora, trainer_kwarg
         model=tiny_model() if model is None else model,
         args=config_class(output_dir=str(folder), **{**SETTINGS, **settings}),
         train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-        processing_class=tiny_tokenizer(),
         peft_config=lora_config(init_lora_weights=True) if lora is None else lora,
-        **(trainer_kwargs or {}),
+        **{"processing_class": tiny_tokenizer(), **(trainer_kwargs or {})},
     )
 
 
