@@ -73,15 +73,26 @@ def collect(recipe: AblationRecipe, output: Path, rates: dict[str, Any]) -> dict
     return found
 
 
-def paired(one: ArmRuns, other: ArmRuns, metric: str, tasks: list[str]) -> Comparison | None:
-    """`one` minus `other` over the seeds that both have; None where there is none."""
-    seeds = [seed for seed in one.items if seed in other.items]
+def paired(
+    one: ArmRuns, other: ArmRuns, metric: str, tasks: list[str], of_the_echo: bool = False
+) -> Comparison | None:
+    """
+    `one` minus `other` over the seeds that both have; None where there is none.
+
+    Args:
+        one, other: runs of two arms, or of one.
+        metric: one of `METRICS`.
+        tasks: names of the test sets.
+        of_the_echo: take the figures of the echo pass for `one`.
+    """
+    key = _KEY[metric]
+    mine = f"echo_{key}" if of_the_echo else key
+    seeds = [s for s in one.items if s in other.items and all(mine in one.items[s][task] for task in tasks)]
     if not seeds:
         return None
-    key = _KEY[metric]
     return compare(
         [
-            np.array([np.subtract(one.items[s][task][key], other.items[s][task][key], dtype=float) for s in seeds])
+            np.array([np.subtract(one.items[s][task][mine], other.items[s][task][key], dtype=float) for s in seeds])
             for task in tasks
         ]
     )
@@ -108,7 +119,8 @@ def summarise(recipe: AblationRecipe, output: Path, rates: dict[str, Any]) -> di
     All numbers of the report, ready for JSON.
 
     Returns:
-        By adapter: `arms` (means, ratios and comparisons with `lora`), `contrasts`, `tasks`, `faults`.
+        By adapter: `arms` (means, ratios and comparisons with `lora`), `contrasts`, `echo_passes` (those of the arms
+        beside plain paths), `tasks`, `faults`.
     """
     summary: dict[str, Any] = {}
     for adapter, runs in collect(recipe, output, rates).items():
@@ -121,6 +133,7 @@ def summarise(recipe: AblationRecipe, output: Path, rates: dict[str, Any]) -> di
         summary[adapter] = {
             "arms": rows,
             "contrasts": _contrasts(runs, tasks),
+            "echo_passes": _echo_passes(runs, tasks),
             "tasks": tasks,
             "n_items": {task: len(next(iter(runs.values())).items[_first(runs)][task]["correct"]) for task in tasks},
             "faults": check_pairs(runs),
@@ -162,6 +175,25 @@ def _row(arm: str, found: ArmRuns, runs: dict[str, ArmRuns], tasks: list[str]) -
             "to_lora_by_task": {task: asdict(pair) for task, pair in pairs.items() if pair},
         }
     return row
+
+
+def _echo_passes(runs: dict[str, ArmRuns], tasks: list[str]) -> list[dict[str, Any]]:
+    """The echo pass of each arm that has one beside its own plain path, and beside LoRA, trained longer or not."""
+    found = []
+    for arm, mine in runs.items():
+        for other in dict.fromkeys([arm, *(name for name in runs if name.startswith(BASELINE))]):
+            pairs = {metric: paired(mine, runs[other], metric, tasks, of_the_echo=True) for metric in METRICS}
+            known = {metric: asdict(pair) for metric, pair in pairs.items() if pair}
+            if len(known) == len(pairs):
+                means = {f"mean_{metric}": _echo_mean(mine, metric, tasks) for metric in METRICS}
+                found.append({"arm": arm, "other": other, **means, **known})
+    return found
+
+
+def _echo_mean(runs: ArmRuns, metric: str, tasks: list[str]) -> float:
+    """Mean over seeds and test sets of the echo pass's figure."""
+    key = f"echo_{_KEY[metric]}"
+    return float(np.mean([[np.mean(items[task][key]) for task in tasks] for items in runs.items.values()]))
 
 
 def _contrasts(runs: dict[str, ArmRuns], tasks: list[str]) -> list[dict[str, Any]]:

@@ -55,6 +55,9 @@ def _adapter(adapter: str, part: dict[str, Any], plot: str | None) -> list[str]:
         lines += [f"![paired differences]({plot})", ""]
     if part["contrasts"]:
         lines += ["What each part of the echo is worth, directly:", "", *_contrast_table(part), ""]
+    if part["echo_passes"]:
+        lines += ["The echo pass itself, which exists in training only, on the same items:", ""]
+        lines += [*_echo_table(part), ""]
     if len(part["tasks"]) > 1:
         lines += ["Accuracy by task, and its paired difference to `lora` in points:", "", *_task_table(part), ""]
     lines += [*_rates(part["rates"]), ""]
@@ -183,6 +186,17 @@ def _contrast_table(part: dict[str, Any]) -> list[str]:
             f"| `{entry['one']}` - `{entry['other']}` | {entry['what']} | {_weights(entry)} | "
             f"{_interval(accuracy, _PERCENT, 2)} | {_p(accuracy['holm'])} | "
             f"{_interval(nll, _NATS, 4)} | {_p(nll['holm'])} |"
+        )
+    return lines
+
+
+def _echo_table(part: dict[str, Any]) -> list[str]:
+    lines = ["| echo pass of | accuracy | NLL | minus | accuracy, points | NLL, nats |", f"|{'---|' * 6}"]
+    for entry in part["echo_passes"]:
+        other = "its own plain path" if entry["other"] == entry["arm"] else f"`{entry['other']}`"
+        lines.append(
+            f"| `{entry['arm']}` | {entry['mean_accuracy'] * 100:.1f} | {entry['mean_nll']:.4f} | {other} | "
+            f"{_interval(entry['accuracy'], _PERCENT, 2)} | {_interval(entry['nll'], _NATS, 4)} |"
         )
     return lines
 

@@ -4,19 +4,17 @@ import gc
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import get_peft_config
 
 from .._version import __version__
-from ..evaluation.evaluate import Record, Task, accuracy, evaluate_task
 from ..files import write_json
 from ..method.layouts import EchoForm
 from ..passes.modules import base_model_of
@@ -27,13 +25,12 @@ from ..run.building import loss_terms_of
 from . import memory
 from .arms import ARMS
 from .data import held_out_task, load_examples, load_tests, row_options
+from .evaluating import Report, evaluate_run
 from .files import ITEMS, RESULT
 from .flops import SIZES, count_coefficients, plain_setup
 from .plan import Run, digest, run_folder
 from .recipe import AblationRecipe
 from .trainer import AblationTrainer
-
-Report = Callable[[str, int, int], None]
 
 
 class Workbench:
@@ -91,7 +88,7 @@ def run_one(bench: Workbench, run: Run, spec: dict[str, Any], output: Path, repo
         result["losses"] = _final_losses(trainer)
         result["batches"], result["loss_weight"] = trainer.batch_checksums(), trainer.loss_weight()
         result |= _flops(bench, run.adapter, trainer)
-        tasks, items = _evaluate(bench, trainer, report)
+        tasks, items = evaluate_run(bench, trainer, report)
         result["tasks"], result["held_out_nll"] = tasks, tasks.pop(bench.held_out.name)["nll"]
         result["device"] = torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else "CPU"
     folder = run_folder(output, run)
@@ -163,38 +160,6 @@ class _Steps(TrainerCallback):
 
 def _masked(arm: str) -> bool:
     return ARMS[arm].settings.get("completion_only_loss", True)
-
-
-def _evaluate(bench: Workbench, trainer: AblationTrainer, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Accuracy and NLL of every task, and what was found for every item."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    tokenizer = cast("PreTrainedTokenizerBase", trainer.processing_class)
-    size = bench.recipe.evaluation_batch_size
-    total = sum(2 * len(task.items) for task in bench.tests) + len(bench.held_out.items)
-    done = 0
-
-    def score(task: Task, mode: str) -> list[Record]:
-        nonlocal done
-        records = evaluate_task(model, tokenizer, task, mode=mode, batch_size=size)
-        done += len(records)
-        report("evaluating", done, total)
-        return records
-
-    summary: dict[str, Any] = {}
-    items: dict[str, Any] = {}
-    for task in [bench.held_out, *bench.tests]:
-        nll = [cast("float", record.nll) for record in score(task, "nll")]
-        summary[task.name] = {"n": len(nll), "nll": float(np.mean(nll))}
-        if task is bench.held_out:
-            continue
-        answers = score(task, "generate")
-        summary[task.name]["accuracy"] = accuracy(answers)
-        items[task.name] = {
-            "nll": [round(value, 6) for value in nll],
-            "correct": [int(record.correct) for record in answers],
-            "prediction": [record.prediction for record in answers],
-        }
-    return summary, items
 
 
 def _flops(bench: Workbench, adapter: str, trainer: AblationTrainer) -> dict[str, Any]:

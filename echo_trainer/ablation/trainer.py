@@ -21,7 +21,7 @@ class AblationTrainer(EchoSFTTrainer):
     """
 
     def __init__(self, *args: Any, echo: str = "own", **kwargs: Any):
-        self.networks_class = NETWORKS[echo]
+        self.echo_of_arm, self.networks_class = echo, NETWORKS[echo]
         self._sizes: list[np.ndarray] = []
         self._scored: list[torch.Tensor] = []
         self._checksums: list[list[torch.Tensor]] = []

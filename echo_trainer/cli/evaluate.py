@@ -24,6 +24,7 @@ examples:
   echo-trainer evaluate runs/my-adapter --tasks commonsense --data llm-adapters/ --mode rank
   echo-trainer evaluate huggyllama/llama-7b --tasks boolq openbookqa --limit 200
   echo-trainer evaluate runs/my-adapter --tasks my-test.jsonl --max_new_tokens 100
+  echo-trainer evaluate --with-echo runs/my-adapter --tasks my-test.jsonl --mode nll
 """
 
 
@@ -61,6 +62,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                         help="dtype of the weights (default: float32 on a CPU, bfloat16 on a GPU)")  # fmt: skip
     parser.add_argument("--device", help="such as cuda:0 (default: a GPU where there is one)")
+    parser.add_argument("--with-echo", "--with_echo", action="store_true",
+                        help="evaluate the echo pass as well: ADAPTER is a checkpoint with echo networks, or the "
+                        "folder of a run that has one")  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true", help="run code of the model's repository")
     return parser
 
@@ -87,19 +91,25 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
 
     from ..evaluation.adapter import evaluate_adapter, records_folder
+    from ..evaluation.echo import echo_checkpoint
     from ..evaluation.run import harness_command
     from ..files import write_text
     from ..quiet import quiet_libraries
 
     console, seen = Console(), {}
     folder, file = output_places(options.output)
-    folder = folder or records_folder(options.model)
+    model = str(echo_checkpoint(options.model)) if options.with_echo else options.model
+    folder = folder or records_folder(model, options.with_echo)
     columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with quiet_libraries(), Progress(*columns, TimeRemainingColumn(), console=console) as progress:
 
         def watch(loaded: Any, tasks: list[Any]) -> Any:
+            whose = ", echo pass" if seen else ""
             seen.update(loaded=loaded, tasks=[task.name for task in tasks])
-            bars = {task.name: progress.add_task(task.name, total=len(task.items), start=False) for task in tasks}
+            bars = {
+                task.name: progress.add_task(f"{task.name}{whose}", total=len(task.items), start=False)
+                for task in tasks
+            }
 
             def advance(task: Any, n: int) -> None:
                 progress.start_task(bars[task.name])
@@ -108,8 +118,10 @@ def _evaluate(options: argparse.Namespace) -> int:
             return advance
 
         given = {name: value for name, value in vars(options).items() if name not in ("model", "tasks", "output")}
-        summary = evaluate_adapter(options.model, options.tasks, output=folder, watch=watch, **given)
+        summary = evaluate_adapter(model, options.tasks, output=folder, watch=watch, **given)
     console.print(table(summary))
+    if options.with_echo:
+        console.print(table_of_differences(summary))
     console.print(f"Records and results: {folder}", soft_wrap=True)
     if file is not None:
         write_text(file, (folder / f"results.{options.mode}.json").read_text(encoding="utf-8"))
@@ -130,6 +142,22 @@ def output_places(output: str | None) -> tuple[Path | None, Path | None]:
         return None, None
     path = Path(output)
     return (path.with_suffix(""), path) if path.suffix == ".json" else (path, None)
+
+
+def table_of_differences(summary: dict[str, Any]) -> Any:
+    """The echo pass beside the plain path, as a table."""
+    from rich.table import Table
+
+    title = f"the echo pass (training only) beside the plain path, mode {summary['mode']}"
+    shown = Table(title=title, caption="difference: echo - plain, paired by item, with its 95 % interval")
+    for column in ("task", "metric", "plain", "echo", "difference", "95 % interval", "items"):
+        shown.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for row in summary["differences"]:
+        form, signed = ("{:.3f}", "{:+.3f}") if row["metric"] == "nll" else ("{:.1%}", "{:+.1%}")
+        interval = " to ".join(signed.format(bound) for bound in row["interval"]) if row["interval"] else "-"
+        both = [form.format(row[name]) for name in ("plain", "echo")]
+        shown.add_row(row["task"], row["metric"], *both, signed.format(row["difference"]), interval, str(row["n"]))
+    return shown
 
 
 def table(summary: dict[str, Any]) -> Any:

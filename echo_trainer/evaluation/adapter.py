@@ -9,8 +9,11 @@ from typing import Any
 from ..files import RUN_RECORD
 from ..options import marker
 from ..rendering.forms import RowOptions
+from .beside import differences
+from .echo import echo_checkpoint, load_echo
 from .evaluate import Task
 from .model import Loaded, load_for_evaluation, load_tokenizer
+from .readers import Reader
 from .results import add_to_run
 from .run import run_evaluation
 from .tasks import load_tasks
@@ -38,6 +41,7 @@ def evaluate_adapter(
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
+    with_echo: bool = False,
     watch: Callable[[Loaded, list[Task]], Advance] | None = None,
 ) -> dict[str, Any]:
     """
@@ -68,15 +72,19 @@ def evaluate_adapter(
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
         device: such as "cuda:0"; None is a GPU where there is one.
         trust_remote_code: run code of the model's repository.
-        watch: called with the model and the tasks before the first item; what it returns is called with a task and a
-            number of finished items.
+        with_echo: evaluate the echo pass as well, which existed in training only. `adapter` is then a checkpoint that
+            holds echo networks, or the folder of a run, whose last such checkpoint is taken.
+        watch: called with the model and the tasks before the first item, and once more before the echo pass; what it
+            returns is called with a task and a number of finished items.
 
     Returns:
         What results.MODE.json holds (`run.run_evaluation`), and `written`: what of a finished run's folder now holds
-        the figures, in words, or None.
+        the figures, in words, or None. With `with_echo` also `echo`, the same of the echo pass, and `differences`
+        (`beside.differences`).
 
     Raises:
-        ValueError: an option or a task cannot work, or the folder holds records of another model, data or options.
+        ValueError: an option or a task cannot work, the folder holds records of another model, data or options, or
+            there is no checkpoint with echo networks.
         FileNotFoundError: there is no data for a task.
     """
     for name, value in (("batch_size", batch_size), ("num_beams", num_beams), ("limit", limit),
@@ -85,24 +93,34 @@ def evaluate_adapter(
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     if num_beams > 1 and mode != "generate":
         raise ValueError(f"num_beams={num_beams} is for mode generate; mode {mode} writes nothing.")
-    name = str(adapter)
+    name = str(echo_checkpoint(str(adapter)) if with_echo else adapter)
     drawn = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens}
     # The tasks come first: their mistakes are found before a large model loads.
     tokenizer = load_tokenizer(name, base, trust_remote_code)
-    said = row_options(name, answer_marker, prompt_marker)
+    said = row_options(str(Path(name).parent) if with_echo else name, answer_marker, prompt_marker)
     wanted = load_tasks(tasks, data, template=template, tokenizer=tokenizer, row_options=said, **drawn)
     loaded = load_for_evaluation(name, base, dtype, device, trust_remote_code)
-    summary = run_evaluation(
-        loaded,
-        wanted,
-        Path(output) if output is not None else records_folder(name),
-        mode=mode,
-        batch_size=batch_size,
-        num_beams=num_beams,
-        settings={"template": template, "limit": limit, "seed": seed},
-        restart=restart,
-        advance=watch(loaded, wanted) if watch is not None else None,
-    )
+    folder = Path(output) if output is not None else records_folder(name, with_echo)
+
+    def evaluate(loaded: Loaded, reader: Reader | None = None) -> dict[str, Any]:
+        return run_evaluation(
+            loaded,
+            wanted,
+            folder,
+            mode=mode,
+            batch_size=batch_size,
+            num_beams=num_beams,
+            settings={"template": template, "limit": limit, "seed": seed},
+            restart=restart,
+            advance=watch(loaded, wanted) if watch is not None else None,
+            reader=reader,
+        )
+
+    summary = evaluate(loaded)
+    if with_echo:
+        reader, digest = load_echo(loaded.model, loaded.tokenizer, Path(name))
+        echo = evaluate(replace(loaded, identity={**loaded.identity, "echo_networks": digest}), reader)
+        return {**summary, "echo": echo, "differences": differences(folder, wanted, mode), "written": None}
     results = [*summary["results"], *([summary["average"]] if summary["average"] else [])]
     written = add_to_run(Path(name), results) if Path(name).is_dir() else None
     return {**summary, "written": written}
@@ -117,6 +135,14 @@ def row_options(model: str, answer_marker: str | None = None, prompt_marker: str
     return replace(RowOptions.of(record.get("rows") or {}), **given)
 
 
-def records_folder(model: str) -> Path:
-    """Where records go unless told otherwise: into the model's folder, or below this one."""
+def records_folder(model: str, with_echo: bool = False) -> Path:
+    """
+    Where records go unless told otherwise: into the model's folder, or below this one.
+
+    Args:
+        model: folder or id; with the echo a checkpoint, beside which the folder of its run is.
+        with_echo: whether the echo pass is evaluated as well.
+    """
+    if with_echo:  # nothing is written into a checkpoint
+        return Path(model).parent / "evaluation" / Path(model).name
     return Path(model) / "evaluation" if Path(model).is_dir() else Path("evaluation") / Path(model).name

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..rendering.forms import RowOptions
 from ..rendering.rendering import Rendering
-from .generation import greedy_answers
-from .scoring import TokenizedRow, labelled_row, score_rows, tokenize_row
+from .readers import PlainReader, Reader
+from .scoring import TokenizedRow, labelled_row, tokenize_row
 
 MODES = ("generate", "rank", "nll")
 
@@ -110,6 +110,7 @@ def evaluate_task(
     done: dict[int, Record] | None = None,
     save: Callable[[list[Record]], None] | None = None,
     num_beams: int = 1,
+    reader: Reader | None = None,
 ) -> list[Record]:
     """
     Answer every item of a task.
@@ -126,6 +127,7 @@ def evaluate_task(
         done: records of an interrupted evaluation, by index; they are returned and not computed again.
         save: called with the records of every batch as soon as it is finished.
         num_beams: beams in mode "generate"; 1 is greedy.
+        reader: what reads and writes; None is the model as it is.
 
     Returns:
         One record for each item, in their order.
@@ -143,6 +145,7 @@ def evaluate_task(
     if mode == "rank" and not all(len(item.options) > 1 for item in task.items):
         raise ValueError(f"The task {task.name!r} has items without options to rank. Use mode 'generate' or 'nll'.")
     model.eval()
+    reader = reader or PlainReader(model, tokenizer)
     records = {index: record for index, record in (done or {}).items() if index < len(task.items)}
     if records and advance is not None:
         advance(len(records))
@@ -150,7 +153,7 @@ def evaluate_task(
     left.sort(key=lambda index: len(task.items[index].prompt))
     for begin in range(0, len(left), batch_size):
         batch = left[begin : begin + batch_size]
-        new = _BATCH[mode](model, tokenizer, task, batch, num_beams)
+        new = _BATCH[mode](reader, tokenizer, task, batch, num_beams)
         records.update((record.index, record) for record in new)
         if save is not None:
             save(new)
@@ -171,10 +174,8 @@ def accuracy(records: Sequence[Record]) -> float:
     return sum(record.correct for record in records) / len(records)
 
 
-def _generate(model: Any, tokenizer: Any, task: Task, batch: list[int], num_beams: int) -> list[Record]:
-    texts = greedy_answers(
-        model,
-        tokenizer,
+def _generate(reader: Reader, tokenizer: Any, task: Task, batch: list[int], num_beams: int) -> list[Record]:
+    texts = reader.answers(
         [task.items[index].prompt for index in batch],
         max_new_tokens=task.max_new_tokens,
         batch_size=len(batch),
@@ -189,13 +190,13 @@ def _generate(model: Any, tokenizer: Any, task: Task, batch: list[int], num_beam
     return records
 
 
-def _rank(model: Any, tokenizer: Any, task: Task, batch: list[int], num_beams: int) -> list[Record]:
+def _rank(reader: Reader, tokenizer: Any, task: Task, batch: list[int], num_beams: int) -> list[Record]:
     rows = [
         tokenize_row(tokenizer, task.items[index].prompt, task.items[index].options, task.special_tokens)
         for index in batch
     ]
     records = []
-    for index, scores in zip(batch, score_rows(model, tokenizer, rows), strict=True):
+    for index, scores in zip(batch, reader.score(rows), strict=True):
         item = task.items[index]
         names = [task.extract(option) for option in item.options]
         best = max(range(len(names)), key=lambda o: scores[o].log_likelihood)
@@ -220,10 +221,10 @@ def _rank(model: Any, tokenizer: Any, task: Task, batch: list[int], num_beams: i
     return records
 
 
-def _nll(model: Any, tokenizer: Any, task: Task, batch: list[int], num_beams: int) -> list[Record]:
+def _nll(reader: Reader, tokenizer: Any, task: Task, batch: list[int], num_beams: int) -> list[Record]:
     rows = _labelled(tokenizer, task, batch)
     records = []
-    for index, (score,) in zip(batch, score_rows(model, tokenizer, rows), strict=True):
+    for index, (score,) in zip(batch, reader.score(rows), strict=True):
         reference = task.items[index].reference
         prediction = reference if score.greedy else ""
         records.append(

@@ -52,15 +52,7 @@ class RecordFile:
         if not whole:
             self._append([{"identity": self.identity}])
             return
-        try:
-            header, *lines = [json.loads(line) for line in whole.splitlines()]
-            found = header["identity"]
-            known = {field.name for field in fields(Record)}
-            self.done = {
-                line["index"]: Record(**{k: _tuple(v) for k, v in line.items() if k in known}) for line in lines
-            }
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is no file of records ({error}). Give another --output.") from error
+        found, self.done = read_records(self.path)
         changed = sorted(
             key for key in {*found, *self.identity} if _plain(found.get(key)) != _plain(self.identity.get(key))
         )
@@ -70,6 +62,22 @@ class RecordFile:
                 f"{self.path} holds records of another evaluation: {was}. They are not mixed. Give another --output, "
                 f"or --restart to delete them."
             )
+
+
+def read_records(path: Path) -> tuple[dict[str, Any], dict[int, Record]]:
+    """
+    What a file of whole lines belongs to, and its records by index.
+
+    Raises:
+        ValueError: it is no file of records.
+    """
+    try:
+        header, *lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        known = {field.name for field in fields(Record)}
+        found = {line["index"]: Record(**{k: _tuple(v) for k, v in line.items() if k in known}) for line in lines}
+        return header["identity"], found
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of records ({error}). Give another --output.") from error
 
 
 def items_digest(task: Task) -> str:

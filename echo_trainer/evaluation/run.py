@@ -11,8 +11,12 @@ from .._version import __version__
 from ..files import write_json
 from .evaluate import Record, Task, evaluate_task
 from .model import Loaded
+from .readers import Reader
 from .records import RecordFile, items_digest
 from .results import macro_average, task_result
+
+OF_THE_ECHO = "-echo"
+"""What names of files end with where the echo pass was evaluated."""
 
 # Names of the same data in lm-evaluation-harness. Its prompts differ, so its figures are not the same.
 HARNESS_TASKS = {
@@ -39,6 +43,7 @@ def run_evaluation(
     settings: dict[str, Any] | None = None,
     restart: bool = False,
     advance: Callable[[Task, int], None] | None = None,
+    reader: Reader | None = None,
 ) -> dict[str, Any]:
     """
     Evaluate a model on tasks and keep every record.
@@ -46,13 +51,16 @@ def run_evaluation(
     Args:
         loaded: the model.
         tasks: the tasks.
-        folder: gets TASK.MODE.jsonl (records; read again when the evaluation continues) and results.MODE.json.
+        folder: gets TASK.MODE.jsonl (records; read again when the evaluation continues) and results.MODE.json; of an
+            echo pass they are called MODE-echo.
         mode: "generate", "rank" or "nll"; see `evaluate_task`.
         batch_size: items at a time. It may differ when an evaluation continues.
         num_beams: beams in mode "generate".
         settings: options worth naming when a continued evaluation differs, such as template and limit.
         restart: delete the records of the same tasks and mode first.
         advance: called with the task and a number of finished items, for a progress bar.
+        reader: what reads and writes in place of the model as it is: the echo pass of a run. `loaded.identity` must
+            name it.
 
     Returns:
         What results.MODE.json holds: the figure of every task, their average, the model, options, time and speed.
@@ -61,10 +69,11 @@ def run_evaluation(
         ValueError: the folder holds records of another model, data or options, or two tasks have one name.
     """
     files: dict[str, RecordFile] = {}
+    label = mode if reader is None else f"{mode}{OF_THE_ECHO}"
     for task in tasks:
         if task.name in files:
             raise ValueError(f"Two tasks are named {task.name!r}, and would share a file of records. Rename one file.")
-        path = folder / f"{task.name}.{mode}.jsonl"
+        path = folder / f"{task.name}.{label}.jsonl"
         if restart:
             path.unlink(missing_ok=True)
         files[task.name] = RecordFile(
@@ -83,7 +92,7 @@ def run_evaluation(
         begin = time.perf_counter()
         records = evaluate_task(
             loaded.model, loaded.tokenizer, task, mode=mode, batch_size=batch_size, advance=step, done=file.done,
-            save=file.save, num_beams=num_beams,
+            save=file.save, num_beams=num_beams, reader=reader,
         )  # fmt: skip
         clock.add(loaded.tokenizer, task, records, before, time.perf_counter() - begin)
         results.append(task_result(task, records, mode))
@@ -101,7 +110,7 @@ def run_evaluation(
         },
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(folder / f"results.{mode}.json", summary, indent=2, allow_nan=False)
+    write_json(folder / f"results.{label}.json", summary, indent=2, allow_nan=False)
     return summary
 
 

@@ -1,0 +1,70 @@
+"""What a finished run of an ablation says about the test items: its plain path, and its echo pass where it has one."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ..evaluation.echo import EchoReader
+from ..evaluation.evaluate import Record, Task, accuracy, evaluate_task
+from ..evaluation.readers import Reader
+from .trainer import AblationTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .run_one import Workbench
+
+Report = Callable[[str, int, int], None]
+"""Called with what is done, how much of it is, and how much there is."""
+
+
+def evaluate_run(
+    bench: "Workbench", trainer: AblationTrainer, report: Report
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Accuracy and NLL of every task, and what was found for every item; of the echo pass as well, `echo_...`."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer = cast("PreTrainedTokenizerBase", trainer.processing_class)
+    size = bench.recipe.evaluation_batch_size
+    echo = _echo_of(trainer, tokenizer)
+    passes = 4 if echo is not None else 2
+    total, done = sum(passes * len(task.items) for task in bench.tests) + len(bench.held_out.items), 0
+
+    def score(task: Task, mode: str, reader: Reader | None = None) -> list[Record]:
+        nonlocal done
+        records = evaluate_task(model, tokenizer, task, mode=mode, batch_size=size, reader=reader)
+        done += len(records)
+        report("evaluating", done, total)
+        return records
+
+    held_out = score(bench.held_out, "nll")
+    summary: dict[str, Any] = {bench.held_out.name: _means(held_out)}
+    items: dict[str, Any] = {}
+    for task in bench.tests:
+        nll, answers = score(task, "nll"), score(task, "generate")
+        summary[task.name] = {**_means(nll), "accuracy": accuracy(answers)}
+        items[task.name] = {
+            "nll": _rounded(nll),
+            "correct": [int(record.correct) for record in answers],
+            "prediction": [record.prediction for record in answers],
+        }
+        if echo is not None:
+            nll, answers = score(task, "nll", echo), score(task, "generate", echo)
+            summary[task.name] |= {"echo_nll": _means(nll)["nll"], "echo_accuracy": accuracy(answers)}
+            items[task.name] |= {"echo_nll": _rounded(nll), "echo_correct": [int(r.correct) for r in answers]}
+    return summary, items
+
+
+def _echo_of(trainer: AblationTrainer, tokenizer: Any) -> EchoReader | None:
+    """The echo pass of a run whose samples saw their own echo; that of a control is no teacher."""
+    if trainer.echo is None or trainer.echo_of_arm != "own":
+        return None
+    return EchoReader(trainer.echo, tokenizer, trainer.args.echo_positions)
+
+
+def _means(records: list[Record]) -> dict[str, Any]:
+    return {"n": len(records), "nll": float(np.mean([cast("float", record.nll) for record in records]))}
+
+
+def _rounded(records: list[Record]) -> list[float]:
+    return [round(cast("float", record.nll), 6) for record in records]
