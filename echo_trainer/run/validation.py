@@ -24,9 +24,9 @@ STREAM_PROBE = 1000
 
 FORMATS = (
     "Echo-LoRA needs one of these formats: {'prompt': ..., 'completion': ...} (text or messages); "
-    "{'messages': [...]}, whose answers are the assistant's turns; {'text': ...} with answer_marker, such as '### Response:\\n'; or "
-    "'input_ids' with 'labels' that are -100 on the prompt. Mask a dataset before the trainer is made, or give a "
-    "collator that masks as `data_collator`."
+    "{'messages': [...]}, whose answers are the assistant's turns; {'text': ...} with answer_marker, such as "
+    "'### Response:\\n'; or 'input_ids' with 'labels' that are -100 on the prompt. Mask a dataset before the trainer "
+    "is made, or give a collator that masks as `data_collator`."
 )
 
 OFF = "or switch the echo off with echo_p_start=0 and echo_p_end=0"

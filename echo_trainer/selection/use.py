@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import EchoSFTConfig
 from ..options import CKA
-from ..passes.layers import decoder_layers, lora_sites
+from ..passes.layers import adapted_layers
 from .select import LayerSelection, select_layers
 
 
@@ -57,7 +57,7 @@ def named_layers(
     if sources != CKA and targets != CKA:
         return sources, targets
     selection = select_layers(model, dataset, processing_class=processing_class, seed=args.seed, blocks_path=path)
-    adapted = [index for index, layer in enumerate(decoder_layers(model, path)) if lora_sites(layer, index)]
+    adapted = adapted_layers(model, path)
     deep, shallow = echo_layers(selection, adapted=adapted)
     return deep if sources == CKA else sources, shallow if targets == CKA else targets
 
