@@ -1,7 +1,5 @@
 """Find the decoder layers of a model, what runs them, and the LoRA modules inside them."""
 
-from typing import cast
-
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -73,32 +71,41 @@ def _no_such_layers(model: nn.Module, option: str) -> str:
     )
 
 
-def lora_sites(layer: nn.Module, index: int) -> list[EchoSite]:
+def lora_sites(layer: nn.Module, index: int, hidden_size: int) -> list[EchoSite]:
     """
     The LoRA modules of one decoder layer that can receive an echo, in the order of the layer.
 
     Embeddings and fused expert parameters are left out: the first have no answer output to add to, the second see
-    tokens in an order that is not the sequence's.
+    tokens in an order that is not the sequence's. Where a layer has adapters on parameters alone
+    (`target_parameters`), the module that holds them, such as the whole mixture of experts, receives the echo on what
+    it returns.
+
+    Args:
+        layer: a decoder layer.
+        index: of the layer.
+        hidden_size: d, size of what a mixture of experts returns.
     """
-    return [
-        EchoSite(name, index, module, cast(int, module.out_features))
+    adapters = [
+        (name, module)
         for name, module in layer.named_modules()
-        if _can_receive(module) and "experts" not in name.split(".")
+        if isinstance(module, LoraLayer) and any(adapter in module.lora_A for adapter in module.active_adapters)
     ]
-
-
-def _can_receive(module: nn.Module) -> bool:
-    return (
-        isinstance(module, LoraLayer)
-        and not isinstance(module, LoraEmbedding)
-        and not wraps_a_parameter(module)
-        and any(adapter in module.lora_A for adapter in module.active_adapters)
-    )
+    sites = [
+        EchoSite(name, index, module, module.out_features)
+        for name, module in adapters
+        if not isinstance(module, LoraEmbedding) and not wraps_a_parameter(module) and "experts" not in name.split(".")
+    ]
+    return sites or [
+        EchoSite(name, index, module, getattr(module.get_base_layer(), "out_features", hidden_size))
+        for name, module in adapters
+        if wraps_a_parameter(module) and not name.endswith(".base_layer")  # around another one
+    ]
 
 
 def adapted_layers(model: nn.Module, path: str | None = None) -> list[int]:
     """Indices of the layers that hold a LoRA module which can receive an echo; arguments as for `decoder_layers`."""
-    return [index for index, layer in enumerate(decoder_layers(model, path)) if lora_sites(layer, index)]
+    size, layers = model.config.get_text_config().hidden_size, decoder_layers(model, path)
+    return [index for index, layer in enumerate(layers) if lora_sites(layer, index, size)]
 
 
 def find_sites(model: nn.Module, target_layers: list[int], path: str | None = None) -> list[EchoSite]:
@@ -121,4 +128,5 @@ def find_sites(model: nn.Module, target_layers: list[int], path: str | None = No
             f"{adapted or 'none'}). Name other layers in `echo_target_layers`, or let LoRA adapt these: check "
             f"`layers_to_transform` and `target_modules` of the LoraConfig."
         )
-    return [site for index in target_layers for site in lora_sites(layers[index], index)]
+    size = model.config.get_text_config().hidden_size
+    return [site for index in target_layers for site in lora_sites(layers[index], index, size)]
