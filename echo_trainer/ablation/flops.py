@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import flop_registry
 
 from ..compat.dispatch import TorchDispatchMode
-from ..method.layouts import EchoForm, FullLayout, SuffixLayout
+from ..method.layouts import EchoForm, SuffixLayout
 from ..method.losses import Distillation
 from ..method.plan import EchoPlan, make_plan
 from ..method.segments import find_segments
@@ -45,11 +45,12 @@ def step_sizes(rows: int, length: int, plan: EchoPlan) -> np.ndarray:
     if layout is None:
         return sizes
     if isinstance(layout, SuffixLayout):
-        (echo_rows, own), keys = layout.token_RA.shape, layout.mask_RK.shape[1]
-    elif isinstance(layout, FullLayout):
-        echo_rows = rows if layout.row_R is None else len(layout.row_R)
-        own, keys = length, length
-    sizes[4:9] = 1, echo_rows * own, echo_rows * own * keys, len(plan.reach_E), len(plan.boundary_G)
+        tokens = sum(part.token_RA.numel() for part in layout.parts)
+        attention = sum(part.token_RA.numel() * part.mask_RK.shape[1] for part in layout.parts)
+    else:
+        tokens = (rows if layout.row_R is None else len(layout.row_R)) * length
+        attention = tokens * length
+    sizes[4:9] = 1, tokens, attention, len(plan.reach_E), len(plan.boundary_G)
     return sizes
 
 

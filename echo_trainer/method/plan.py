@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .layouts import EchoForm, Indices, PassLayout, full_layout, suffix_layout, weightless_layout
+from .layouts import EchoForm, Indices, Layout, SuffixLayout, full_layout
 from .segments import Segments
+from .suffixes import suffix_layout, weightless_layout
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,18 @@ class EchoPlan(Indices):
     plain_weight_N: Tensor
     reach_E: Tensor
     boundary_G: Tensor
-    layout: PassLayout | None
+    layout: Layout | None
     probability: float
     n_samples: int
     n_routed: int
     n_unroutable: int
     n_routed_tokens: int
     lockstep: bool = False
+
+    @property
+    def n_parts(self) -> int:
+        """Number of passes over suffixes; 0 where the layout is none of suffixes."""
+        return len(self.layout.parts) if isinstance(self.layout, SuffixLayout) else 0
 
     @property
     def weightless(self) -> bool:
@@ -79,6 +85,7 @@ def make_plan(
     position_ids: Tensor | None = None,
     probability: float = 0.0,
     lockstep: bool = False,
+    n_parts: int | None = None,
 ) -> EchoPlan:
     """
     Turn segments and routing decisions into the indices of a step.
@@ -91,6 +98,7 @@ def make_plan(
         position_ids: (1, T) or (B, T) position ids of the batch; None where they are column numbers.
         probability: p_k, kept for logging.
         lockstep: lay out an echo pass in any case; one of no weight where nothing is routed.
+        n_parts: number of passes of a pass over suffixes; None for the cheapest.
     """
     routed_D = torch.as_tensor(list(routed_D), dtype=torch.bool) & segments.routable_D
     predict_N = segments.predict_F.nonzero().flatten()
@@ -111,11 +119,11 @@ def make_plan(
     if len(reach_E):
         reached = predict_N[reach_E]
         if form is EchoForm.SUFFIX:
-            layout = suffix_layout(segments, inject_F, first_D, reached, position_ids)
+            layout = suffix_layout(segments, inject_F, first_D, reached, position_ids, n_parts)
         else:
             layout = full_layout(segments, inject_F, reached, position_ids, all_rows=form is EchoForm.BATCH)
     elif lockstep:
-        layout, boundary_G = weightless_layout(segments, form, position_ids)
+        layout, boundary_G = weightless_layout(segments, form, position_ids, n_parts)
     answered_D = segments.answered_D
     return EchoPlan(
         predict_N=predict_N,

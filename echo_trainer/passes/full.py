@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..method.layouts import FullLayout
 from ..method.rows import take_rows
-from .injection import Injection
+from .injection import Injection, Places
 
 # Inputs whose rows are the batch's rows. What else a batch may hold (images, lengths) belongs to it in another way.
 ROW_INPUTS = {"input_ids", "attention_mask", "position_ids"}
@@ -24,8 +24,8 @@ class FullEchoPass:
         if layout.row_R is not None:
             inputs = {**inputs, **{k: v.index_select(0, layout.row_R) for k, v in by_row(inputs).items()}}
         n_positions = inputs["input_ids"].numel()
-        injection = Injection(setup.sites, delta, layout.inject_position_J, layout.inject_segment_J, n_positions)
-        with injection.active(setup.layers):
+        injection = Injection(setup.sites, delta)
+        with injection.active(setup.layers, Places(layout, n_positions)):
             outputs = setup.backbone(**inputs, use_cache=False)
         return take_rows(outputs.last_hidden_state, layout.output_position_E), injection
 

@@ -49,8 +49,8 @@ class Batches:
         taken, n_items = take(self._drafts(batches), n_batches, device)
         drafts = [batch[PLAN_KEY] for batch in taken]
         host.pass_choice.settle(drafts, self.compare_passes, host.state.global_step)
-        for batch, draft in zip(taken, drafts, strict=True):
-            batch[PLAN_KEY] = draft.plan(host.pass_choice.form(draft))
+        for batch, plan in zip(taken, host.pass_choice.plans(drafts), strict=True):
+            batch[PLAN_KEY] = plan
         return taken, n_items
 
     def compare_passes(self, draft: DraftPlan, form: EchoForm) -> ProofResult:

@@ -57,8 +57,8 @@ class DraftPlan:
     positions: str
     lockstep: bool
 
-    def plan(self, form: EchoForm) -> EchoPlan:
-        """The plan of the step, its echo pass laid out in `form`."""
+    def plan(self, form: EchoForm, n_parts: int | None = None) -> EchoPlan:
+        """The plan of the step, its echo pass laid out in `form` (and, over suffixes, in so many passes)."""
         return make_plan(
             self.segments,
             self.routed_D,
@@ -67,6 +67,7 @@ class DraftPlan:
             position_ids=places_of(self.batch),
             probability=self.probability,
             lockstep=self.lockstep,
+            n_parts=n_parts,
         )
 
     @property

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..method.layouts import EchoForm
+from ..method.plan import EchoPlan
 from ..passes.proof import ProofResult
 from .agreement import Agreement
 from .collate import DraftPlan
@@ -129,6 +130,22 @@ class PassChoice:
             return max(forms, key=list(EchoForm).index, default=CANDIDATES[self.wanted][0])
         verdict = self.verdicts.get(draft.kind)
         return verdict.form if verdict else CANDIDATES[self.wanted][0]  # without one nothing will run
+
+    def plans(self, drafts: Sequence[DraftPlan]) -> list[EchoPlan]:
+        """
+        The plans of a step's micro-batches; `settle` must have seen them. Every process must call it in every step.
+
+        Where every process must run the same modules equally often, all run as many passes over suffixes as the one
+        that needs most.
+        """
+        plans = [draft.plan(self.form(draft)) for draft in drafts]
+        if not self.one_form:
+            return plans
+        most = [max(numbers) for numbers in zip(*self.agreement.gather([p.n_parts for p in plans]), strict=True)]
+        return [
+            plan if plan.n_parts == n_parts else draft.plan(self.form(draft), n_parts)
+            for plan, draft, n_parts in zip(plans, drafts, most, strict=True)
+        ]
 
     def records(self) -> list[dict[str, Any]]:
         """The verdicts as JSON values."""

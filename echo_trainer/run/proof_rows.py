@@ -38,6 +38,7 @@ def proof_inputs(
     batch, segments = _few_rows(draft, collator)
     documents = _documents(segments, draft.positions)
     options = {"positions": draft.positions, "form": form, "position_ids": places_of(batch), "lockstep": True}
+    options["n_parts"] = 1 if draft.lockstep else None  # as many on every process
     # All of them, and the shortest alone: what else is in a pass must make no difference. As many on every process.
     chosen = (documents, documents[-1:])
     plans = [make_plan(segments, [d in routed for d in range(segments.n_documents)], **options) for routed in chosen]
