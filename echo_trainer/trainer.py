@@ -40,6 +40,7 @@ from .options import CKA
 from .passes.layers import decoder_layers, find_sites
 from .passes.memory import now_running
 from .passes.setup import EchoSetup
+from .passes.shape import model_shape
 from .passes.step import ECHO_MODULE, attach_networks, detach_networks, install_echo_forward
 from .run.agreement import Agreement
 from .run.batches import Batches
@@ -144,7 +145,8 @@ class EchoSFTTrainer(JointTrainer):
         install_echo_forward(self.model, self.echo, self._distillation)
         in_step = needs_lockstep(self.accelerator, self.model)
         self.data_collator = EchoCollator(self.data_collator, args.echo_positions, lockstep=in_step)
-        self.pass_choice = PassChoice(args.echo_pass, Agreement(), type(base).__name__, one_form=in_step)
+        shape = model_shape(self.echo, args.gradient_checkpointing)
+        self.pass_choice = PassChoice(args.echo_pass, Agreement(), type(base).__name__, in_step, shape)
         logger.info("Echo-LoRA: echo from layers %s to %d LoRA modules of layers %s.", sources, len(sites), targets)
 
     def dataset_prepared(self, name: str, given: Any, prepared: Any, packed: bool, max_length: int | None) -> None:

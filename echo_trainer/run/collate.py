@@ -9,7 +9,7 @@ its kind has been proved (`pass_choice.py`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class DraftPlan:
         routed_D: r_i of every document.
         probability: p_k.
         positions, lockstep: as for `make_plan`.
+        plans: those made so far, by form and number of passes.
     """
 
     batch: dict[str, Any]
@@ -56,9 +57,15 @@ class DraftPlan:
     probability: float
     positions: str
     lockstep: bool
+    plans: dict[tuple[EchoForm, int | None], EchoPlan] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(self, form: EchoForm, n_parts: int | None = None) -> EchoPlan:
         """The plan of the step, its echo pass laid out in `form` (and, over suffixes, in so many passes)."""
+        if (form, n_parts) not in self.plans:
+            self.plans[form, n_parts] = self._plan(form, n_parts)
+        return self.plans[form, n_parts]
+
+    def _plan(self, form: EchoForm, n_parts: int | None) -> EchoPlan:
         return make_plan(
             self.segments,
             self.routed_D,

@@ -3,6 +3,13 @@
 import numpy as np
 import torch
 
+from echo_trainer.method.costs import ModelShape
+
+LLAMA_7B = ModelShape(
+    layers=32, first_target=4, hidden=4096, weights=202_375_168, activations=78_080, queries=4096, key_values=8192,
+    itemsize=2, checkpointing=True,
+)  # fmt: skip
+
 
 def packed_lognormal(seed=0, documents=250, tokens=16 * 8192):
     """16 packed rows of 8k tokens, documents of log-normal lengths, a third to a half of their tokens answers."""
