@@ -46,11 +46,12 @@ def step_sizes(rows: int, length: int, plan: EchoPlan) -> np.ndarray:
     if layout is None:
         return sizes
     if isinstance(layout, SuffixLayout):
-        (echo_rows, own), keys = layout.token_RA.shape, layout.mask_RK.shape[1]
+        tokens = sum(part.token_RA.numel() for part in layout.parts)
+        attention = sum(part.token_RA.numel() * part.mask_RK.shape[1] for part in layout.parts)
     else:
-        echo_rows = rows if layout.row_R is None else len(layout.row_R)
-        own, keys = length, length
-    sizes[4:9] = 1, echo_rows * own, echo_rows * own * keys, len(plan.reach_E), len(plan.boundary_G)
+        tokens = (rows if layout.row_R is None else len(layout.row_R)) * length
+        attention = tokens * length
+    sizes[4:9] = 1, tokens, attention, len(plan.reach_E), len(plan.boundary_G)
     return sizes
 
 

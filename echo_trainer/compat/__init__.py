@@ -11,6 +11,7 @@ name of another library (`tests/compat/test_compat.py` searches for them).
 | `checkpointing` | transformers | the function that checkpoints a layer | error by name |
 | `trainer` | trl, transformers, accelerate | methods of the trainers without a public hook | error by name |
 | `preparation` | trl | rows as `SFTTrainer` prepares them, without a trainer | error by name |
+| `attention` | transformers | which attention kernel a model runs on | error by name |
 | `building` | transformers | models without weights | the auto class is asked |
 | `identity` | transformers, datasets | where a model or a dataset came from | cards say less |
 | `peft` | peft | which modules a LoRA configuration is about | error by name |

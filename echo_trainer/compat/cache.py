@@ -1,6 +1,7 @@
 """Keys and values of the plain pass, and the cache that shows their prefixes to the suffix pass.
 
-Shapes: B rows, T tokens, H key-value heads, h head size; R rows of P prefix and A suffix tokens.
+Shapes: B rows, T tokens, H key-value heads, h head size; R rows of P prefix and A suffix tokens, n prefix tokens of
+all rows.
 
 Both objects look like a transformers `Cache` to an attention module, which calls `update` with its new keys and values
 and attends to what it gets back. Neither is changed by a second call, so gradient checkpointing may replay a layer.
@@ -13,7 +14,7 @@ at the first step compares the two passes, and where a new question goes unanswe
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..method.layouts import SuffixLayout
-from ..method.rows import take_rows
+from ..method.layouts import SuffixPart
+from ..method.rows import join_prefix, take_rows
 from .checkpointing import cache_kept
 
 
@@ -113,52 +114,60 @@ class KeyValueRecord(Cache):
     Keeps the prefixes' keys and values of the plain pass, with their graph, and hands back what it was given.
 
     Args:
-        layout: says where the prefixes are.
+        parts: say where the prefixes are.
         first_layer: layers below it are not recorded.
     """
 
-    def __init__(self, layout: SuffixLayout, first_layer: int):
+    def __init__(self, parts: Sequence[SuffixPart], first_layer: int):
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.layers = _NoStates()
-        self.layout = layout
+        self.position = torch.cat([part.prefix_n for part in parts])
+        self.sizes = [len(part.prefix_n) for part in parts]
         self.first_layer = first_layer
-        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
+        self.prefix: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Record (B, H, T, h) keys and values the first time a layer offers them."""
         if layer_idx >= self.first_layer:
             # Selected on a replay too, although only the first selection is kept: checkpointing compares what the
             # forward and its replay save for backward.
-            selected = (self._prefix(key_states), self._prefix(value_states))
+            selected = list(zip(self._prefixes(key_states), self._prefixes(value_states), strict=True))
             self.prefix.setdefault(layer_idx, selected)
         return key_states, value_states
 
-    def _prefix(self, states_BHTh: Tensor) -> Tensor:
-        """The prefixes' rows, (R, H, P, h)."""
-        return take_rows(states_BHTh.transpose(1, 2), self.layout.prefix_RP, self.layout.real_prefix).transpose(1, 2)
+    def of(self, layer_idx: int, part: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (n, H, h) of the prefixes of a part."""
+        if layer_idx not in self.prefix:
+            raise NoCacheError(f"layer {layer_idx} showed no keys and values in the plain pass")
+        return self.prefix[layer_idx][part]
+
+    def _prefixes(self, states_BHTh: Tensor) -> tuple[Tensor, ...]:
+        return take_rows(states_BHTh.transpose(1, 2), self.position).split(self.sizes)
 
 
 class PrefixCache(Cache):
     """
-    A cache that already holds the prefixes and forgets what it is shown.
+    A cache that already holds the prefixes of a part and forgets what it is shown.
 
     Args:
-        record: what the plain pass recorded.
-        n_prefix: P, the length that masks and positions count from.
+        part: a pass over suffixes; P is the length that masks and positions count from.
+        prefix: keys and values (n, H, h) of its prefixes in a layer.
     """
 
-    def __init__(self, record: KeyValueRecord, n_prefix: int):
+    def __init__(self, part: SuffixPart, prefix: Callable[[int], tuple[Tensor, Tensor]]):
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.layers = _NoStates()
-        self.record = record
-        self.n_prefix = n_prefix
+        self.prefix = prefix
+        self.place_n = part.place_n
+        self.n_prefix = part.n_prefix
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """The prefix's keys and values followed by the suffix's, (R, H, P + A, h)."""
-        if layer_idx not in self.record.prefix:
-            raise NoCacheError(f"layer {layer_idx} showed no keys and values in the plain pass")
-        keys, values = self.record.prefix[layer_idx]
-        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+        keys, values = self.prefix(layer_idx)
+        return (
+            join_prefix(keys, key_states, self.place_n, self.n_prefix),
+            join_prefix(values, value_states, self.place_n, self.n_prefix),
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """P for every layer."""

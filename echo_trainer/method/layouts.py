@@ -1,7 +1,7 @@
-"""Which tokens an echo pass runs: suffixes, whole rows, or one token to keep processes in step. Host side.
+"""Which tokens an echo pass runs: whole rows, or suffixes in one or several passes (see `suffixes`). Host side.
 
 Shapes: F = B*T positions of the batch, E positions that predict an answer token and that the echo reaches; in the echo
-pass R rows of A tokens after P prefix tokens, J positions that receive an echo; D documents.
+pass R rows of A tokens after P prefix tokens, n prefix tokens of all its rows, J positions that receive an echo.
 """
 
 from collections.abc import Sequence
@@ -73,9 +73,9 @@ class FullLayout(PassLayout):
 
 
 @dataclass(frozen=True)
-class SuffixLayout(PassLayout):
+class SuffixPart(PassLayout):
     """
-    The echo pass runs only what follows the first echo of each routed document, on keys and values of the plain pass.
+    One pass over some suffixes, on keys and values of the plain pass.
 
     Documents become rows: P prefix positions, right-aligned so that a prefix ends where its suffix begins, then A
     suffix positions, left-aligned. That is the layout of a left-padded prompt with a cache, which every attention
@@ -85,17 +85,37 @@ class SuffixLayout(PassLayout):
         token_RA: int64 (R, A), position in F of each suffix token (padding repeats a valid one).
         position_RA: int64 (R, A), position id of each suffix token. At least one place of padding carries the largest
             position id of the batch: some rotary embeddings depend on it, and the plain pass has seen it.
-        prefix_RP: int64 (R, P), position in F of each prefix token (padding repeats a valid one).
         mask_RK: int64 (R, P + A), 1 for real prefix and suffix tokens.
-        real_token, real_prefix: int64, where the flattened `token_RA` and `prefix_RP` are not padding.
+        real_token: int64, where the flattened `token_RA` is not padding.
+        prefix_n: int64 (n,), positions in F of the prefix tokens, row after row.
+        place_n: int64 (n,), where each of them stands among the flattened (R, P + A) keys.
+        n_prefix: P.
     """
 
     token_RA: Tensor
     position_RA: Tensor
-    prefix_RP: Tensor
     mask_RK: Tensor
     real_token: Tensor
-    real_prefix: Tensor
+    prefix_n: Tensor
+    place_n: Tensor
+    n_prefix: int
+
+
+@dataclass(frozen=True)
+class SuffixLayout(Indices):
+    """
+    The echo pass runs only what follows the first echo of each routed document, in one pass or several.
+
+    Attributes:
+        parts: the passes; documents of like length share one (see `grouping`).
+        order_E: int64 (E,), where the outputs of the parts, one after the other, hold each reached position; None
+            where that is their order.
+        n_idle: parts at the end that run for no other reason than that other processes run as many.
+    """
+
+    parts: tuple[SuffixPart, ...]
+    order_E: Tensor | None = None
+    n_idle: int = 0
 
 
 Layout = FullLayout | SuffixLayout
@@ -140,88 +160,7 @@ def full_layout(
     )
 
 
-def suffix_layout(
-    segments: Segments, inject_F: Tensor, first_D: Tensor, reached: Tensor, position_ids: Tensor | None
-) -> SuffixLayout:
-    """
-    What follows the first echo of each document that holds a reached position.
-
-    Args:
-        segments: the answers of the batch.
-        inject_F, reached: as for `full_layout`.
-        first_D: first position that receives an echo in each document, (D,).
-        position_ids: as for `plan.make_plan`.
-    """
-    document_E = segments.document_F[reached]
-    documents, row_E = torch.unique(document_E, return_inverse=True)
-    begin_R = first_D[documents]
-    # The last answer token predicts nothing, so a suffix ends at the last position that predicts.
-    last_R = torch.zeros_like(begin_R).scatter_reduce_(0, row_E, reached, "amax")
-    start_R = segments.start_D[documents]
-    length_R = last_R - begin_R + 1
-    prefix_R = begin_R - start_R
-
-    place_F = _position_ids(segments, position_ids)
-    longest = int(length_R.max())
-    # A place of padding for the largest position id, where no row is shorter than the longest.
-    offset_A = torch.arange(longest + int(bool(length_R.eq(longest).all())))
-    token_RA = torch.minimum(begin_R[:, None] + offset_A, last_R[:, None])
-    n_prefix = max(int(prefix_R.max()), 1)  # a zero-width cache is a special case for no kernel
-    prefix_RP = torch.maximum(begin_R[:, None] - n_prefix + torch.arange(n_prefix), start_R[:, None])
-    real_prefix_RP = torch.arange(n_prefix).ge(n_prefix - prefix_R[:, None])
-    real_token_RA = offset_A.lt(length_R[:, None])
-    position_RA = torch.where(real_token_RA, place_F[token_RA], place_F.max())
-    inject_RA = inject_F[token_RA].masked_fill(~real_token_RA, -1).reshape(-1)
-    inject = inject_RA.ge(0).nonzero().flatten()
-    return SuffixLayout(
-        token_RA=token_RA,
-        position_RA=position_RA,
-        prefix_RP=prefix_RP,
-        mask_RK=torch.cat([real_prefix_RP, real_token_RA], dim=1).long(),
-        real_token=real_token_RA.reshape(-1).nonzero().flatten(),
-        real_prefix=real_prefix_RP.reshape(-1).nonzero().flatten(),
-        inject_position_J=inject,
-        inject_segment_J=inject_RA[inject],
-        output_position_E=row_E * len(offset_A) + reached - begin_R[row_E],
-    )
-
-
-def weightless_layout(segments: Segments, form: EchoForm, position_ids: Tensor | None) -> tuple[Layout, Tensor]:
-    """
-    The smallest echo pass there is, for a process that routes nothing while others do.
-
-    Args:
-        segments: the answers of the batch, which need not hold any.
-        form: of the pass; a suffix of one token, one row, or the batch.
-        position_ids: as for `plan.make_plan`.
-
-    Returns:
-        The layout, with E = J = 1, and a position to take an echo from, (1,).
-    """
-    first = int(segments.start_D[0]) if segments.n_documents else 0
-    last = min(first + 1, int(segments.end_D[0]) - 1 if segments.n_documents else 0)
-    one = torch.zeros(1, dtype=torch.int64)
-    if form is not EchoForm.SUFFIX:
-        inject_F = torch.full_like(segments.segment_F, -1)
-        inject_F[last] = 0
-        layout = full_layout(segments, inject_F, one + last, position_ids, all_rows=form is EchoForm.BATCH)
-        return layout, one + first
-    prefix = torch.arange(int(last > first))
-    layout = SuffixLayout(
-        token_RA=one[None] + last,
-        position_RA=_position_ids(segments, position_ids)[one[None] + last],
-        prefix_RP=one[None] + first,
-        mask_RK=torch.tensor([[len(prefix), 1]]),
-        real_token=one,
-        real_prefix=prefix,
-        inject_position_J=one,
-        inject_segment_J=one,
-        output_position_E=one,
-    )
-    return layout, one + first
-
-
-def _position_ids(segments: Segments, position_ids: Tensor | None) -> Tensor:
+def position_ids_F(segments: Segments, position_ids: Tensor | None) -> Tensor:
     """Position id of every position of the flattened batch, (F,)."""
     if position_ids is not None:
         return position_ids.expand(segments.shape).reshape(-1)

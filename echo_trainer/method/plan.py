@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .indices import Indices
-from .layouts import EchoForm, Layout, full_layout, suffix_layout, weightless_layout
+from .layouts import EchoForm, Layout, SuffixLayout, full_layout
 from .segments import Segments, numbered_spans
+from .suffixes import suffix_layout, weightless_layout
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class EchoPlan(Indices):
     lockstep: bool = False
 
     @property
+    def n_parts(self) -> int:
+        """Number of passes over suffixes; 0 where the layout is none of suffixes."""
+        return len(self.layout.parts) if isinstance(self.layout, SuffixLayout) else 0
+
+    @property
     def weightless(self) -> bool:
         """Whether an echo pass runs for no other reason than that other processes run one."""
         return self.layout is not None and not len(self.reach_E)
@@ -87,6 +93,7 @@ def make_plan(
     probability: float = 0.0,
     lockstep: bool = False,
     images: Sequence[int] = (),
+    n_parts: int | None = None,
 ) -> EchoPlan:
     """
     Turn segments and routing decisions into the indices of a step.
@@ -100,6 +107,7 @@ def make_plan(
         probability: p_k, kept for logging.
         lockstep: lay out an echo pass in any case; one of no weight where nothing is routed.
         images: of each row, where rows are run without the others; see `full_layout`.
+        n_parts: number of passes of a pass over suffixes; None for the cheapest.
     """
     routed_D = torch.from_numpy(np.array(routed, dtype=bool)) & segments.routable_D
     routed_S = routed_D[segments.document_S]
@@ -118,12 +126,12 @@ def make_plan(
     if len(reach_E):
         reached = predict_N[reach_E]
         if form is EchoForm.SUFFIX:
-            layout = suffix_layout(segments, inject_F, first_D[:-1], reached, position_ids)
+            layout = suffix_layout(segments, inject_F, first_D[:-1], reached, position_ids, n_parts)
         else:
             all_rows = form is EchoForm.BATCH
             layout = full_layout(segments, inject_F, reached, position_ids, all_rows=all_rows, images=images)
     elif lockstep:
-        layout, boundary_G = weightless_layout(segments, form, position_ids)
+        layout, boundary_G = weightless_layout(segments, form, position_ids, n_parts)
     answered_D = segments.answered_D
     return EchoPlan(
         predict_N=predict_N,

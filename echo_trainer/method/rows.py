@@ -1,6 +1,7 @@
-"""Take rows of a flattened batch, with a backward that copies instead of adding.
+"""Take rows of a flattened batch and put them elsewhere, with a backward that copies instead of adding.
 
-Shapes: F positions of the flattened batch, K taken ones.
+Shapes: F positions of the flattened batch, K taken ones; R rows of P prefix and A suffix tokens, n prefix tokens of
+all rows, H key-value heads, h head size.
 """
 
 import torch
@@ -44,3 +45,36 @@ class _TakeRows(torch.autograd.Function):
             index_K, gradient = index_K.index_select(0, real), gradient.index_select(0, real)
         whole = gradient.new_zeros((ctx.length, *gradient.shape[1:]))
         return whole.index_copy_(0, index_K, gradient), None, None
+
+
+def join_prefix(prefix_nHh: Tensor, suffix_RHAh: Tensor, place_n: Tensor, n_prefix: int) -> Tensor:
+    """
+    Keys or values of suffixes behind those of their prefixes, (R, H, P + A, h), with gradient; zeros in between.
+
+    Args:
+        prefix_nHh: of all rows, one after the other.
+        suffix_RHAh: of the suffixes, padded.
+        place_n: where each prefix token stands among the flattened (R, P + A).
+        n_prefix: P.
+    """
+    return _JoinPrefix.apply(prefix_nHh, suffix_RHAh, place_n.to(suffix_RHAh.device), n_prefix)
+
+
+class _JoinPrefix(torch.autograd.Function):
+    """Laid out as (R, P + A, H, h), as projections leave keys and values."""
+
+    @staticmethod
+    def forward(ctx, prefix_nHh: Tensor, suffix_RHAh: Tensor, place_n: Tensor, n_prefix: int) -> Tensor:
+        ctx.save_for_backward(place_n)
+        ctx.n_prefix = n_prefix
+        rows, heads, width, size = suffix_RHAh.shape
+        joined_RKHh = suffix_RHAh.new_zeros(rows, n_prefix + width, heads, size)
+        joined_RKHh.view(-1, heads, size).index_copy_(0, place_n, prefix_nHh)
+        joined_RKHh[:, n_prefix:] = suffix_RHAh.transpose(1, 2)
+        return joined_RKHh.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient_RHKh: Tensor):
+        (place_n,) = ctx.saved_tensors
+        flat = gradient_RHKh.transpose(1, 2).flatten(0, 1)
+        return flat.index_select(0, place_n), gradient_RHKh[:, :, ctx.n_prefix :], None, None

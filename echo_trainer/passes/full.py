@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..method.layouts import FullLayout
 from ..method.rows import take_rows
-from .injection import Injection
+from .injection import Injection, Places
 
 # Inputs whose rows are the batch's rows. What else a batch may hold is picked by what it means (`FullLayout.picks`).
 ROW_INPUTS = {"input_ids", "attention_mask", "position_ids"}
@@ -26,8 +26,8 @@ class FullEchoPass:
             parts = {k: inputs[k].index_select(pick.axis, pick.index) for k, pick in layout.picks.items()}
             inputs = {**inputs, **rows, **parts}
         n_positions = inputs["input_ids"].numel()
-        injection = Injection(setup.sites, delta, layout.inject_position_J, layout.inject_segment_J, n_positions)
-        with injection.active(setup.layers):
+        injection = Injection(setup.sites, delta)
+        with injection.active(setup.layers, Places(layout, n_positions)):
             outputs = setup.backbone(**inputs, use_cache=False)
         return take_rows(outputs.last_hidden_state, layout.output_position_E), injection
 

@@ -38,7 +38,7 @@ class PlainState:
         hidden_Nd: final hidden states at the predicting positions, with gradient.
         source_SGd: hidden states of the source layers at the boundaries, with gradient unless `EchoSetup.detach`.
         record: keys and values of every layer, where the layout of the echo pass is a suffix.
-        entry_RAd: input of the first target layer at the suffix tokens, likewise.
+        entries: input of the first target layer at the suffix tokens of each part (R, A, d), likewise.
         layer_form: form of what a decoder layer returns, likewise.
         outputs: what the backbone returned.
     """
@@ -46,7 +46,7 @@ class PlainState:
     hidden_Nd: Tensor
     source_SGd: Tensor | None
     record: KeyValueRecord | None
-    entry_RAd: Tensor | None
+    entries: list[Tensor]
     layer_form: Any
     outputs: Any
 
@@ -63,7 +63,7 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
     layers = setup.layers
     shape = inputs["input_ids"].shape
     sources: dict[int, Tensor] = {}
-    entry: list[Tensor] = []
+    entries: list[Tensor] = []
     forms: list[Any] = []
     record = None
     with ExitStack() as stack:
@@ -72,11 +72,11 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
                 keep = _keep_rows(sources, index, plan.boundary_G, shape, setup.detach)
                 stack.enter_context(forward_hook(layers[index], keep))
         if isinstance(plan.layout, SuffixLayout):
-            record = KeyValueRecord(plan.layout, first_layer=setup.first_target)
+            record = KeyValueRecord(plan.layout.parts, first_layer=setup.first_target)
             assert setup.cache is not None  # the proof of the suffix pass has found it
             stack.enter_context(attach_cache(layers, record, setup.cache))
             first = layers[setup.first_target]
-            stack.enter_context(input_hook(first, _keep_entry(entry, plan.layout, shape)))
+            stack.enter_context(input_hook(first, _keep_entries(entries, plan.layout, shape)))
             stack.enter_context(forward_hook(first, lambda module, args, output: forms.append(form_of(output))))
         outputs = setup.backbone(**inputs, use_cache=False)
     return PlainState(
@@ -85,7 +85,7 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
         if sources
         else None,
         record=record,
-        entry_RAd=entry[0] if entry else None,
+        entries=entries,
         layer_form=forms[0] if forms else None,
         outputs=outputs,
     )
@@ -102,11 +102,11 @@ def _keep_rows(store: dict[int, Tensor], key: int, index: Tensor, shape: tuple[i
     return hook
 
 
-def _keep_entry(store: list[Tensor], layout: SuffixLayout, shape: tuple[int, int]) -> Callable:
-    """A hook that keeps a layer's input at the suffix tokens, with gradient."""
+def _keep_entries(store: list[Tensor], layout: SuffixLayout, shape: tuple[int, int]) -> Callable:
+    """A hook that keeps a layer's input at the suffix tokens of each part, with gradient."""
 
     def hook(module, args, kwargs):
         hidden = tokens_first(input_of(args, kwargs), shape)
-        store.append(planes_first(take_rows(hidden, layout.token_RA, layout.real_token)))
+        store.extend(planes_first(take_rows(hidden, part.token_RA, part.real_token)) for part in layout.parts)
 
     return hook

@@ -35,17 +35,24 @@ import torch
 from torch import Tensor
 
 from ..compat.cache import CacheObserver, NoCacheError
-from ..method.layouts import EchoForm, SuffixLayout
+from ..method.layouts import EchoForm
 from ..method.losses import NonFiniteLossError
 from ..method.plan import EchoPlan
 from ..method.rows import take_rows
 from ..method.sites import site_key
 from .echo import run_echo_pass
-from .layer_io import first_plane, tokens_first
 from .memory import is_out_of_memory
 from .own_forward import compare_heads, own_forward
 from .plain import run_plain_pass
-from .rounding import can_refine, layers_in_float32, relative, rounding, unit_roundoff
+from .rounding import (
+    can_refine,
+    echo_states,
+    layers_in_float32,
+    plain_states,
+    relative,
+    rounding,
+    unit_roundoff,
+)
 from .setup import EchoSetup
 
 SAFETY = 8
@@ -171,7 +178,9 @@ def _compare(
         noise = max(noise, relative(take_rows(rounded_BTd, at_E), expected_Ed))
         try:
             plain = run_plain_pass(setup, inputs, plan)
-            again_Ed = take_rows(plain.outputs.last_hidden_state if finals is None else _tokens(finals, inputs), at_E)
+            again_Ed = take_rows(
+                plain.outputs.last_hidden_state if finals is None else plain_states(finals, inputs), at_E
+            )
             again = relative(again_Ed, expected_Ed)
             if again > CHANCE * roundoff:
                 raise RandomModelError(f"two plain passes differ by {again:.1e}, so the model draws random numbers")
@@ -181,8 +190,7 @@ def _compare(
             }
             echo_Ed, _ = run_echo_pass(setup, inputs, plan, plain, delta)
             if finals is not None:
-                assert plan.layout is not None  # every plan of a proof is laid out
-                echo_Ed = take_rows(_tokens(finals, inputs, plan), plan.layout.output_position_E)
+                echo_Ed = echo_states(finals, inputs, plan)
         except Exception as reason:
             if is_out_of_memory(reason):
                 raise
@@ -256,19 +264,7 @@ def observe(setup: EchoSetup, tiny_ids: Tensor) -> tuple[str | None, float, torc
 def _plain_states(setup: EchoSetup, inputs: dict[str, Any], finals: list[Tensor] | None = None) -> Tensor:
     """Final states (B, T, d) of the plain pass."""
     hidden_BTd = setup.backbone(**inputs, use_cache=False).last_hidden_state
-    return hidden_BTd if finals is None else _tokens(finals, inputs)
-
-
-def _tokens(finals: list[Tensor], inputs: dict[str, Any], plan: EchoPlan | None = None) -> Tensor:
-    """The states that the last layer returned last, (rows, tokens, d), in the plain pass or in a plan's echo pass."""
-    rows, width = inputs["input_ids"].shape
-    layout = plan.layout if plan is not None else None
-    if isinstance(layout, SuffixLayout):
-        rows, width = layout.token_RA.shape
-    elif layout is not None and layout.row_R is not None:
-        rows = len(layout.row_R)
-    tokens = tokens_first(finals.pop(), (rows, width))
-    return first_plane(tokens.flatten(0, 1)).view(rows, width, -1)
+    return hidden_BTd if finals is None else plain_states(finals, inputs)
 
 
 def _alone(setup: EchoSetup, inputs: dict[str, Any], at_n: Tensor, finals: list[Tensor] | None = None) -> float:

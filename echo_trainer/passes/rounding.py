@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer_io import forward_hook, hidden_of
+from ..method.layouts import FullLayout
+from ..method.plan import EchoPlan
+from ..method.rows import take_rows
+from .layer_io import first_plane, forward_hook, hidden_of, tokens_first
 from .modules import forward_replaced
 from .setup import EchoSetup
 
@@ -106,6 +109,28 @@ def layers_in_float32(setup: EchoSetup) -> Iterator[list[Tensor]]:
                 run = last(run, next(layer.parameters()).dtype)
             stack.enter_context(forward_replaced(layer, run))
         yield finals
+
+
+def plain_states(finals: list[Tensor], inputs: dict[str, Any]) -> Tensor:
+    """The states that the last layer returned last, (B, T, d), in the plain pass; takes them from `finals`."""
+    return _last(finals, *inputs["input_ids"].shape)
+
+
+def echo_states(finals: list[Tensor], inputs: dict[str, Any], plan: EchoPlan) -> Tensor:
+    """The states (E, d) that the last layer returned last in a plan's echo pass; takes them from `finals`."""
+    layout = plan.layout
+    if isinstance(layout, FullLayout):
+        rows, width = inputs["input_ids"].shape
+        rows = rows if layout.row_R is None else len(layout.row_R)
+        return take_rows(_last(finals, rows, width), layout.output_position_E)
+    found = [take_rows(_last(finals, *p.token_RA.shape), p.output_position_E) for p in reversed(layout.parts)]
+    states = torch.cat(found[::-1])
+    return states if layout.order_E is None else states[layout.order_E]
+
+
+def _last(finals: list[Tensor], rows: int, width: int) -> Tensor:
+    tokens = tokens_first(finals.pop(), (rows, width))
+    return first_plane(tokens.flatten(0, 1)).view(rows, width, -1)
 
 
 def _refined(layer: nn.Module, forward: Callable) -> Callable:

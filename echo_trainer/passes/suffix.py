@@ -3,21 +3,26 @@
 Shapes: R rows of A suffix tokens after P prefix tokens, E positions that the echo reaches, d hidden size.
 
 It runs against the keys and values that the plain pass computed. Same loss, same gradients: the graph of those keys
-and values is kept.
+and values is kept. Suffixes of like length run together, one part of the layout after the other.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..compat.cache import PrefixCache, attach_cache
-from ..method.layouts import SuffixLayout
+from ..method.layouts import SuffixLayout, SuffixPart
 from ..method.rows import take_rows
-from .injection import Injection
+from ..method.silence import touch
+from .injection import Injection, Places
 from .layer_io import input_hook, input_of, like, with_input
 from .modules import forward_replaced
 from .plain import PlainState
+from .setup import EchoSetup
 
 
 class SuffixEchoPass:
@@ -26,35 +31,44 @@ class SuffixEchoPass:
     def __call__(self, setup, inputs, plan, plain, delta):
         """See `EchoPass`."""
         layout: SuffixLayout = plan.layout
-        layers = setup.layers
-        rows, width = layout.token_RA.shape
-        cache = PrefixCache(plain.record, n_prefix=layout.prefix_RP.shape[1])
-        injection = Injection(
-            setup.sites,
-            delta,
-            layout.inject_position_J,
-            layout.inject_segment_J,
-            n_positions=rows * width,
-            width=width,
-            n_prefix=cache.n_prefix,
+        injection = Injection(setup.sites, delta)
+        hidden = [_run_part(setup, inputs, plain, number, part, injection) for number, part in enumerate(layout.parts)]
+        n_real = len(hidden) - layout.n_idle
+        if n_real == 0:
+            return torch.cat(hidden), injection
+        hidden_Ed = torch.cat(hidden[:n_real])
+        if layout.order_E is not None:
+            hidden_Ed = take_rows(hidden_Ed[None], layout.order_E)
+        if layout.n_idle:
+            hidden_Ed = hidden_Ed + touch(*hidden[n_real:])
+        return hidden_Ed, injection
+
+
+def _run_part(
+    setup: EchoSetup, inputs: dict[str, Any], plain: PlainState, number: int, part: SuffixPart, injection: Injection
+) -> Tensor:
+    """Final hidden states (E, d) of one part."""
+    layers = setup.layers
+    cache = PrefixCache(part, partial(plain.record.of, part=number))
+    rows, width = part.token_RA.shape
+    places = Places(part, rows * width, width, part.n_prefix)
+    with ExitStack() as stack:
+        # The backbone gets the cache for its masks; GPT-2 does not hand it on to layers that are checkpointed.
+        stack.enter_context(attach_cache(layers, cache, setup.cache))
+        stack.enter_context(_start_at(layers, setup.first_target, plain.entries[number], plain.layer_form))
+        stack.enter_context(injection.active(layers, places))
+        outputs = setup.backbone(
+            input_ids=inputs["input_ids"].reshape(-1)[part.token_RA],
+            attention_mask=part.mask_RK,
+            position_ids=part.position_RA,
+            use_cache=False,
+            **{setup.cache.backbone: cache},
         )
-        with ExitStack() as stack:
-            # The backbone gets the cache for its masks; GPT-2 does not hand it on to layers that are checkpointed.
-            stack.enter_context(attach_cache(layers, cache, setup.cache))
-            stack.enter_context(_start_at(layers, setup.first_target, plain))
-            stack.enter_context(injection.active(layers))
-            outputs = setup.backbone(
-                input_ids=inputs["input_ids"].reshape(-1)[layout.token_RA],
-                attention_mask=layout.mask_RK,
-                position_ids=layout.position_RA,
-                use_cache=False,
-                **{setup.cache.backbone: cache},
-            )
-        return take_rows(outputs.last_hidden_state, layout.output_position_E), injection
+    return take_rows(outputs.last_hidden_state, part.output_position_E)
 
 
 @contextmanager
-def _start_at(layers: nn.ModuleList, first: int, plain: PlainState) -> Iterator[None]:
+def _start_at(layers: nn.ModuleList, first: int, entry_RAd: Tensor, layer_form: Any) -> Iterator[None]:
     """
     Let the backbone begin at layer `first` with what the plain pass gave it; the layers below it pass through.
 
@@ -62,10 +76,8 @@ def _start_at(layers: nn.ModuleList, first: int, plain: PlainState) -> Iterator[
     """
 
     def pass_through(*args, **kwargs):
-        return like(plain.layer_form, input_of(args, kwargs))
+        return like(layer_form, input_of(args, kwargs))
 
-    entry_RAd = plain.entry_RAd
-    assert entry_RAd is not None  # kept where the layout is a suffix
     with ExitStack() as stack:
         for layer in layers[:first]:
             stack.enter_context(forward_replaced(layer, pass_through))

@@ -56,7 +56,8 @@ class Batches:
         options = {"positions": host.args.echo_positions, "lockstep": host.pass_choice.one_form}
         drafts = [draw(batch, schedule, step, number, **options) for number, batch in enumerate(taken)]
         host.pass_choice.settle(drafts, self.compare_passes, step)
-        planned = [{**draft.batch, PLAN_KEY: draft.plan(host.pass_choice.form(draft))} for draft in drafts]
+        plans = host.pass_choice.plans(drafts)
+        planned = [{**draft.batch, PLAN_KEY: plan} for draft, plan in zip(drafts, plans, strict=True)]
         return planned, n_items
 
     def compare_passes(self, draft: DraftPlan, form: EchoForm) -> ProofResult:

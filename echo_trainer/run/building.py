@@ -12,6 +12,7 @@ from ..method.network import NetworkForm
 from ..passes.layers import adapted_layers, decoder_layers, find_sites
 from ..passes.modules import base_model_of
 from ..passes.setup import EchoSetup
+from ..passes.shape import model_shape
 from ..selection.use import named_layers
 from .host import Host
 from .lockstep import checkpoint_without_reentry, needs_lockstep
@@ -35,7 +36,8 @@ def set_up_echo(host: Host) -> None:
     checkpoint_without_reentry(args)
     in_step = needs_lockstep(host.accelerator, host.model)
     host.echo, host.loss_terms = _setup_for(host), loss_terms_of(args)
-    host.pass_choice = PassChoice(args.echo_pass, host.agreement, type(host.echo.model).__name__, in_step)
+    shape = model_shape(host.echo, args.gradient_checkpointing)
+    host.pass_choice = PassChoice(args.echo_pass, host.agreement, type(host.echo.model).__name__, in_step, shape)
 
 
 def _setup_for(host: Host) -> EchoSetup:

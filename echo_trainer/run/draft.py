@@ -6,7 +6,7 @@ when a batch of its kind has been proved (`pass_choice.py`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class DraftPlan:
         routed_D: bool (D,), r_i of every document.
         probability: p_k.
         positions, lockstep: as for `make_plan`.
+        plans: those made so far, by form and number of passes.
     """
 
     batch: dict[str, Any]
@@ -39,15 +40,23 @@ class DraftPlan:
     probability: float
     positions: str
     lockstep: bool
+    plans: dict[tuple[EchoForm, int | None], EchoPlan] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def segments(self) -> Segments:
         """The answers of the batch."""
         return self.answers.segments
 
-    def plan(self, form: EchoForm) -> EchoPlan:
-        """The plan of the step, its echo pass laid out in `form`; all rows run where nobody knows what is whose."""
-        return self.plan_of(self.routed_D, form, probability=self.probability, lockstep=self.lockstep)
+    def plan(self, form: EchoForm, n_parts: int | None = None) -> EchoPlan:
+        """
+        The plan of the step, its echo pass laid out in `form` (and, over suffixes, in so many passes).
+
+        All rows run where nobody knows what is whose.
+        """
+        if (form, n_parts) not in self.plans:
+            options = {"probability": self.probability, "lockstep": self.lockstep, "n_parts": n_parts}
+            self.plans[form, n_parts] = self.plan_of(self.routed_D, form, **options)
+        return self.plans[form, n_parts]
 
     def plan_of(self, routed_D: Sequence[bool] | np.ndarray, form: EchoForm, **options: Any) -> EchoPlan:
         """The plan of the batch with other routes; options as for `make_plan`."""

@@ -198,7 +198,7 @@ class HeldOut:
             name, in_step = type(host.echo.model).__name__, draft.lockstep
             self._choice = PassChoice(wanted, host.agreement, name, in_step)
         self._choice.settle([draft], self.compare, host.state.global_step)
-        plan = draft.plan(self._choice.form(draft))
+        (plan,) = self._choice.plans([draft])
         inputs = send_to_device(backbone_inputs(draft.batch), host.args.device)
         on_device = plan.to(host.args.device)
         with explain_out_of_memory(inputs, plan, "measurement of the echo on held-out rows"):

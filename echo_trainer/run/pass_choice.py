@@ -7,60 +7,30 @@ form that failed for a kind is not tried again in the run, also after a resume: 
 where it was interrupted.
 
 The proof is a collective act: every process takes part in each, with rows of its own, and all come to one verdict.
+
+Where running whole rows costs less than the suffixes of a batch (`method.costs`), the batch is of a kind of its own,
+for which the full pass is proved first. Not where all processes must run one form: they would have to agree on it in
+every micro-batch, to save little.
 """
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from ..method.costs import ModelShape, whole_rows_cost_less
 from ..method.layouts import EchoForm
+from ..method.plan import EchoPlan
 from ..passes.proof import ProofResult
 from .agreement import Agreement
 from .draft import DraftPlan
-
-logger = logging.getLogger(__name__)
+from .verdict import Verdict, difference, mixing_documents, no_pass, refuse_the_model, say
 
 CANDIDATES = {
     "auto": (EchoForm.SUFFIX, EchoForm.ROWS, EchoForm.BATCH),
     "suffix": (EchoForm.SUFFIX,),
     "full": (EchoForm.ROWS, EchoForm.BATCH),
 }
-
-
-@dataclass
-class Verdict:
-    """
-    What was proved for a kind of batch.
-
-    Attributes:
-        kind: of the batch, in words.
-        form: of the echo pass.
-        length: tokens of the longest document it was proved with.
-        result: what was measured for `form`.
-        against: why each cheaper form is not used.
-        step: optimizer step at which it was proved.
-    """
-
-    kind: str
-    form: EchoForm
-    length: int
-    result: ProofResult
-    step: int
-    against: list[str] = field(default_factory=list)
-
-    def record(self) -> dict[str, Any]:
-        """JSON values for the record of the run."""
-        return {
-            "batches": self.kind,
-            "pass": str(self.form),
-            "difference": self.result.states,
-            "allowed": self.result.allowed,
-            "logits_difference": self.result.logits,
-            "longest_document": self.length,
-            "step": self.step,
-            "not": self.against,
-        }
+WHOLE_ROWS = ", where whole rows cost less"
+"""Ends the name of a kind for which the full pass is tried before the suffix pass."""
 
 
 class PassChoice:
@@ -72,10 +42,19 @@ class PassChoice:
         agreement: between the processes of the run.
         model_name: for messages.
         one_form: every process must run the same form in each micro-batch (see `method/silence.py`).
+        model: its sizes, to compare what passes cost; None where suffixes are always taken to cost less.
     """
 
-    def __init__(self, wanted: str, agreement: Agreement, model_name: str, one_form: bool = False):
+    def __init__(
+        self,
+        wanted: str,
+        agreement: Agreement,
+        model_name: str,
+        one_form: bool = False,
+        model: ModelShape | None = None,
+    ):
         self.wanted = wanted
+        self.model = model
         self.agreement = agreement
         self.model_name = model_name
         self.one_form = one_form
@@ -110,14 +89,16 @@ class PassChoice:
         Raises:
             ValueError: neither pass is exact for the model, it sees later tokens, or `wanted` cannot be had.
         """
-        unproved = [(draft.kind, draft.length) for draft in drafts if not self._proved(draft) and draft.answered]
+        kinds = [self.kind(draft) for draft in drafts]
+        pairs = zip(drafts, kinds, strict=True)
+        unproved = [(kind, draft.length) for draft, kind in pairs if draft.answered and not self._proved(draft, kind)]
         if not self.agreement.any(bool(unproved)):
             return
         lengths: dict[str, int] = {}
         for kind, length in (pair for pairs in self.agreement.gather(unproved) for pair in pairs):
             lengths[kind] = max(length, lengths.get(kind, 0))
         for kind in sorted(lengths):
-            own = [draft for draft in drafts if draft.kind == kind and draft.answered]
+            own = [draft for draft, its in zip(drafts, kinds, strict=True) if its == kind and draft.answered]
             # A process without such a batch keeps the others company with another one.
             draft = max(own or drafts, key=lambda draft: draft.length)
             self._decide(kind, lengths[kind], draft, bool(own), prove, step)
@@ -127,15 +108,41 @@ class PassChoice:
         if self.one_form:
             forms = [verdict.form for verdict in self.verdicts.values()]
             return max(forms, key=list(EchoForm).index, default=CANDIDATES[self.wanted][0])
-        verdict = self.verdicts.get(draft.kind)
+        verdict = self.verdicts.get(self.kind(draft))
         return verdict.form if verdict else CANDIDATES[self.wanted][0]  # without one nothing will run
+
+    def kind(self, draft: DraftPlan) -> str:
+        """The kind of a batch that is proved: the draft's, and whether its full pass costs less than its suffixes."""
+        if self.model is None or self.wanted != "auto" or self.one_form or draft.unprovable(EchoForm.SUFFIX):
+            return draft.kind
+        verdict = self.verdicts.get(draft.kind)
+        if verdict is not None and verdict.form is not EchoForm.SUFFIX:
+            return draft.kind
+        plan = draft.plan(EchoForm.SUFFIX)
+        return draft.kind + WHOLE_ROWS * whole_rows_cost_less(plan, draft.segments, self.model)
+
+    def plans(self, drafts: Sequence[DraftPlan]) -> list[EchoPlan]:
+        """
+        The plans of a step's micro-batches; `settle` must have seen them. Every process must call it in every step.
+
+        Where every process must run the same modules equally often, all run as many passes over suffixes as the one
+        that needs most.
+        """
+        plans = [draft.plan(self.form(draft)) for draft in drafts]
+        if not self.one_form:
+            return plans
+        most = [max(numbers) for numbers in zip(*self.agreement.gather([p.n_parts for p in plans]), strict=True)]
+        return [
+            plan if plan.n_parts == n_parts else draft.plan(self.form(draft), n_parts)
+            for plan, draft, n_parts in zip(plans, drafts, most, strict=True)
+        ]
 
     def records(self) -> list[dict[str, Any]]:
         """The verdicts as JSON values."""
         return [verdict.record() for verdict in self.verdicts.values()]
 
-    def _proved(self, draft: DraftPlan) -> bool:
-        verdict = self.verdicts.get(draft.kind)
+    def _proved(self, draft: DraftPlan, kind: str) -> bool:
+        verdict = self.verdicts.get(kind)
         return verdict is not None and (draft.length <= verdict.length or verdict.form is EchoForm.BATCH)
 
     def _decide(
@@ -148,31 +155,36 @@ class PassChoice:
         step: int,
     ) -> None:
         before, against = self.verdicts.get(kind), list(self._earlier(kind))
-        reasons = self.agreement.gather({f: draft.unprovable(f) if own else None for f in CANDIDATES[self.wanted]})
+        reasons = self.agreement.gather({f: draft.unprovable(f) if own else None for f in self._order(kind)})
         for form in self._candidates(kind):
             why_not = next((found[form] for found in reasons if found[form]), None)
             if why_not is None:
                 everybody = self.agreement.gather((own, prove(draft, form)))
                 results = [result for counts, result in everybody if counts]
                 worst = max(results, key=lambda r: (r.error is not None, r.states / r.allowed))
-                self._refuse_the_model(worst, results)
+                refuse_the_model(self.model_name, worst, results)
                 if not any(result.compared for result in results) and worst.error is None:
                     return  # nothing was compared, so nothing is known
                 mixing = next((r for r in results if r.mixes_documents), None)
                 if worst.agrees and not (mixing and form is EchoForm.SUFFIX):
                     length = max(length, before.length if before else 0)
                     self.verdicts[kind] = Verdict(kind, form, length, worst, step, against)
-                    self._say(self.verdicts[kind], before)
+                    say(self.verdicts[kind], before, self.wanted)
                     return
-                why_not = f"{_difference(worst)}{self._mixing(mixing)}"
+                why_not = difference(worst) + mixing_documents(self.model_name, mixing)
             against.append(f"{form}: {why_not}")
             self.failed[kind] = form
-        raise ValueError(self._no_pass(kind, against))
+        raise ValueError(no_pass(self.model_name, self.wanted, kind, against))
 
     def _candidates(self, kind: str) -> list[EchoForm]:
         """The forms to try: none that failed before."""
-        failed = list(EchoForm).index(self.failed[kind]) if kind in self.failed else -1
-        return [form for form in CANDIDATES[self.wanted] if list(EchoForm).index(form) > failed]
+        order = self._order(kind)
+        return order[order.index(self.failed[kind]) + 1 if kind in self.failed else 0 :]
+
+    def _order(self, kind: str) -> list[EchoForm]:
+        """The forms for a kind of batch, the one that is tried first at the beginning."""
+        order = list(CANDIDATES[self.wanted])
+        return sorted(order, key=lambda form: form is EchoForm.SUFFIX) if kind.endswith(WHOLE_ROWS) else order
 
     def _earlier(self, kind: str) -> list[str]:
         """Why forms are not tried that failed before."""
@@ -181,68 +193,3 @@ class PassChoice:
         if kind in self.verdicts:
             return self.verdicts[kind].against
         return [f"{self.failed[kind]}: it was not exact before the run was interrupted"]
-
-    def _refuse_the_model(self, worst: ProofResult, results: list[ProofResult]) -> None:
-        ahead = max(results, key=lambda result: result.sees_ahead)
-        if ahead.sees_ahead > ahead.allowed:
-            raise ValueError(
-                f"{self.model_name} is no causal model: when the last token of a row is changed, what it computes for "
-                f"the tokens before it changes by {ahead.sees_ahead:.1e}. It would read the answers it is trained to "
-                f"predict. Use a causal language model; for BERT-like models that can be one, load it with "
-                f"is_decoder=True."
-            )
-        head = max(results, key=lambda result: result.logits)
-        if not head.head_agrees:
-            raise ValueError(
-                f"The logits that {self.model_name} computes are not those of its output embeddings on its final "
-                f"hidden states (they differ by {head.logits:.1e}, rounding explains {head.logits_allowed:.1e}), so "
-                f"the loss would be another model's. Report this with the model's name; until then train it with "
-                f"trl.SFTTrainer, or with echo_p_start=0 and echo_p_end=0."
-            )
-
-    def _say(self, verdict: Verdict, before: Verdict | None) -> None:
-        measured = (
-            f"Compared with the plain pass on {verdict.kind}, up to {verdict.length} tokens: final states differ by "
-            f"{verdict.result.states:.1e} (rounding explains {verdict.result.allowed:.1e}), logits by "
-            f"{verdict.result.logits:.1e}."
-        )
-        if verdict.against and self.wanted == "auto":
-            if before is not None and before.form is verdict.form:
-                return
-            logger.warning(
-                "The echo pass runs whole sequences from here on (about twice the price of LoRA), since the cheaper "
-                "one is not exact for this model on %s. %s. %s",
-                verdict.kind,
-                "; ".join(verdict.against),
-                measured,
-            )
-        elif before is None:
-            logger.info("Echo pass: %s. %s", verdict.form, measured)
-
-    def _no_pass(self, kind: str, against: list[str]) -> str:
-        found = "; ".join(against)
-        if self.wanted == "suffix":
-            return (
-                f"echo_pass='suffix' is not exact for {self.model_name} on {kind} ({found}). Use echo_pass='auto', "
-                f"which takes the full pass where it must."
-            )
-        return (
-            f"No echo pass is exact for {self.model_name} on {kind}: with a delta of zero it must equal the plain "
-            f"pass, and {found}. Report this with the model's name; until then train it with trl.SFTTrainer, or with "
-            f"echo_p_start=0 and echo_p_end=0."
-        )
-
-    def _mixing(self, result: ProofResult | None) -> str:
-        if result is None:
-            return ""
-        return (
-            f" - {self.model_name} itself mixes packed documents on this attention kernel (a document's states differ "
-            f"by {result.mixes:.1e} from those it has alone), in plain SFT as well: train it with packing=False and "
-            f"padding_free=False, or with a flash attention kernel"
-        )
-
-
-def _difference(result: ProofResult) -> str:
-    if result.error is not None:
-        return f"it cannot be run ({result.error})"
-    return f"final states differ by {result.states:.1e}, rounding explains {result.allowed:.1e}"

@@ -147,7 +147,7 @@ class Probation:
 def echo_work(plan: EchoPlan, shape: tuple[int, int], depth: int, first_target: int) -> int:
     """Tokens of the echo pass of a batch of `shape`, each times the layers it goes through."""
     if isinstance(plan.layout, SuffixLayout):
-        return plan.layout.token_RA.numel() * (depth - first_target)
+        return sum(part.token_RA.numel() for part in plan.layout.parts) * (depth - first_target)
     if isinstance(plan.layout, FullLayout):
         rows = shape[0] if plan.layout.row_R is None else len(plan.layout.row_R)
         return rows * shape[1] * depth

@@ -39,10 +39,11 @@ def proof_inputs(
     batch, answers = _few_rows(draft, collator)
     segments = answers.segments
     documents = _documents(segments, draft.positions)
-    small = replace(draft, batch=batch, answers=answers)
+    small = replace(draft, batch=batch, answers=answers, plans={})
+    n_parts = 1 if draft.lockstep else None  # as many on every process
     # All of them, and the shortest alone: what else is in a pass must make no difference. As many on every process.
     chosen = [[d in routed for d in range(segments.n_documents)] for routed in (documents, documents[-1:])]
-    plans = [small.plan_of(routed, form, lockstep=True) for routed in chosen]
+    plans = [small.plan_of(routed, form, lockstep=True, n_parts=n_parts) for routed in chosen]
     first, later = _first_and_later(segments, documents)
     task = ProofTask(
         form=form,

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from trl import SFTTrainer
 
 from echo_trainer import EchoSFTTrainer, cli
 from echo_trainer.compat import checkpointing, hub_client, versions
-from echo_trainer.compat.cache import NoCacheError, PrefixCache
+from echo_trainer.compat.cache import KeyValueRecord, NoCacheError, PrefixCache
 from echo_trainer.compat.trainer import _JOINTS, require_joints
+from echo_trainer.method.layouts import EchoForm
+from echo_trainer.method.plan import make_plan
+from echo_trainer.method.segments import find_segments
 from echo_trainer.passes.layers import decoder_layers
 
 PACKAGE = ROOT / "echo_trainer"
@@ -161,10 +165,10 @@ def test_layers_checkpointed_by_others_are_refused(tmp_path):
 
 
 def test_a_cache_asked_for_more_says_so():
-    class Record:
-        prefix = {}
-
-    cache = PrefixCache(Record(), n_prefix=3)
+    segments = find_segments({"labels": torch.tensor([[-100, 5, 6]])})
+    part = make_plan(segments, [True], form=EchoForm.SUFFIX).layout.parts[0]
+    record = KeyValueRecord([part], first_layer=1)
+    cache = PrefixCache(part, partial(record.of, part=0))
     with pytest.raises(NoCacheError, match="layer 2 showed no keys"):
         cache.update(torch.zeros(1), torch.zeros(1), 2)
     with pytest.raises(NoCacheError, match="another state than keys and values"):

@@ -1,12 +1,18 @@
 """Invariant 2: suffix pass = full pass, for every family and form of batch, with and without checkpointing."""
 
+import functools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mixes import examples_of
 from models import FAMILIES, adapted, tiny_model
 from steps import (
     assert_same_gradients,
     echo_setup,
     packed_example,
+    padded_collator,
     padding_free_collator,
     planned_batch,
     random_examples,
@@ -14,7 +20,10 @@ from steps import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from echo_trainer.method.layouts import FullLayout, SuffixLayout
+from echo_trainer.method import grouping
+from echo_trainer.method.layouts import EchoForm, FullLayout, SuffixLayout
+from echo_trainer.method.plan import make_plan
+from echo_trainer.method.segments import find_segments
 
 # Sums of float64 in another order; most families normalise in float32 whatever the model's dtype.
 TOLERANCE = {"gpt2": 1e-9, "opt": 1e-9, "gpt_neox": 1e-9}
@@ -77,6 +86,95 @@ def test_every_batch_form(form, dora, family, checkpointing):
     if form == "one-prompt-length":
         examples = random_examples(4, low=5, high=6)
     compare(model, examples, collator=collator, p=0.5 if form == "some-routed" else 1.0)
+
+
+@pytest.fixture
+def passes_cost_nothing(monkeypatch):
+    """Every length becomes a part of its own, also in small batches."""
+    monkeypatch.setattr(grouping, "PASS", 0)
+
+
+@pytest.mark.usefixtures("passes_cost_nothing")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("form", ["padded", "multi-turn", "padding-free", "packed", "some-routed"])
+def test_many_parts(form, dora, checkpointing):
+    """Rows of very different lengths run in several passes: one graph, the losses and gradients of the full pass."""
+    model = float64_model("llama", use_dora=dora)
+    if checkpointing:
+        checkpoint_layers(model)
+    model.train()
+    examples, collator = batch_in(form)
+    _, plan = planned_batch(examples, suffix=True, p=0.5 if form == "some-routed" else 1.0, collator=collator, seed=1)
+    assert plan.n_parts > 1
+    compare(model, examples, collator=collator, p=0.5 if form == "some-routed" else 1.0)
+
+
+def batch_in(form):
+    """Examples of very different lengths and the collator of a form of batch."""
+    low, high = random_examples(4, seed=4, turns=2), random_examples(3, seed=5, low=14, high=30)
+    examples = [*low[:2], *high, *low[2:]]
+    if form == "packed":
+        return [packed_example(examples[:4]), packed_example(examples[4:])], padding_free_collator()
+    if form in ("multi-turn", "some-routed"):
+        return low, None
+    return examples, padding_free_collator() if form == "padding-free" else None
+
+
+@pytest.mark.usefixtures("passes_cost_nothing")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_parts_of_every_family(family):
+    """Sliding windows, learned positions, soft-capping: each part is a batch like any other."""
+    model = float64_model(family).train()
+    examples = [*random_examples(3, seed=4, low=6, high=9), *random_examples(2, seed=5, low=10, high=14)]
+    assert planned_batch(examples, suffix=True)[1].n_parts > 1
+    compare(model, examples, tolerance=TOLERANCE.get(family, FLOAT32_NORM))
+
+
+document = st.tuples(st.integers(1, 24), st.integers(1, 24))
+
+
+@functools.cache
+def three_layers():
+    model = adapted(tiny_model(num_hidden_layers=3, dtype=torch.float64)).to(torch.float64).train()
+    return model, echo_setup(model, sources=[2], targets=[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    documents=st.lists(document, min_size=1, max_size=7),
+    packed=st.booleans(),
+    predicting=st.booleans(),
+    price=st.sampled_from([0, 30]),
+    n_parts=st.sampled_from([None, 1, 3]),
+)
+def test_any_lengths(documents, packed, predicting, price, n_parts):
+    """Suffix pass = full pass, whatever the lengths of prompts and answers and however many passes they run in."""
+    model, setup = three_layers()
+    examples = examples_of(*zip(*documents, strict=True))
+    batch = padding_free_collator()([packed_example(examples)]) if packed else padded_collator()(examples)
+    segments = find_segments(batch, examples if not packed else [packed_example(examples)])
+    options = {
+        "positions": "predicting" if predicting else "answer", "position_ids": batch.get("position_ids"), "n_parts":
+        n_parts,
+    }  # fmt: skip
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    before, grouping.PASS = grouping.PASS, price
+    try:
+        full, suffix = (
+            make_plan(segments, [True] * segments.n_documents, form=form, **options)
+            for form in (EchoForm.ROWS, EchoForm.SUFFIX)
+        )
+    finally:
+        grouping.PASS = before
+    if suffix.layout is None:
+        return
+    assert n_parts is None or suffix.n_parts == n_parts
+    (one, one_gradients), (other, other_gradients) = (
+        step_gradients(model, setup, inputs, plan) for plan in (full, suffix)
+    )
+    torch.testing.assert_close(other["objective"], one["objective"], rtol=FLOAT32_NORM, atol=FLOAT32_NORM)
+    assert_same_gradients(one_gradients, other_gradients, FLOAT32_NORM)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

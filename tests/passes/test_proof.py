@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from made_up import made_up_model
+from mixes import LLAMA_7B, examples_of
 from models import DEPTH, adapted, conversation_rows, lora_config, prompt_completion_rows, tiny_model
 from steps import (
     assert_same_gradients,
@@ -20,6 +21,7 @@ from steps import (
 )
 from training import DATA_FORMS, adapter, all_parameters, assert_equal, echo_trainer, losses
 
+from echo_trainer.method import costs
 from echo_trainer.method.layouts import EchoForm
 from echo_trainer.method.routing import RoutingSchedule
 from echo_trainer.passes.proof import ProofResult, observe, prove
@@ -539,3 +541,51 @@ def test_multi_turn_rows_are_proved_like_others(tmp_path):
     trainer = echo_trainer(tmp_path, rows=conversation_rows(20), assistant_only_loss=True, max_steps=1)
     trainer.train()
     assert forms(trainer) == [EchoForm.SUFFIX] and len(trainer.model.get_base_model().model.layers) == DEPTH
+
+
+def test_whole_rows_where_they_cost_less():
+    """Such batches are a kind of their own, for which the full pass is proved; others keep the suffix pass."""
+    choice = PassChoice("auto", Agreement(), "Llama", model=LLAMA_7B)
+    echo = EchoCollator(padding_free_collator())
+    echo.schedule = RoutingSchedule(1, 1.0, 1.0, total_steps=10, batch_size=13)
+    answers = echo.draft(examples_of([1] * 13, [2] * 12 + [60]), 0, 0)
+    prompts = echo.draft(examples_of([30] * 13, [2] * 12 + [60]), 0, 1)
+    asked = []
+
+    def prove(draft, form):
+        asked.append(form)
+        return measured(0.0)
+
+    choice.settle([answers, prompts], prove, 0)
+    assert asked == [EchoForm.SUFFIX, EchoForm.ROWS]
+    assert [choice.form(draft) for draft in (answers, prompts)] == [EchoForm.ROWS, EchoForm.SUFFIX]
+    assert [plan.n_parts for plan in choice.plans([answers, prompts])] == [0, 2]
+    assert {record["batches"]: record["pass"] for record in choice.records()} == {
+        "rows of several documents (packed or padding-free)": "suffix",
+        "rows of several documents (packed or padding-free), where whole rows cost less": "full",
+    }
+    # The suffix pass is still there, should whole rows not be exact.
+    choice.begin()
+    choice.settle([answers], lambda draft, form: measured(2.0 if form is EchoForm.ROWS else 0.5), 0)
+    assert choice.form(answers) is EchoForm.BATCH
+    for wanted, one_form in (("suffix", False), ("auto", True)):
+        other = PassChoice(wanted, Agreement(), "Llama", one_form, LLAMA_7B)
+        assert other.kind(answers) == answers.kind
+
+
+def test_a_run_takes_whole_rows_where_they_cost_less(tmp_path, monkeypatch):
+    """The losses are those of the suffix pass."""
+    # Of a tiny model the bytes would count most, of which suffixes keep fewer.
+    monkeypatch.setattr(costs, "FLOPS_PER_BYTE", 1)
+    rows = examples_of([1] * 13, [2] * 12 + [60])
+    settings = {
+        "rows": rows, "padding_free": True, "per_device_train_batch_size": 13, "max_steps": 2, "max_length": None,
+        "echo_p_end": 1.0, "dataset_kwargs": {"skip_prepare_dataset": True},
+    }  # fmt: skip
+    auto = echo_trainer(tmp_path / "auto", **settings)
+    auto.train()
+    assert forms(auto) == [EchoForm.ROWS]
+    suffix = echo_trainer(tmp_path / "suffix", echo_pass="suffix", **settings)
+    suffix.train()
+    assert forms(suffix) == [EchoForm.SUFFIX]
+    torch.testing.assert_close(losses(auto), losses(suffix), rtol=1e-5, atol=0)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 DEADLINE = process_worker.DEADLINE + 60
 
-MORE_CASES = ["strong-equal", "strong-fading", "judged"]
+MORE_CASES = ["parts", "strong-equal", "strong-fading", "judged"]
 DDP_CASES = [
     "equal", "differs", "stream", "dispatched", "poisoned", "silent", "uneven", "whole", "resumed", *MORE_CASES,
 ]  # fmt: skip
@@ -139,6 +139,18 @@ def assert_same_training(launch: Launch, alone, case: str) -> None:
 def test_equals_one_process(launch, alone):
     """Invariant 3: batch 8 = 2 processes x batch 2 x accumulation 2 (4 processes x batch 1 x accumulation 2)."""
     assert_same_training(launch, alone, launch.case("equal"))
+
+
+def test_passes_over_suffixes_of_many_lengths(launch, alone):
+    """Rows differ between processes, and so does how many passes they are split into; sharded, all run as many."""
+    case = launch.case("parts")
+    parts = [rank["parts"] for rank in launch.ranks(case)]
+    if launch.ranks(case)[0]["lockstep"]:
+        assert all(counts == parts[0] for counts in parts)
+    else:
+        assert any(counts != parts[0] for counts in parts)
+    assert max(parts[0]) > 1
+    assert_same_training(launch, alone, case)
 
 
 def test_one_process_whose_rows_differ_decides_for_all(launch, alone):

@@ -21,9 +21,11 @@ from training import echo_trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from echo_trainer.compat.cache import PrefixCache
+from echo_trainer.method import grouping
 from echo_trainer.method.routing import RoutingSchedule
 from echo_trainer.passes import echo, step
 from echo_trainer.run.gathering import whole_state
+from echo_trainer.run.pass_choice import PassChoice
 
 DEADLINE = 400
 """Seconds after which a process that hangs says where it does and ends."""
@@ -59,18 +61,28 @@ def even_rows(n: int) -> list[dict]:
     return rows
 
 
+def uneven_rows(n: int) -> list[dict]:
+    """Prompts and answers of lengths that differ from row to row."""
+    text = " ".join(f"w{i % 50}" for i in range(40)).split()
+    return [
+        {"prompt": " ".join(text[: 3 + 7 * i % 17]), "completion": " " + " ".join(text[: 2 + 5 * i % 11])}
+        for i in range(n)
+    ]
+
+
 def settings_of(case: str, world: int, compared: int) -> dict:
     """Arguments of `training.echo_trainer` for a case, run by `world` processes, `compared` in the run it is for."""
     if case.startswith("strong"):  # an echo with its graph, whose gradient reaches the plain pass
         like = settings_of(case.removeprefix("strong-"), world, compared)
         return {**like, "echo_preset": "strong"}
-    if case in ("equal", "differs"):
+    if case in ("equal", "parts", "differs"):
         accumulation = 1 if world == 1 else 2
         return {
             **SHARED, "max_steps": 3, "optim": "sgd", "gradient_accumulation_steps": accumulation,
             "per_device_train_batch_size": 8 // accumulation // world,
             # What the processes must do when the rows of one of them prove that the suffix pass is not exact.
             **({"echo_pass": "full"} if case == "differs" and world == 1 else {}),
+            **({"rows": uneven_rows(40)} if case == "parts" else {}),
         }  # fmt: skip
     if case == "judged":  # five held-out rows, two at a time: not as many for each process
         return {
@@ -128,8 +140,10 @@ def build(case: str, folder: Path, world: int, compared: int, **more):
 def run(case: str, output: Path, world: int, compared: int | None = None, **more) -> dict:
     """Train a case and write its adapter and echo networks; what this process saw."""
     folder = output / case
-    seen = {"routes": {}, "echo_passes": 0, "saves": 0}
+    seen = {"routes": {}, "echo_passes": 0, "saves": 0, "parts": []}
     undo = _watch(seen)
+    if case == "parts":
+        undo = _make_passes_free(undo)
     if case == "differs" and world > 1 and int(os.environ["RANK"]) == world - 1:
         undo = _disturb(undo)
     try:
@@ -165,6 +179,7 @@ def run(case: str, output: Path, world: int, compared: int | None = None, **more
 def _watch(seen: dict):
     """Count draws, echo passes and saves; returns a function that stops it."""
     draw, run_echo_pass, save = RoutingSchedule.draw, echo.run_echo_pass, PeftModel.save_pretrained
+    lay_out = PassChoice.plans
 
     def drawn(self, step, micro_batch, rows, documents):
         routed = draw(self, step, micro_batch, rows, documents)
@@ -176,16 +191,34 @@ def _watch(seen: dict):
         seen["echo_passes"] += 1
         return run_echo_pass(*args, **kwargs)
 
+    def laid_out(self, drafts):
+        plans = lay_out(self, drafts)
+        seen["parts"] += [plan.n_parts for plan in plans]
+        return plans
+
     def saved(*args, **kwargs):
         seen["saves"] += 1
         return save(*args, **kwargs)
 
     RoutingSchedule.draw, step.run_echo_pass, PeftModel.save_pretrained = drawn, counted, saved
+    PassChoice.plans = laid_out
 
     def undo():
         RoutingSchedule.draw, step.run_echo_pass, PeftModel.save_pretrained = draw, run_echo_pass, save
+        PassChoice.plans = lay_out
 
     return undo
+
+
+def _make_passes_free(undo):
+    """Split suffixes into as many passes as they have lengths; returns a function that undoes it, too."""
+    price, grouping.PASS = grouping.PASS, 0
+
+    def both():
+        undo()
+        grouping.PASS = price
+
+    return both
 
 
 def _disturb(undo):
