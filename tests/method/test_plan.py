@@ -99,6 +99,10 @@ def assert_equal_records(left, right):
         ours, theirs = getattr(left, item.name), getattr(right, item.name)
         if isinstance(ours, Indices):
             assert_equal_records(ours, theirs)
+        elif isinstance(ours, tuple) and ours and isinstance(ours[0], Indices):
+            assert len(ours) == len(theirs)
+            for part, its in zip(ours, theirs, strict=True):
+                assert_equal_records(part, its)
         elif isinstance(ours, torch.Tensor):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), item.name
         elif isinstance(ours, np.ndarray):
