@@ -57,7 +57,7 @@ def test_an_adapter_that_peft_loads_and_nobody_can_run(function, bases, tmp_path
     settings = {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6], "modules_to_save": ["lm_head"]}
     config = LoraConfig(r=16, task_type="CAUSAL_LM", **settings)
     get_peft_model(make.load_base(bases["llama-tied"]), config).save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="cannot be run|cannot become a LoRA"):
+    with pytest.raises(ValueError, match=r"cannot be run|cannot become a LoRA"):
         function(tmp_path / "a", tmp_path / "out", bases["llama-tied"])
 
 
