@@ -94,15 +94,15 @@ class Attachment:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """The model understands the keywords of the echo inside (see `install_echo_forward`), trained or not."""
-        host = self.host
-        if self._model is not None:
+        echo, model = self.host.echo, self.host.model
+        if echo is None or self._model is not None:
             yield
             return
-        install_echo_forward(host.model, host.echo, host.loss_terms)
+        install_echo_forward(model, echo, self.host.loss_terms)
         try:
             yield
         finally:
-            remove_echo_forward(host.model)
+            remove_echo_forward(model)
 
     def evaluating(self) -> Any:
         """

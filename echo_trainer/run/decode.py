@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
+from datasets import Dataset
 
 from ..method.segments import IGNORE_INDEX
 from .answers import answers_of
@@ -94,8 +94,7 @@ def decode(host: Host, batch: dict[str, Any] | None = None) -> DecodedBatch:
     """
     batch = batch if batch is not None else _first_batch(host)
     answers = answers_of(batch)
-    on_host: dict[str, Any] = send_to_device({name: batch[name] for name in ("input_ids", "labels")}, "cpu")
-    ids, labels = on_host["input_ids"].reshape(-1), on_host["labels"].reshape(-1)
+    ids, labels = (batch[name].cpu().reshape(-1) for name in ("input_ids", "labels"))
     segments, width = answers.segments, answers.segments.shape[1]
     routed = None
     if host.echo is not None:
@@ -124,7 +123,7 @@ def _first_batch(host: Host) -> dict[str, Any]:
     try:
         with torch.random.fork_rng(devices=[]):
             loader = host.get_train_dataloader()
-            if getattr(loader, "batch_sampler", None) is not None:
+            if isinstance(loader.dataset, Dataset):
                 examples = [loader.dataset[place] for place in next(iter(loader.batch_sampler))]
             else:
                 examples = list(itertools.islice(iter(loader.dataset), host.args.train_batch_size))

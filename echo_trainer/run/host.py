@@ -41,7 +41,8 @@ class Host(Protocol):
         pass_choice: which form the echo pass takes; None with the echo off.
         base_fingerprint: see `resume.base_fingerprint`.
         dataset_name: public id of the training data, if the caller knows it.
-        batches, guard, checkpoints, pushes, attachment, first_step, held_out, probation: the collaborators that others call.
+        batches, guard, checkpoints, pushes, attachment, first_step, held_out, probation: the collaborators that
+            others call.
     """
 
     args: "EchoSFTConfig"
