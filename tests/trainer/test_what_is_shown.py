@@ -15,7 +15,7 @@ from echo_trainer.method.routing import RoutingSchedule
 @pytest.mark.parametrize("form", DATA_FORMS)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_logged_loss_is_that_of_sft(tmp_path, form, accumulation):
-    """Of the same rows and weights the first step's `loss` is SFT's, whatever is routed; the objective has the rest."""
+    """The first step's `loss` is SFT's on the same rows, whatever is routed; the objective has the rest."""
     settings, rows = DATA_FORMS[form]
     settings = {**settings, "max_steps": 1, "gradient_accumulation_steps": accumulation}
     ours = echo_trainer(tmp_path / "a", rows=rows(), **settings)
