@@ -40,11 +40,13 @@ from .run.attachment import Attachment
 from .run.batches import Batches
 from .run.building import loss_terms_of, set_up_echo
 from .run.checkpoints import Checkpoints
+from .run.decode import DecodedBatch, decode
 from .run.first_step import FirstStep
 from .run.guard import Guard
 from .run.held_out import HeldOut
+from .run.loop import train_with_echo
 from .run.metrics import EchoMetrics
-from .run.optimizer import give_own_rate, take_in
+from .run.optimizer import give_own_rate
 from .run.pass_choice import PassChoice
 from .run.probation import Probation
 from .run.pushes import Pushes
@@ -83,6 +85,7 @@ class EchoSFTTrainer(JointTrainer):
     networks_class: type[EchoNetworks] = EchoNetworks
     args: EchoSFTConfig
     checkpoints: Checkpoints
+    attachment: Attachment
     saver: Saver
     pushes: Pushes
 
@@ -138,32 +141,8 @@ class EchoSFTTrainer(JointTrainer):
         return result
 
     def training_loop(self, run: Callable[[], Any]) -> Any:
-        """Training begins: nothing is left of an earlier run, and options may have been set since."""
-        self.checkpoints.weights_of_step = None
-        self.args.check()
-        if not self.args.echo_enabled:
-            self.echo = self.pass_choice = None
-            return run()
-        check_arguments(self.model, None, self.compute_loss_func)
-        if self.model_init is not None:  # a new model, or the same one as it was
-            self.echo = None
-        set_up_echo(self)
-        self.echo_metrics.clear()  # those of a run that was interrupted would be counted here
-        for part in (self.guard, self.probation, self.first_step):
-            part.begin()
-        self.add_callback(self.first_step)
-        try:
-            with self.attachment.training():
-                return run()
-        finally:
-            self.remove_callback(self.first_step)
-
-    def about_to_wrap(self) -> None:
-        """The model gets its echo networks, and the optimizer those of them that it does not know."""
-        self.attachment.put_on()
-        if self.echo is not None and self.optimizer is not None:
-            networks = list(self.echo.networks.parameters())
-            take_in(self.optimizer, self.lr_scheduler, networks, self.args.echo_learning_rate)
+        """Train as the options say now; `run` is the Trainer's loop."""
+        return train_with_echo(self, run)
 
     # Handed over
 
@@ -176,6 +155,15 @@ class EchoSFTTrainer(JointTrainer):
         taken = self.batches.of_a_step(super().get_batch_samples, epoch_iterator, num_batches, device)
         self.first_step.plans += sum(PLAN_KEY in batch for batch in taken[0])
         return taken
+
+    def decode_batch(self, batch: dict[str, Any] | None = None) -> DecodedBatch:
+        """
+        A training batch as text: of each row the prompt and the answer, its boundary, and whether it gets an echo.
+
+        Args:
+            batch: one of `get_train_dataloader()`; None takes the first. The routes are those of the next step.
+        """
+        return decode(self, batch)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch, forward and backward, guarded against what is not finite."""

@@ -90,6 +90,13 @@ class CheckpointJoints(Protocol):
         """Train an epoch."""
 
 
+class WrapJoints(Protocol):
+    """What an engine is given to train."""
+
+    def put_on(self) -> None:
+        """Model and optimizer are about to be given to an engine, to train."""
+
+
 class SaveJoints(Protocol):
     """How a model is written."""
 
@@ -127,7 +134,8 @@ class JointTrainer(SFTTrainer):
 
     Attributes:
         model, model_wrapped, train_dataset, data_collator: the Trainer's, as they are once it is built.
-        checkpoints, saver, pushes, rows: what the private methods are handed over to; there before `__init__`.
+        checkpoints, attachment, saver, pushes, rows: what the private methods are handed over to; there before
+            `__init__`.
         staging_folder: where the Trainer writes a checkpoint, in place of the run's folder; None outside of a save.
         push_is_due: whether the checkpoint that is being written is to be pushed once it has its name.
     """
@@ -137,6 +145,7 @@ class JointTrainer(SFTTrainer):
     train_dataset: Any
     data_collator: Any
     checkpoints: CheckpointJoints
+    attachment: WrapJoints
     saver: SaveJoints
     pushes: PushJoints
     rows: RowJoints
@@ -146,9 +155,6 @@ class JointTrainer(SFTTrainer):
     def training_loop(self, run: Callable[[], Any]) -> Any:
         """Train with `run`, and return what it returns. With `auto_find_batch_size` it may be called again."""
         return run()
-
-    def about_to_wrap(self) -> None:
-        """Model and optimizer are about to be given to an engine, to train."""
 
     def save_state(self, folder: str, state_dict: dict) -> None:
         """Write a model whose tensors an engine has gathered; goes through `saver.write`."""
@@ -182,7 +188,7 @@ class JointTrainer(SFTTrainer):
 
     def _wrap_model(self, model: Any, training: bool = True, **kwargs: Any) -> Any:
         if training:
-            self.about_to_wrap()
+            self.attachment.put_on()
         return super()._wrap_model(model, training=training, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..passes.step import attach_networks, detach_networks, has_networks, install_echo_forward, remove_echo_forward
 from .host import Host
+from .optimizer import take_in
 
 
 class Attachment:
@@ -45,13 +46,16 @@ class Attachment:
             self.take_off()
 
     def put_on(self) -> None:
-        """The model is about to be wrapped: make networks and step a part of it."""
-        echo, model = self.host.echo, self.host.model
+        """Model and optimizer are about to be wrapped: networks and step are a part of them."""
+        host, echo, model = self.host, self.host.echo, self.host.model
         if echo is None:
             return
         self._model, self._networks = model, echo.networks
-        install_echo_forward(model, echo, self.host.loss_terms)
+        install_echo_forward(model, echo, host.loss_terms)
         attach_networks(model, echo.networks)
+        if host.optimizer is not None:
+            networks = list(echo.networks.parameters())
+            take_in(host.optimizer, host.lr_scheduler, networks, host.args.echo_learning_rate)
 
     def take_off(self) -> None:
         """Make the model the plain adapted model again."""
@@ -90,15 +94,15 @@ class Attachment:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """The model understands the keywords of the echo inside (see `install_echo_forward`), trained or not."""
-        host = self.host
-        if self._model is not None:
+        echo, model = self.host.echo, self.host.model
+        if echo is None or self._model is not None:
             yield
             return
-        install_echo_forward(host.model, host.echo, host.loss_terms)
+        install_echo_forward(model, echo, self.host.loss_terms)
         try:
             yield
         finally:
-            remove_echo_forward(host.model)
+            remove_echo_forward(model)
 
     def evaluating(self) -> Any:
         """

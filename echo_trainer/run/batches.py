@@ -52,7 +52,7 @@ class Batches:
         taken, n_items = take(batches, n_batches, device)
         if host.pass_choice is None:
             return taken, n_items
-        schedule, step = self._schedule(), host.state.global_step
+        schedule, step = self.schedule(), host.state.global_step
         options = {"positions": host.args.echo_positions, "lockstep": host.pass_choice.one_form}
         drafts = [draw(batch, schedule, step, number, **options) for number, batch in enumerate(taken)]
         host.pass_choice.settle(drafts, self.compare_passes, step)
@@ -68,16 +68,17 @@ class Batches:
             with explain_out_of_memory(inputs, task.plans[0], "comparison of the two passes"):
                 return host.model_wrapped(**inputs, echo_proof=task)
 
-    def _schedule(self) -> RoutingSchedule:
+    def schedule(self) -> RoutingSchedule:
+        """How the routes of the run are drawn; before it has begun, as far as that is known."""
         args, state = self.host.args, self.host.state
         stopped = self.host.probation.stopped
         return RoutingSchedule(
             seed=args.resolved_echo_seed,
             p_start=0.0 if stopped else args.echo_p_start,
             p_end=0.0 if stopped else args.echo_p_end,
-            total_steps=state.max_steps,
+            total_steps=state.max_steps or max(args.max_steps, 2),
             accumulation=args.gradient_accumulation_steps,
             world_size=args.world_size,
             rank=args.process_index,
-            batch_size=state.train_batch_size,
+            batch_size=state.train_batch_size or args.train_batch_size,
         )

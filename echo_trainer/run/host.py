@@ -14,7 +14,10 @@ from .pass_choice import PassChoice
 if TYPE_CHECKING:
     from ..config import EchoSFTConfig
     from .attachment import Attachment
+    from .batches import Batches
     from .checkpoints import Checkpoints
+    from .first_step import FirstStep
+    from .guard import Guard
     from .held_out import HeldOut
     from .probation import Probation
     from .pushes import Pushes
@@ -25,9 +28,9 @@ class Host(Protocol):
     `EchoSFTTrainer`, as its collaborators see it.
 
     Attributes:
-        args, state, model, model_wrapped, accelerator, optimizer, train_dataset, eval_dataset, processing_class,
-        data_collator, callback_handler, control, hub_model_id, is_deepspeed_enabled, is_fsdp_enabled: those of
-        `transformers.Trainer`.
+        args, state, model, model_init, model_wrapped, accelerator, optimizer, lr_scheduler, train_dataset,
+        eval_dataset, processing_class, data_collator, compute_loss_func, callback_handler, control, hub_model_id,
+        is_deepspeed_enabled, is_fsdp_enabled: those of `transformers.Trainer`.
         padding_free: that of `trl.SFTTrainer`.
         staging_folder, push_is_due: see `compat.trainer.JointTrainer`.
         agreement: the talks between the processes of the run.
@@ -38,7 +41,8 @@ class Host(Protocol):
         pass_choice: which form the echo pass takes; None with the echo off.
         base_fingerprint: see `resume.base_fingerprint`.
         dataset_name: public id of the training data, if the caller knows it.
-        checkpoints, pushes, attachment, held_out, probation: the collaborators that others call.
+        batches, guard, checkpoints, pushes, attachment, first_step, held_out, probation: the collaborators that
+            others call.
     """
 
     args: "EchoSFTConfig"
@@ -48,10 +52,13 @@ class Host(Protocol):
     model_wrapped: nn.Module
     accelerator: Any
     optimizer: Any
+    lr_scheduler: Any
     train_dataset: Any
     processing_class: Any
     eval_dataset: Any
     data_collator: Any
+    model_init: Any
+    compute_loss_func: Any
     callback_handler: Any
     hub_model_id: str | None
     is_deepspeed_enabled: bool
@@ -67,6 +74,9 @@ class Host(Protocol):
     pass_choice: PassChoice | None
     base_fingerprint: dict[str, str]
     dataset_name: str | None
+    batches: "Batches"
+    guard: "Guard"
+    first_step: "FirstStep"
     checkpoints: "Checkpoints"
     pushes: "Pushes"
     attachment: "Attachment"
@@ -81,8 +91,20 @@ class Host(Protocol):
         """Autocast, as a training step uses it."""
         ...
 
+    def get_train_dataloader(self) -> Any:
+        """The loader of the training set."""
+        ...
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The loader of an evaluation set."""
+        ...
+
+    def add_callback(self, callback: Any) -> None:
+        """Have a callback called from now on."""
+        ...
+
+    def remove_callback(self, callback: Any) -> None:
+        """Have a callback called no more."""
         ...
 
     def log(self, logs: dict[str, float]) -> None:

@@ -1,0 +1,177 @@
+"""What a user of TRL reads: the loss in the log, the batches as text, and messages in words."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from models import FAMILIES, conversation_rows, lora_config, prompt_completion_rows, tiny_model
+from training import DATA_FORMS, assert_equal, echo_trainer, losses, plain_trainer, revive, trainable
+
+from echo_trainer import EchoSFTConfig
+from echo_trainer.method.routing import RoutingSchedule
+
+# The logged loss
+
+
+@pytest.mark.parametrize("form", DATA_FORMS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_logged_loss_is_that_of_sft(tmp_path, form, accumulation):
+    """The first step's `loss` is SFT's on the same rows, whatever is routed; the objective has the rest."""
+    settings, rows = DATA_FORMS[form]
+    settings = {**settings, "max_steps": 1, "gradient_accumulation_steps": accumulation}
+    ours = echo_trainer(tmp_path / "a", rows=rows(), **settings)
+    revive(ours)
+    ours.train()
+    theirs = plain_trainer(tmp_path / "b", rows=rows(), **settings)
+    theirs.train()
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)
+    left, right = ours.state.log_history[-1]["train_loss"], theirs.state.log_history[-1]["train_loss"]
+    assert left == pytest.approx(right, rel=1e-6)
+    logged = ours.state.log_history[0]
+    assert logged["echo/routed"] == 1
+    expected = logged["echo/ce_plain"] + logged["echo/ce_echo"] + logged["echo/kd"]
+    assert logged["echo/objective"] == pytest.approx(expected, rel=1e-6) and logged["echo/kd"] > 0.001
+
+
+def test_the_logged_loss_of_a_mixture_of_experts_is_that_of_sft(tmp_path):
+    FAMILIES.setdefault("qwen3_moe", FAMILIES["qwen3"])
+    model = {
+        "family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "output_router_logits": True, "router_aux_loss_coef": 0.1,
+    }  # fmt: skip
+    settings = {"lora": lora_config(target_modules=["q_proj", "v_proj"], init_lora_weights=True), "max_steps": 1}
+    ours, theirs = (
+        make(tmp_path / make.__name__, model=tiny_model(**model), **settings) for make in (echo_trainer, plain_trainer)
+    )
+    ours.train()
+    theirs.train()
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)
+    assert ours.state.log_history[0]["aux_loss"] > 0
+
+
+def test_the_loss_does_not_follow_the_routing_probability(tmp_path):
+    """With a rate of almost zero the loss of one batch stays what it is while p falls; the objective falls with it."""
+    row = prompt_completion_rows(1)
+    settings = {"rows": row * 8, "learning_rate": 1e-12, "echo_p_end": 0.0, "max_steps": 5}
+    trainer = echo_trainer(tmp_path, **settings)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["loss"] for entry in entries] == pytest.approx([entries[0]["loss"]] * 5, rel=1e-6)
+    assert entries[0]["echo/objective"] == pytest.approx(2 * entries[0]["loss"], rel=1e-6)
+    assert entries[-1]["echo/objective"] == pytest.approx(entries[-1]["loss"], rel=1e-6)
+
+
+# Batches as text
+
+
+@pytest.mark.parametrize("form", DATA_FORMS)
+def test_decode_batch_shows_what_training_sees(tmp_path, form, monkeypatch):
+    """The first batch and its routes, twice the same, and without a trace in the run that follows."""
+    settings, rows = DATA_FORMS[form]
+    settings = {**settings, "max_steps": 2, "echo_p_start": 0.5, "echo_p_end": 0.5, "dataloader_num_workers": 0}
+    ours, other = (echo_trainer(tmp_path / name, rows=rows(), **settings) for name in ("a", "b"))
+    shown = ours.decode_batch()
+    assert str(ours.decode_batch()) == str(shown)
+    seen, draw = [], RoutingSchedule.draw
+    monkeypatch.setattr(RoutingSchedule, "draw", lambda *args: seen.append(draw(*args)) or seen[-1])
+    batches = []
+    collate = ours.data_collator
+    ours.data_collator = lambda examples: batches.append(collate(examples)) or batches[-1]
+    ours.train()
+    assert [document.routed for document in shown] == np.asarray(seen[0]).tolist()
+    ids = batches[0]["input_ids"]
+    decoded = ours.processing_class.decode(ids.flatten(), skip_special_tokens=False).replace(" <pad>", "")
+    assert " ".join(part.text for document in shown for part in document.parts) == decoded
+    other.train()
+    assert losses(ours) == losses(other)
+    assert_equal(trainable(ours), trainable(other))
+
+
+def test_decode_batch_names_prompt_answer_and_boundary(tmp_path):
+    trainer = echo_trainer(tmp_path, rows=[{"prompt": "w1 w2", "completion": " w3 w4"}] * 8)
+    document = trainer.decode_batch()[0]
+    assert (document.prompt, document.answer, document.routed) == ("w1 w2", "w3 w4 </s>", True)
+    assert (document.parts[1].boundary, document.parts[1].boundary_token) == (1, "w2")
+    assert str(document) == (
+        "row 0: gets an echo pass\n  prompt   'w1 w2'\n  boundary 'w2' (column 1)\n  answer   'w3 w4 </s>'"
+    )
+
+
+def test_decode_batch_of_the_loader_and_of_the_caller(tmp_path):
+    """Every turn of a conversation has its own boundary; an answer without a prompt says that it has none."""
+    trainer = echo_trainer(tmp_path, rows=conversation_rows(16))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    shown = trainer.decode_batch(batch)
+    assert all([part.answer for part in document.parts] == [False, True] * 2 for document in shown)
+    assert all(part.boundary_token == ":" for document in shown for part in document.parts if part.answer)
+    batch["labels"] = batch["input_ids"].clone()
+    (part,) = trainer.decode_batch(dict(batch))[0].parts
+    assert part.answer and part.boundary is None and "no prompt before it" in str(part)
+    assert trainer.decode_batch(dict(batch))[0].routed is False
+
+
+def test_decode_batch_of_a_stream_and_without_an_echo(tmp_path):
+    stream = Dataset.from_list(prompt_completion_rows(16)).to_iterable_dataset()
+    assert len(echo_trainer(tmp_path / "a", rows=stream).decode_batch()) == 4
+    off = echo_trainer(tmp_path / "b", echo_p_start=0.0, echo_p_end=0.0)
+    assert {document.routed for document in off.decode_batch()} == {None}
+    assert "the echo is off" in str(off.decode_batch())
+
+
+# Messages
+
+
+def test_the_form_of_the_saved_adapter_is_one_line(tmp_path, caplog):
+    trainer = echo_trainer(tmp_path / "a", max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    lines = [record.getMessage() for record in caplog.records if "is saved with" in record.getMessage()]
+    assert len(lines) == 1
+    assert "trained with r=4, lora_alpha=8 and is saved with r=16, lora_alpha=32" in lines[0]
+    caplog.clear()
+    same = echo_trainer(tmp_path / "b", lora=lora_config(r=16, lora_alpha=32, init_lora_weights=True), max_steps=1)
+    same.train()
+    same.save_model()
+    kept = echo_trainer(tmp_path / "c", max_steps=1, portable_adapter=False)
+    kept.train()
+    kept.save_model()
+    assert not [record for record in caplog.records if "is saved with" in record.getMessage()]
+
+
+def test_engines_are_spoken_of_in_sentences(tmp_path, caplog):
+    trainer = echo_trainer(tmp_path, lora=lora_config(use_dora=True, init_lora_weights=True), max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    lines = [record.getMessage() for record in caplog.records if "says why" in record.getMessage()]
+    assert any(line.startswith("vllm refuses to load this adapter (") for line in lines)
+    assert any(line.startswith("tgi loads this adapter without an error and answers differently") for line in lines)
+    assert not any("silently-wrong" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "foo"}, "`loss_type` is 'foo', which TRL does not know"),
+        ({"loss_type": "dft"}, "re-weights the cross-entropy"),
+        ({"echo_kd_weight": None}, "`echo_kd_weight` is None, and it multiplies a loss"),
+        ({"echo_kd_temperature": float("inf")}, "a finite number above 0"),
+    ],
+)
+def test_options_are_refused_for_the_right_reason(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        EchoSFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+    assert ("re-weights" in str(error.value)) is (options.get("loss_type") == "dft")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ([{"prompt": "w1 w2 w3", "completion": " w4"}] * 4, {"max_length": 3}),
+        ([{"input_ids": [3, 4, 5], "labels": [-100, -100, -100]}] * 4, {}),
+    ],
+    ids=["every answer is cut off", "every label is masked"],
+)
+def test_data_of_which_nothing_is_left(tmp_path, rows, options):
+    with pytest.raises(ValueError, match="has no rows left to train on") as error:
+        echo_trainer(tmp_path, rows=rows, **options)
+    assert "None of the 0" not in str(error.value)
