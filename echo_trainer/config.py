@@ -56,6 +56,7 @@ class EchoSFTConfig(EchoFields, SFTConfig):
     | `echo_kd_temperature` | tau | > 0 |
     | `echo_teacher` | direction of the distillation | "echo", "plain", "mutual" |
     | `echo_pass` | how the echo pass is computed | "auto", "suffix", "full" |
+    | `echo_memory` | what it keeps for backward | "auto", "store", "recompute" |
     | `echo_layers` | where the decoder layers are | dotted name of their list in the model, None = found |
     | `echo_learning_rate` | rate of the echo networks | > 0, None = `learning_rate` |
     | `echo_seed` | seed of routing and echo initialisation | integer >= 0, None = `seed` |

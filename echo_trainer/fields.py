@@ -8,6 +8,7 @@ from .options import (
     CARD_PROMPTS,
     GATES,
     LOSSES,
+    MEMORIES,
     PASSES,
     POSITIONS,
     PRESETS,
@@ -137,6 +138,15 @@ class EchoFields:
             "the plain pass), 'full' (the whole sequence again), 'auto' (suffix where a comparison with the plain "
             "pass at the first step proves it exact, else full).",
             "choices": list(PASSES),
+        },
+    )
+    echo_memory: str = field(
+        default="auto",
+        metadata={
+            "help": "What the suffix pass keeps for backward: 'store' (what it computes, and the prompts' keys and "
+            "values), 'recompute' (the inputs of its layers; the rest is computed again, which takes some time), "
+            "'auto' (recompute where much would be kept, beside plain LoRA and the weights).",
+            "choices": list(MEMORIES),
         },
     )
     echo_layers: str | None = field(

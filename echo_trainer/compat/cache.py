@@ -102,7 +102,7 @@ class CacheObserver:
         return CachePlace(backbone=taken, layer=name, position=position)
 
 
-class _NoStates(list):
+class NoStates(list):
     """In place of the layers of a cache: layers with a running state (linear attention, convolutions) look there."""
 
     def __getitem__(self, index: Any) -> Any:
@@ -116,19 +116,24 @@ class KeyValueRecord(Cache):
     Args:
         parts: say where the prefixes are.
         first_layer: layers below it are not recorded.
+        whole: keep what a layer offers, which its own attention keeps for backward too, and take the prefixes out of
+            it at each use. Else only the prefixes are kept.
     """
 
-    def __init__(self, parts: Sequence[SuffixPart], first_layer: int):
+    def __init__(self, parts: Sequence[SuffixPart], first_layer: int, whole: bool = False):
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.layers = _NoStates()
-        self.position = torch.cat([part.prefix_n for part in parts])
-        self.sizes = [len(part.prefix_n) for part in parts]
+        self.layers = NoStates()
+        self.positions = [part.prefix_n for part in parts]
         self.first_layer = first_layer
+        self.whole = whole
+        self.offered: dict[int, tuple[Tensor, Tensor]] = {}
         self.prefix: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Record (B, H, T, h) keys and values the first time a layer offers them."""
-        if layer_idx >= self.first_layer:
+        if layer_idx >= self.first_layer and self.whole:
+            self.offered.setdefault(layer_idx, (key_states, value_states))
+        elif layer_idx >= self.first_layer:
             # Selected on a replay too, although only the first selection is kept: checkpointing compares what the
             # forward and its replay save for backward.
             selected = list(zip(self._prefixes(key_states), self._prefixes(value_states), strict=True))
@@ -137,12 +142,17 @@ class KeyValueRecord(Cache):
 
     def of(self, layer_idx: int, part: int) -> tuple[Tensor, Tensor]:
         """Keys and values (n, H, h) of the prefixes of a part."""
-        if layer_idx not in self.prefix:
+        if layer_idx not in (self.offered if self.whole else self.prefix):
             raise NoCacheError(f"layer {layer_idx} showed no keys and values in the plain pass")
-        return self.prefix[layer_idx][part]
+        if not self.whole:
+            return self.prefix[layer_idx][part]
+        keys, values = (take_rows(x.transpose(1, 2), self.positions[part]) for x in self.offered[layer_idx])
+        return keys, values
 
     def _prefixes(self, states_BHTh: Tensor) -> tuple[Tensor, ...]:
-        return take_rows(states_BHTh.transpose(1, 2), self.position).split(self.sizes)
+        """Those of all parts in one go: the gradient of what they are taken from is made once."""
+        states = take_rows(states_BHTh.transpose(1, 2), torch.cat(self.positions))
+        return states.split([len(position) for position in self.positions])
 
 
 class PrefixCache(Cache):
@@ -156,7 +166,7 @@ class PrefixCache(Cache):
 
     def __init__(self, part: SuffixPart, prefix: Callable[[int], tuple[Tensor, Tensor]]):
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.layers = _NoStates()
+        self.layers = NoStates()
         self.prefix = prefix
         self.place_n = part.place_n
         self.n_prefix = part.n_prefix
@@ -182,6 +192,13 @@ class PrefixCache(Cache):
         return self.n_prefix + query_length, 0
 
 
+def cache_given(cache: Cache, place: CachePlace, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a layer with `cache` in its place."""
+    if place.position is not None and len(args) > place.position:
+        return (*args[: place.position], cache, *args[place.position + 1 :]), kwargs
+    return args, {**kwargs, place.layer: cache}
+
+
 @contextmanager
 def attach_cache(layers: nn.ModuleList, cache: Cache, place: CachePlace) -> Iterator[None]:
     """
@@ -192,9 +209,7 @@ def attach_cache(layers: nn.ModuleList, cache: Cache, place: CachePlace) -> Iter
     """
 
     def give(module, args, kwargs):
-        if place.position is not None and len(args) > place.position:
-            return (*args[: place.position], cache, *args[place.position + 1 :]), kwargs
-        return args, {**kwargs, place.layer: cache}
+        return cache_given(cache, place, args, kwargs)
 
     with ExitStack() as stack:
         for layer in layers:

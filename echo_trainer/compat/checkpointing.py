@@ -9,7 +9,7 @@ lets a checkpointed layer keep a cache that is only read (5.23, 5.24). `require_
 own when a trainer is built, and ends with an error by name where one of them does not do its work any more.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -57,22 +57,71 @@ def _once(context: Callable[[], AbstractContextManager]) -> Callable[[], Abstrac
     return enter
 
 
+def is_checkpointed(layer: nn.Module) -> bool:
+    """Whether a layer keeps only its input for backward, in training."""
+    return isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+
+
+@contextmanager
+def checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """
+    Inside, layers keep only their input for backward, as with gradient checkpointing.
+
+    Raises:
+        TypeError: a layer is not checkpointed by transformers.
+    """
+    strange = {type(layer).__name__ for layer in layers if not isinstance(layer, GradientCheckpointingLayer)}
+    if strange:
+        raise TypeError(f"{', '.join(sorted(strange))} is no GradientCheckpointingLayer and cannot be computed again")
+    with ExitStack() as stack:
+        for layer in layers:
+            if not is_checkpointed(layer):
+                stack.enter_context(attributes(layer, gradient_checkpointing=True, _gradient_checkpointing_func=_run))
+        yield
+
+
+def _run(forward: Callable, *args: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False)
+
+
+@contextmanager
+def not_checkpointed(layer: nn.Module) -> Iterator[None]:
+    """Inside, nothing of a layer is checkpointed: it is a part of something that is."""
+    with ExitStack() as stack:
+        for part in _checkpointed(layer):
+            stack.enter_context(attributes(part, gradient_checkpointing=False))
+        yield
+
+
+@contextmanager
+def attributes(module: nn.Module, **values: Any) -> Iterator[None]:
+    """Give a module attributes for a while."""
+    before = {name: vars(module)[name] for name in values if name in vars(module)}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del vars(module)[name]
+        vars(module).update(before)
+
+
 @contextmanager
 def _replayed_within(part: Any, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    checkpoint = part._gradient_checkpointing_func
+    run = part._gradient_checkpointing_func
 
     def checkpoint_within(forward, *args, **kwargs):
         def forward_within(*inner_args, **inner_kwargs):
             with context():
                 return forward(*inner_args, **inner_kwargs)
 
-        return checkpoint(forward_within, *args, **kwargs)
+        return run(forward_within, *args, **kwargs)
 
     part._gradient_checkpointing_func = checkpoint_within
     try:
         yield
     finally:
-        part._gradient_checkpointing_func = checkpoint
+        part._gradient_checkpointing_func = run
 
 
 @contextmanager
@@ -161,12 +210,9 @@ def _replays() -> bool:
     layer = _Probe(inner).train()
     inner.inside = layer.inside
 
-    def checkpoint(forward, *args):
-        return torch_checkpoint(forward, *args, use_reentrant=False)
-
     part: Any
     for part in (layer, inner):
-        part.gradient_checkpointing, part._gradient_checkpointing_func = True, checkpoint
+        part.gradient_checkpointing, part._gradient_checkpointing_func = True, _run
 
     @contextmanager
     def inside() -> Iterator[None]:

@@ -11,7 +11,7 @@ with W weights in the linear maps of a layer, q width of all queries, v width of
 An adapter's own weights are left out, and that a causal kernel may skip half of the pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import grouping
 from .layouts import FullLayout, Layout
@@ -85,7 +85,13 @@ def echo_cost(layout: Layout, segments: Segments, model: ModelShape) -> Cost:
     tokens = sum(part.token_RA.numel() for part in layout.parts)
     pairs = sum(part.token_RA.numel() * part.mask_RK.shape[1] for part in layout.parts)
     kept = sum(len(part.prefix_n) for part in layout.parts)
-    return _cost(model, model.layers - model.first_target, tokens, pairs, kept, len(layout.parts))
+    layers, passes = model.layers - model.first_target, len(layout.parts)
+    if not layout.recompute:
+        return _cost(model, layers, tokens, pairs, kept, passes)
+    again = _cost(replace(model, checkpointing=True), layers, tokens, pairs, 0, passes)
+    # With checkpointing the keys and values of the prefixes are computed forward twice and backward once more.
+    replays = 6 * layers * model.hidden * model.key_values * kept if model.checkpointing else 0
+    return replace(again, flops=again.flops + replays)
 
 
 def whole_rows_cost(rows: int, segments: Segments, model: ModelShape) -> Cost:

@@ -17,15 +17,22 @@ from .segments import Segments
 
 class EchoForm(StrEnum):
     """
-    How an echo pass is computed, the cheapest first.
+    How an echo pass is computed, the smallest first.
 
-    SUFFIX runs what follows the first echo of each routed document, ROWS the rows that hold a routed document, BATCH
-    every row (where an input belongs to no row, or to several).
+    SUFFIX runs what follows the first echo of each routed document; RECOMPUTED does so too and keeps next to nothing
+    of it for backward, but computes it again then. ROWS runs the rows that hold a routed document, BATCH every row
+    (where an input belongs to no row, or to several).
     """
 
+    RECOMPUTED = "suffix, recomputed"
     SUFFIX = "suffix"
     ROWS = "full"
     BATCH = "full (whole batches)"
+
+    @property
+    def runs_suffixes(self) -> bool:
+        """Whether only what follows the first echo is run."""
+        return self in (EchoForm.RECOMPUTED, EchoForm.SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -111,11 +118,13 @@ class SuffixLayout(Indices):
         order_E: int64 (E,), where the outputs of the parts, one after the other, hold each reached position; None
             where that is their order.
         n_idle: parts at the end that run for no other reason than that other processes run as many.
+        recompute: whether what the parts compute is computed again in backward and not kept.
     """
 
     parts: tuple[SuffixPart, ...]
     order_E: Tensor | None = None
     n_idle: int = 0
+    recompute: bool = False
 
 
 Layout = FullLayout | SuffixLayout

@@ -125,8 +125,9 @@ def make_plan(
     layout = None
     if len(reach_E):
         reached = predict_N[reach_E]
-        if form is EchoForm.SUFFIX:
-            layout = suffix_layout(segments, inject_F, first_D[:-1], reached, position_ids, n_parts)
+        if form.runs_suffixes:
+            recompute = form is EchoForm.RECOMPUTED
+            layout = suffix_layout(segments, inject_F, first_D[:-1], reached, position_ids, n_parts, recompute)
         else:
             all_rows = form is EchoForm.BATCH
             layout = full_layout(segments, inject_F, reached, position_ids, all_rows=all_rows, images=images)

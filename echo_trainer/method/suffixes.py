@@ -21,6 +21,7 @@ def suffix_layout(
     reached: Tensor,
     position_ids: Tensor | None,
     n_parts: int | None = None,
+    recompute: bool = False,
 ) -> SuffixLayout:
     """
     What follows the first echo of each document that holds a reached position.
@@ -31,6 +32,7 @@ def suffix_layout(
         first_D: first position that receives an echo in each document, (D,).
         position_ids: as for `plan.make_plan`.
         n_parts: as many passes; None for the cheapest number.
+        recompute: see `SuffixLayout`.
     """
     documents, row_E = torch.unique(segments.document_F[reached], return_inverse=True)
     begin_R = first_D[documents]
@@ -41,7 +43,7 @@ def suffix_layout(
     place_F = position_ids_F(segments, position_ids)
     if len(groups) == 1:
         part = _part(begin_R, last_R, start_R, row_E, reached, inject_F, place_F)
-        return _filled(SuffixLayout(parts=(part,)), n_parts, segments, place_F)
+        return _filled(SuffixLayout((part,), recompute=recompute), n_parts, segments, place_F)
 
     group_R, new_row_R = torch.empty_like(begin_R), torch.empty_like(begin_R)
     for number, rows in enumerate(groups):
@@ -54,7 +56,7 @@ def suffix_layout(
     )
     order_E = torch.empty_like(at_E)
     order_E[at_E] = torch.arange(len(at_E))
-    return _filled(SuffixLayout(parts, order_E), n_parts, segments, place_F)
+    return _filled(SuffixLayout(parts, order_E, recompute=recompute), n_parts, segments, place_F)
 
 
 def _part(
@@ -117,8 +119,9 @@ def weightless_layout(
     """
     first, last = _first_two(segments)
     one = torch.zeros(1, dtype=torch.int64)
-    if form is EchoForm.SUFFIX:
-        return _filled(SuffixLayout(()), n_parts or 1, segments, position_ids_F(segments, position_ids)), one + first
+    if form.runs_suffixes:
+        layout = SuffixLayout((), recompute=form is EchoForm.RECOMPUTED)
+        return _filled(layout, n_parts or 1, segments, position_ids_F(segments, position_ids)), one + first
     inject_F = torch.full((segments.shape[0] * segments.shape[1],), -1)
     inject_F[last] = 0
     return full_layout(segments, inject_F, one + last, position_ids, all_rows=form is EchoForm.BATCH), one + first

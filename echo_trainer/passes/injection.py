@@ -35,6 +35,16 @@ class Places:
             rows = n_positions // width
             self.position_by_count[rows * (n_prefix + width)] = position_J + (position_J // width + 1) * n_prefix
         self.measured: set[str] = set()
+        self.off = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Add no echo inside."""
+        before, self.off = self.off, True
+        try:
+            yield
+        finally:
+            self.off = before
 
 
 class Injection:
@@ -80,7 +90,9 @@ class Injection:
     def _hook(self, site: EchoSite, places: Places) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
         key = site_key(site)
 
-        def add_echo(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        def add_echo(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            if places.off:
+                return None
             flat = output.reshape(-1, output.shape[-1])
             position_J = places.position_by_count.get(len(flat))
             if position_J is None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..compat.cache import KeyValueRecord, attach_cache
+from ..compat.checkpointing import is_checkpointed
+from ..compat.replay import KeyValueReplay
 from ..method.layouts import SuffixLayout
 from ..method.plan import EchoPlan
 from ..method.rows import take_rows
@@ -37,7 +39,8 @@ class PlainState:
     Attributes:
         hidden_Nd: final hidden states at the predicting positions, with gradient.
         source_SGd: hidden states of the source layers at the boundaries, with gradient unless `EchoSetup.detach`.
-        record: keys and values of every layer, where the layout of the echo pass is a suffix.
+        prefix: keys and values of the prefixes in every layer, where the echo pass runs suffixes: those of the plain
+            pass, or where only the layers' inputs are kept, those computed from them again.
         entries: input of the first target layer at the suffix tokens of each part (R, A, d), likewise.
         layer_form: form of what a decoder layer returns, likewise.
         outputs: what the backbone returned.
@@ -45,7 +48,7 @@ class PlainState:
 
     hidden_Nd: Tensor
     source_SGd: Tensor | None
-    record: KeyValueRecord | None
+    prefix: KeyValueRecord | KeyValueReplay | None
     entries: list[Tensor]
     layer_form: Any
     outputs: Any
@@ -65,17 +68,22 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
     sources: dict[int, Tensor] = {}
     entries: list[Tensor] = []
     forms: list[Any] = []
-    record = None
+    prefix = None
     with ExitStack() as stack:
         if plan.layout is not None:
             for index in setup.source_layers:
                 keep = _keep_rows(sources, index, plan.boundary_G, shape, setup.detach)
                 stack.enter_context(forward_hook(layers[index], keep))
         if isinstance(plan.layout, SuffixLayout):
-            record = KeyValueRecord(plan.layout.parts, first_layer=setup.first_target)
             assert setup.cache is not None  # the proof of the suffix pass has found it
-            stack.enter_context(attach_cache(layers, record, setup.cache))
             first = layers[setup.first_target]
+            if plan.layout.recompute and is_checkpointed(first):
+                given = (setup.cache, setup.first_target, setup.unneeded)
+                prefix = KeyValueReplay(plan.layout.parts, shape, layers, *given)
+                stack.enter_context(prefix.watching())
+            else:
+                prefix = KeyValueRecord(plan.layout.parts, setup.first_target, whole=plan.layout.recompute)
+                stack.enter_context(attach_cache(layers, prefix, setup.cache))
             stack.enter_context(input_hook(first, _keep_entries(entries, plan.layout, shape)))
             stack.enter_context(forward_hook(first, lambda module, args, output: forms.append(form_of(output))))
         outputs = setup.backbone(**inputs, use_cache=False)
@@ -84,7 +92,7 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
         source_SGd=torch.stack([sources[s].to(plan.boundary_G.device) for s in setup.source_layers])
         if sources
         else None,
-        record=record,
+        prefix=prefix,
         entries=entries,
         layer_form=forms[0] if forms else None,
         outputs=outputs,

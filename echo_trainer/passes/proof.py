@@ -148,7 +148,7 @@ def prove(setup: EchoSetup, inputs: dict[str, Any], task: ProofTask) -> ProofRes
         "logits_allowed": SAFETY * roundoff,
         "sees_ahead": sees_ahead,
     }
-    if task.form is EchoForm.SUFFIX and no_cache is not None:
+    if task.form.runs_suffixes and no_cache is not None:
         return ProofResult(**measured, allowed=SAFETY * roundoff, error=no_cache)
     found = _compare(setup, inputs, task, roundoff)
     if roundoff > COARSE and found["error"] is None:
@@ -189,6 +189,7 @@ def _compare(
                 for s in setup.sites
             }
             echo_Ed, _ = run_echo_pass(setup, inputs, plan, plain, delta)
+            setup.unneeded = getattr(plain.prefix, "unneeded", setup.unneeded)
             if finals is not None:
                 echo_Ed = echo_states(finals, inputs, plan)
         except Exception as reason:
@@ -243,7 +244,7 @@ def observe(setup: EchoSetup, tiny_ids: Tensor) -> tuple[str | None, float, torc
     """
     observer = CacheObserver(setup.layers)
     backbone = setup.backbone
-    setup.cache, why = None, None
+    setup.cache, setup.unneeded, why = None, None, None
     try:
         with observer.watching():
             outputs = backbone(input_ids=tiny_ids, use_cache=True)

@@ -24,6 +24,7 @@ class EchoSetup:
         detach: whether z is taken without its graph.
         layers_path: path of the decoder layers in the model, where they cannot be found.
         cache: where the model takes a cache; found by the proof at the first step, None where it takes none.
+        unneeded: modules of a layer that its keys and values do not depend on, likewise; None where not tried.
         built_from: the options that the parts were chosen by.
     """
 
@@ -34,6 +35,7 @@ class EchoSetup:
     detach: bool = True
     layers_path: str | None = None
     cache: CachePlace | None = None
+    unneeded: list[str] | None = None
     built_from: tuple = ()
 
     @property

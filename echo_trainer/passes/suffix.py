@@ -4,17 +4,20 @@ Shapes: R rows of A suffix tokens after P prefix tokens, E positions that the ec
 
 It runs against the keys and values that the plain pass computed. Same loss, same gradients: the graph of those keys
 and values is kept. Suffixes of like length run together, one part of the layout after the other.
+
+Where the layout says so, every layer keeps its input alone for backward, its keys and values are joined to those of
+the prefixes inside what is computed again, and with gradient checkpointing those of the prefixes are computed there.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..compat.cache import PrefixCache, attach_cache
+from ..compat.checkpointing import checkpointed
 from ..method.layouts import SuffixLayout, SuffixPart
 from ..method.rows import take_rows
 from ..method.silence import touch
@@ -32,7 +35,10 @@ class SuffixEchoPass:
         """See `EchoPass`."""
         layout: SuffixLayout = plan.layout
         injection = Injection(setup.sites, delta)
-        hidden = [_run_part(setup, inputs, plain, number, part, injection) for number, part in enumerate(layout.parts)]
+        with checkpointed(setup.layers[setup.first_target :]) if layout.recompute else nullcontext():
+            hidden = [
+                _run_part(setup, inputs, plain, number, part, injection) for number, part in enumerate(layout.parts)
+            ]
         n_real = len(hidden) - layout.n_idle
         if n_real == 0:
             return torch.cat(hidden), injection
@@ -49,9 +55,15 @@ def _run_part(
 ) -> Tensor:
     """Final hidden states (E, d) of one part."""
     layers = setup.layers
-    cache = PrefixCache(part, partial(plain.record.of, part=number))
     rows, width = part.token_RA.shape
-    places = Places(part, rows * width, width, part.n_prefix)
+    places, source = Places(part, rows * width, width, part.n_prefix), plain.prefix
+
+    # Kept until the layers have been computed again, so it must not hold more of the plain pass than it needs.
+    def prefix(layer_idx: int) -> tuple[Tensor, Tensor]:
+        with places.paused():  # a layer may run for its keys and values, and the prefix has no echo
+            return source.of(layer_idx, number)
+
+    cache = PrefixCache(part, prefix)
     with ExitStack() as stack:
         # The backbone gets the cache for its masks; GPT-2 does not hand it on to layers that are checkpointed.
         stack.enter_context(attach_cache(layers, cache, setup.cache))

@@ -16,6 +16,7 @@ from ..passes.shape import model_shape
 from ..selection.use import named_layers
 from .host import Host
 from .lockstep import checkpoint_without_reentry, needs_lockstep
+from .memory_choice import activations_dtype, computes_again
 from .pass_choice import PassChoice
 from .validation import check_batches, check_dataset, check_model
 
@@ -36,8 +37,13 @@ def set_up_echo(host: Host) -> None:
     checkpoint_without_reentry(args)
     in_step = needs_lockstep(host.accelerator, host.model)
     host.echo, host.loss_terms = _setup_for(host), loss_terms_of(args)
-    shape = model_shape(host.echo, args.gradient_checkpointing)
-    host.pass_choice = PassChoice(args.echo_pass, host.agreement, type(host.echo.model).__name__, in_step, shape)
+    shape = model_shape(host.echo, args.gradient_checkpointing, activations_dtype(args))
+    tokens = args.per_device_train_batch_size * (args.max_length or 1024)
+    plugin = host.accelerator.state.deepspeed_plugin
+    zero3 = plugin is not None and plugin.zero_stage == 3
+    again = computes_again(args.echo_memory, host.echo, shape, tokens, zero3)
+    name = type(host.echo.model).__name__
+    host.pass_choice = PassChoice(args.echo_pass, host.agreement, name, in_step, shape, again)
 
 
 def _setup_for(host: Host) -> EchoSetup:

@@ -116,16 +116,16 @@ class DraftPlan:
         A mask of one's own and inputs that are not text may mean something else in every batch: which token sees
         which, which row an image belongs to, and whether one stands after the first answer.
         """
-        if form is EchoForm.SUFFIX and self.other_inputs:
+        if form.runs_suffixes and self.other_inputs:
             return f"which tokens need {', '.join(self.other_inputs)} differs from batch to batch"
-        if form is EchoForm.SUFFIX and self._unusual_places:
+        if form.runs_suffixes and self._unusual_places:
             return f"which position a token has is up to position ids of {self.batch['position_ids'].dim()} dimensions"
         if form is EchoForm.ROWS and self.owned is None:
             what = ", ".join(self.other_inputs) or "position_ids"
             why = "every process must run the same" if self.lockstep else "that is not known"
             return f"a row can be run without the others only with its own part of {what}, and {why}"
         mask = self.batch.get("attention_mask")
-        if form is EchoForm.SUFFIX and mask is not None and mask.dim() != 2:
+        if form.runs_suffixes and mask is not None and mask.dim() != 2:
             return f"which token sees which is up to an attention mask of {mask.dim()} dimensions"
         return None
 

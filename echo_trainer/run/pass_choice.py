@@ -43,6 +43,7 @@ class PassChoice:
         model_name: for messages.
         one_form: every process must run the same form in each micro-batch (see `method/silence.py`).
         model: its sizes, to compare what passes cost; None where suffixes are always taken to cost less.
+        recompute: a pass over suffixes computes again in backward what it would keep, where that is exact.
     """
 
     def __init__(
@@ -52,8 +53,12 @@ class PassChoice:
         model_name: str,
         one_form: bool = False,
         model: ModelShape | None = None,
+        recompute: bool = False,
     ):
         self.wanted = wanted
+        self.candidates = CANDIDATES[wanted]
+        if recompute and EchoForm.SUFFIX in self.candidates:
+            self.candidates = (EchoForm.RECOMPUTED, *self.candidates)
         self.model = model
         self.agreement = agreement
         self.model_name = model_name
@@ -107,18 +112,18 @@ class PassChoice:
         """The form of a batch's echo pass; `settle` must have seen it."""
         if self.one_form:
             forms = [verdict.form for verdict in self.verdicts.values()]
-            return max(forms, key=list(EchoForm).index, default=CANDIDATES[self.wanted][0])
+            return max(forms, key=list(EchoForm).index, default=self.candidates[0])
         verdict = self.verdicts.get(self.kind(draft))
-        return verdict.form if verdict else CANDIDATES[self.wanted][0]  # without one nothing will run
+        return verdict.form if verdict else self.candidates[0]  # without one nothing will run
 
     def kind(self, draft: DraftPlan) -> str:
         """The kind of a batch that is proved: the draft's, and whether its full pass costs less than its suffixes."""
         if self.model is None or self.wanted != "auto" or self.one_form or draft.unprovable(EchoForm.SUFFIX):
             return draft.kind
         verdict = self.verdicts.get(draft.kind)
-        if verdict is not None and verdict.form is not EchoForm.SUFFIX:
+        if verdict is not None and not verdict.form.runs_suffixes:
             return draft.kind
-        plan = draft.plan(EchoForm.SUFFIX)
+        plan = draft.plan(self.candidates[0])
         return draft.kind + WHOLE_ROWS * whole_rows_cost_less(plan, draft.segments, self.model)
 
     def plans(self, drafts: Sequence[DraftPlan]) -> list[EchoPlan]:
@@ -166,7 +171,7 @@ class PassChoice:
                 if not any(result.compared for result in results) and worst.error is None:
                     return  # nothing was compared, so nothing is known
                 mixing = next((r for r in results if r.mixes_documents), None)
-                if worst.agrees and not (mixing and form is EchoForm.SUFFIX):
+                if worst.agrees and not (mixing and form.runs_suffixes):
                     length = max(length, before.length if before else 0)
                     self.verdicts[kind] = Verdict(kind, form, length, worst, step, against)
                     say(self.verdicts[kind], before, self.wanted)
@@ -183,8 +188,8 @@ class PassChoice:
 
     def _order(self, kind: str) -> list[EchoForm]:
         """The forms for a kind of batch, the one that is tried first at the beginning."""
-        order = list(CANDIDATES[self.wanted])
-        return sorted(order, key=lambda form: form is EchoForm.SUFFIX) if kind.endswith(WHOLE_ROWS) else order
+        order = list(self.candidates)
+        return sorted(order, key=lambda form: form.runs_suffixes) if kind.endswith(WHOLE_ROWS) else order
 
     def _earlier(self, kind: str) -> list[str]:
         """Why forms are not tried that failed before."""

@@ -72,12 +72,15 @@ def say(verdict: Verdict, before: Verdict | None, wanted: str) -> None:
         f"{verdict.result.states:.1e} (rounding explains {verdict.result.allowed:.1e}), logits by "
         f"{verdict.result.logits:.1e}."
     )
-    if verdict.against and wanted == "auto":
+    if verdict.against and wanted != "full":
         if before is not None and before.form is verdict.form:
             return
+        what = "runs whole sequences from here on (about twice the price of LoRA), since the cheaper one"
+        if verdict.form.runs_suffixes:
+            what = "keeps what it computes for backward from here on, since computing it again"
         logger.warning(
-            "The echo pass runs whole sequences from here on (about twice the price of LoRA), since the cheaper "
-            "one is not exact for this model on %s. %s. %s",
+            "The echo pass %s is not exact for this model on %s. %s. %s",
+            what,
             verdict.kind,
             "; ".join(verdict.against),
             measured,
