@@ -133,7 +133,12 @@ TRAINER = [
         {"rows": conversations, "assistant_only_loss": False},
         "Leave assistant_only_loss out",
     ),
-    (DATA, "a conversation without an answer", {"rows": questions}, "at least one example has no assistant"),
+    (
+        DATA,
+        "a conversation without an answer",
+        {"rows": questions},
+        "Row 0 (the first is row 0) has no turn of the assistant",
+    ),
     (DATA, "a text without the answer marker", {"rows": texts, "answer_marker": "### Response:\n"}, "Row 0"),
     (DATA, "an answer marker, and rows that are no text", {"answer_marker": "### Response:\n"}, "looked for in text"),
     (DATA, "`max_length=3`, which cuts off every answer", {"max_length": 3}, "max_length"),

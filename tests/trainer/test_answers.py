@@ -226,8 +226,9 @@ def test_a_tokenizer_without_a_template(tmp_path):
 
 def test_a_conversation_without_an_answer_is_named_by_its_number(tmp_path):
     rows = [*chats(5), {"messages": [{"role": "user", "content": "hello?"}]}]
-    with pytest.raises(ValueError, match=r"Row 5 \(the first is row 0\) has no turn of the assistant"):
-        on_bytes(tmp_path, rows)
+    for written in (CHATML, template("llama3")):
+        with pytest.raises(ValueError, match=r"Row 5 \(the first is row 0\) has no turn of the assistant"):
+            on_bytes(tmp_path, rows, written)
 
 
 # Text
