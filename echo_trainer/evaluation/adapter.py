@@ -60,8 +60,9 @@ def evaluate_adapter(
         mode: "generate" (write an answer), "rank" (the most likely option) or "nll" (score the reference: nats per
             answer).
         template: as in training, one of `templates.TEMPLATES`; None is "alpaca", and none for files.
-        answer_marker, prompt_marker: as in training, for rows of text; None is what the adapter's `echo_run.json`
-            says. So are its other options about rows; conversations are written with the template of training.
+        answer_marker: what stands before each answer in rows of text; None is what the adapter's `echo_run.json` says,
+            as for everything else about rows. Conversations are written with the template of training.
+        prompt_marker: what stands before each prompt in a text of several turns.
         batch_size: items at a time.
         num_beams: beams in mode "generate"; 1 is greedy.
         max_new_tokens: longest answer in tokens; None is the task's own.

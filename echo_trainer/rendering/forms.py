@@ -6,13 +6,13 @@ from typing import Any
 
 from trl.data_utils import is_conversational
 
-# Speakers in rows that were collected elsewhere (ShareGPT), by the role that chat templates know them under.
-ROLES = {
-    "human": "user", "user": "user", "prompter": "user",
-    "gpt": "assistant", "assistant": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "system": "system", "developer": "developer",
-    "tool": "tool", "observation": "tool", "function_response": "tool", "function": "tool",
+# Speakers of collections (ShareGPT), by the role that chat templates know them under.
+SPEAKERS = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant",
 }  # fmt: skip
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+RESULTS = {"observation": "tool", "function_response": "tool"}
 
 COLUMNS = ("prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs")
 """Columns that decide how a row is written, beside that of a text."""
@@ -86,18 +86,20 @@ def as_messages(turns: list[dict[str, Any]], number: int | None = None) -> list[
         number: of its row, for the error.
 
     Raises:
-        ValueError: a turn without a speaker, or one whose speaker nobody knows.
+        ValueError: a turn `from` somebody whom nobody knows.
     """
     messages = []
     for turn in turns:
         rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role")}
-        speaker = turn["from"] if turn.get("from") is not None else turn.get("role")
-        role = ROLES.get(str(speaker).lower())
-        if role is None:
-            raise ValueError(
-                f"{row_name(number)} has a turn of {speaker!r}, which is no role of a conversation. Known are "
-                f"{', '.join(ROLES)}: rename it in the rows."
-            )
+        role = SPEAKERS.get(str(turn.get("role")).lower(), turn.get("role"))  # a template may know others
+        if turn.get("from") is not None:
+            known = {**ROLES, **SPEAKERS, **RESULTS}
+            role = known.get(str(turn["from"]).lower())
+            if role is None:
+                raise ValueError(
+                    f"{row_name(number)} has a turn from {turn['from']!r}, whose role is not known. Known are "
+                    f"{', '.join(known)}: rename it in the rows."
+                )
         said = {"content": turn["value"]} if turn.get("value") is not None else {}
         messages.append({"role": role, **rest, **said})
     return messages

@@ -14,7 +14,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from ..compat.preparation import prepare_rows
 from .forms import MISLEADING, Form, RowOptions, as_messages, form_of, is_chat
-from .rows import chat_row, check_formatted, conversation_row, has_marker, marked_row, text_row
+from .rows import chat_row, check_formatted, conversation_row, has_marker, marked_row, switched_row, text_row
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +107,12 @@ class Rendering:
         with global_then_local_main_first():
             if self.options.answer_marker is not None:
                 return self._marked(dataset, form, first, apply)
+            if "chat_template_kwargs" in first and form in (Form.CONVERSATION, Form.PAIR):
+                dataset = apply(dataset, switched_row, "Reading")
             if form is Form.CONVERSATION:
                 return self._conversations(dataset, first, apply)
-            if form is Form.PAIR and self.options.assistant_only_loss and is_chat(first):
-                return self._pairs_of_turns(dataset, apply)
+            if self.options.assistant_only_loss and form is not Form.TOKENS:
+                return self._pairs_of_turns(dataset, form, first, apply)
         return Ready(dataset, form, _HOW.get(form, "not known"), formatting_func=self.formatting_func)
 
     def form(self, row: dict[str, Any]) -> Form:
@@ -204,8 +206,14 @@ class Rendering:
         encode_row = partial(chat_row, processing_class=self.processing_class)
         return Ready(apply(dataset, encode_row, "Tokenizing"), Form.CONVERSATION, how)
 
-    def _pairs_of_turns(self, dataset: Any, apply: Any) -> Ready:
+    def _pairs_of_turns(self, dataset: Any, form: Form, first: dict[str, Any], apply: Any) -> Ready:
         """Prompt and completion, of which only the assistant's turns count."""
+        if form is not Form.PAIR or not is_chat(first):
+            raise ValueError(
+                f"assistant_only_loss=True needs conversations, and the rows are {form}, with the columns "
+                f"{sorted(first)}. Leave it out: of prompt and completion the completion is trained on, and of text "
+                f"what follows an answer_marker."
+            )
         how = f"the assistant's turns of the completion, {self.marks.how}"
         if self.marks.known:
             self._warn_of_no_end(self.marks.chat_template)

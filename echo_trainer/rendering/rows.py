@@ -21,6 +21,11 @@ def conversation_row(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {"messages": as_messages(turns, number)}
 
 
+def switched_row(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """`chat_template_kwargs` of a row; none where others have some, which TRL takes for a mistake."""
+    return {"chat_template_kwargs": row["chat_template_kwargs"] or {}}
+
+
 def text_row(row: dict[str, Any], number: int, function: Formatting, field: str) -> dict[str, Any]:
     """The text that a `formatting_func` makes of a row, in the column `field`."""
     return {field: formatted(row, number, function)}

@@ -46,11 +46,16 @@ def turn_spans(
             )
         spans.append((start, end))
     if not spans:
-        raise ValueError(
-            f"{row_name(number)} has no turn of the assistant, so no answer: its roles are "
-            f"{', '.join(str(message['role']) for message in messages)}. Drop such rows."
-        )
+        raise no_answer(messages, number)
     return whole, spans
+
+
+def no_answer(messages: Sequence[dict[str, Any]], number: int | None = None) -> ValueError:
+    """What is said of a conversation without a turn of the assistant."""
+    return ValueError(
+        f"{row_name(number)} has no turn of the assistant, so no answer: its roles are "
+        f"{', '.join(str(message['role']) for message in messages)}. Drop such rows."
+    )
 
 
 def _begin(messages: Sequence[dict[str, Any]], i: int, render: Render, whole: str, number: int | None) -> int:

@@ -13,6 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from ..config import EchoSFTConfig
 from ..rendering.forms import Form, RowOptions
 from ..rendering.rendering import Rendering
+from ..rendering.turns import no_answer
 from ..rendering.vision import COLUMNS, mark_answers
 from .validation import warn_of_lost_answers
 
@@ -91,7 +92,14 @@ class Rows:
             args = copy.copy(args)
             args.assistant_only_loss = ready.assistant_only_loss
             self._note(ready.how, ready.form)
-        prepared = prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        try:
+            prepared = prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        except RuntimeError as error:  # TRL's, of a conversation without an answer
+            for number, row in enumerate(dataset if args.assistant_only_loss else ()):
+                messages = row.get("messages") or []
+                if messages and not any(message["role"] == "assistant" for message in messages):
+                    raise no_answer(messages, number) from error
+            raise
         if not packing and isinstance(dataset, Dataset):
             warn_of_lost_answers(dataset_name, len(dataset), len(prepared), args.max_length)
         return prepared

@@ -306,8 +306,8 @@ def test_routable_rows_are_compared_wherever_they_stand(tmp_path):
     assert forms(trainer) == [EchoForm.ROWS]
 
 
-def test_position_ids_of_three_dimensions_run_whole_batches(tmp_path):
-    """Position ids of the text, of height and of width (M-RoPE): rows cannot be taken out of them."""
+def test_position_ids_of_three_dimensions_belong_to_rows(tmp_path):
+    """Position ids of the text, of height and of width (M-RoPE): rows are taken out of their second dimension."""
 
     def with_planes(examples):
         batch = padded_collator()(examples)
@@ -321,7 +321,7 @@ def test_position_ids_of_three_dimensions_run_whole_batches(tmp_path):
         max_steps=1, trainer_kwargs={"data_collator": with_planes},
     )  # fmt: skip
     trainer.train()
-    assert forms(trainer) == [EchoForm.BATCH]
+    assert forms(trainer) == [EchoForm.ROWS]
 
 
 def test_record_and_log_say_what_was_measured(tmp_path, caplog):

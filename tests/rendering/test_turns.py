@@ -130,5 +130,7 @@ def test_speakers_of_other_collections():
         {"role": "user", "content": "h", "weight": 0},
         {"role": "assistant", "content": "g"},
     ]
+    own = [{"role": "ipython", "content": "7"}, {"role": "function", "content": "8"}]
+    assert as_messages(own) == own  # a template may know them
     with pytest.raises(ValueError, match=r"Row 5 .*'narrator'.*human"):
         as_messages([{"from": "narrator", "value": "x"}], 5)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 from made_up import made_up_model
-from models import lora_config, prompt_completion_rows, tiny_model, tiny_tokenizer
+from models import conversation_rows, lora_config, prompt_completion_rows, tiny_model, tiny_tokenizer
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from training import echo_trainer
 from transformers import T5Config, T5ForConditionalGeneration
@@ -118,6 +118,14 @@ def texts():
     return Dataset.from_list([{"text": row["prompt"]} for row in prompt_completion_rows(8)])
 
 
+def conversations():
+    return Dataset.from_list(conversation_rows(8))
+
+
+def questions():
+    return Dataset.from_list([{"messages": row["messages"][:1]} for row in conversation_rows(8)])
+
+
 def stream_of_texts():
     return IterableDataset.from_generator(lambda: ({"text": row["prompt"]} for row in prompt_completion_rows(8)))
 
@@ -141,6 +149,20 @@ TRAINER = [
         "no boundary",
     ),
     (DATA, "a stream of `text`", {"rows": stream_of_texts}, "no boundary"),
+    (
+        DATA,
+        "conversations with `assistant_only_loss=False`",
+        {"rows": conversations, "assistant_only_loss": False},
+        "Leave assistant_only_loss out",
+    ),
+    (
+        DATA,
+        "a conversation without an answer",
+        {"rows": questions},
+        "Row 0 (the first is row 0) has no turn of the assistant",
+    ),
+    (DATA, "a text without the answer marker", {"rows": texts, "answer_marker": "### Response:\n"}, "Row 0"),
+    (DATA, "an answer marker, and rows that are no text", {"answer_marker": "### Response:\n"}, "looked for in text"),
     (DATA, "`max_length=3`, which cuts off every answer", {"max_length": 3}, "max_length"),
     (
         DATA,

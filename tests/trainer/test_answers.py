@@ -171,6 +171,47 @@ def test_tools_calls_and_switches(tmp_path):
     )
 
 
+@pytest.mark.parametrize("written", [CHATML, template("qwen3")], ids=["rendered", "marked"])
+def test_switches_of_some_rows(tmp_path, written):
+    """A dataset has None where a row has no switches, which TRL cannot unpack."""
+    rows = chats(4)
+    rows[0]["chat_template_kwargs"] = {"enable_thinking": False}
+    trainer = on_bytes(tmp_path, rows, written)
+    assert [len(row) for row in said(trainer)] == [2] * 4
+    pairs = [{"prompt": row["messages"][:1], "completion": row["messages"][1:2]} for row in rows]
+    pairs[1]["chat_template_kwargs"] = {"enable_thinking": False}
+    assert all(said(on_bytes(tmp_path / "b", pairs, written)))
+
+
+def test_roles_that_only_the_template_knows(tmp_path):
+    messages = [
+        *chats(1)[0]["messages"],
+        {"role": "ipython", "content": "7"},
+        {"role": "assistant", "content": "seven"},
+    ]
+    trainer = on_bytes(tmp_path, [{"messages": messages}] * 8)
+    assert said(trainer)[0][-1] == "seven<|im_end|>\n"
+    assert "<|im_start|>ipython\n7" in trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+
+
+@pytest.mark.parametrize("off", [{}, {"echo_p_start": 0.0, "echo_p_end": 0.0}], ids=["on", "off"])
+@pytest.mark.parametrize("rows", [[{"text": "x"}] * 4, prompt_completion_rows(4)], ids=["text", "pair"])
+def test_turns_of_rows_that_have_none(tmp_path, rows, off):
+    with pytest.raises(ValueError, match="assistant_only_loss=True needs conversations"):
+        echo_trainer(tmp_path, rows=rows, assistant_only_loss=True, **off)
+
+
+def test_with_the_echo_off_turns_are_those_of_trl_also_where_trl_has_none(tmp_path):
+    """For the comparison with plain LoRA: what TRL can mask is masked as TRL does, and the rest is."""
+    off = {"echo_p_start": 0.0, "echo_p_end": 0.0, "assistant_only_loss": True, "max_steps": 2}
+    trainer = echo_trainer(tmp_path / "a", rows=conversation_rows(16), **off)
+    plain = plain_trainer(tmp_path / "b", rows=conversation_rows(16), assistant_only_loss=True, max_steps=2)
+    trainer.train(), plain.train()
+    assert losses(trainer) == losses(plain)
+    unknown = on_bytes(tmp_path / "c", chats(), **off)
+    assert said(unknown) == said(on_bytes(tmp_path / "d", chats()))
+
+
 def test_harmony(tmp_path):
     messages = [
         {"role": "system", "content": "reasoning language: German", "thinking": None},
@@ -226,8 +267,9 @@ def test_a_tokenizer_without_a_template(tmp_path):
 
 def test_a_conversation_without_an_answer_is_named_by_its_number(tmp_path):
     rows = [*chats(5), {"messages": [{"role": "user", "content": "hello?"}]}]
-    with pytest.raises(ValueError, match=r"Row 5 \(the first is row 0\) has no turn of the assistant"):
-        on_bytes(tmp_path, rows)
+    for written in (CHATML, template("llama3")):
+        with pytest.raises(ValueError, match=r"Row 5 \(the first is row 0\) has no turn of the assistant"):
+            on_bytes(tmp_path, rows, written)
 
 
 # Text

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import vision_language_model
-from models import lora_config
+from models import conversation_rows, lora_config
 from training import SETTINGS, losses, revive
 from vision import UNMARKED, PatchCollator, TokenizerOnly, idefics3, image_rows, llava, vision_tokenizer
 
@@ -149,6 +149,17 @@ def test_templates_without_marks(tmp_path, family):
     tokenizer = vision_tokenizer()
     said = [row["messages"][1]["content"][0]["text"] + " </s>" for row in image_rows(6)]
     assert answers == [tokenizer(text)["input_ids"] for text in said]
+    trainer.train()
+
+
+@pytest.mark.parametrize("written", [UNMARKED, None], ids=["rendered", "marked"])
+def test_conversations_without_images_on_a_processor(tmp_path, written):
+    rows = conversation_rows(12)
+    make = llava if written is None else partial(llava, template=written)
+    trainer = vision_trainer(tmp_path, make, rows)
+    tokenizer = vision_tokenizer()
+    said = [t["content"] + " </s>" for t in rows[3]["messages"] if t["role"] == "assistant"]
+    assert [t for t in trainer.train_dataset[3]["labels"] if t != -100] == tokenizer(" ".join(said))["input_ids"]
     trainer.train()
 
 
