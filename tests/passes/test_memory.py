@@ -65,7 +65,7 @@ def saved_bytes(setup, batch, plan):
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_an_echo_step_keeps_at_most_a_tenth_more_than_plain_lora(packed, checkpointing):
     """256 + 16 tokens, every sample routed. Kept whole, the echo's keys and values alone are 1.4 times as much."""
-    model, setup = llama_7b_small(checkpointing)
+    _model, setup = llama_7b_small(checkpointing)
     examples, collator = examples_of([256] * 4, [16] * 4), None
     if packed:
         examples, collator = [packed_example(examples)], padding_free_collator()

@@ -1,23 +1,34 @@
-"""TRL's example scripts run with the import and the names of two classes changed, on tiny local models and rows."""
+"""
+TRL's example scripts run with the import and the names of two classes changed, on tiny local models and rows.
+
+`trl.scripts.sft` comes with TRL; the others are read from the folder of its examples, examples/scripts of a checkout, that
+TRL_EXAMPLES names.
+"""
 
 import inspect
 import json
+import os
 import re
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from chat import byte_model, byte_tokenizer, template
 from datasets import Dataset
 from families import family_model
-from paths import DATA
 from safetensors.torch import save_file
 from trl.scripts import sft
 from vision import UNMARKED, image_rows, llava
 
 CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "2", "--logging_steps", "1",
        "--save_strategy", "no", "--use_peft", "--lora_r", "4"]  # fmt: skip
+
+EXAMPLES = Path(os.environ.get("TRL_EXAMPLES", ""))
+NEEDS_EXAMPLES = pytest.mark.skipif(
+    "TRL_EXAMPLES" not in os.environ, reason="set TRL_EXAMPLES to examples/scripts of a checkout of TRL"
+)
 
 
 def ours(script: str) -> str:
@@ -82,6 +93,7 @@ def mxfp4_checkpoint(model, folder):
     )
 
 
+@NEEDS_EXAMPLES
 def test_sft_gpt_oss(tmp_path, monkeypatch):
     small = {"intermediate_size": 32, "vocab_size": 288, "max_position_embeddings": 2048, "eos_token_id": 1}
     model = family_model("gpt_oss", attention="eager", **small)
@@ -98,7 +110,7 @@ def test_sft_gpt_oss(tmp_path, monkeypatch):
         }
         for i in range(16)
     ]  # fmt: skip
-    script = (DATA / "trl_scripts" / "sft_gpt_oss.py.txt").read_text()
+    script = (EXAMPLES / "sft_gpt_oss.py").read_text()
     record = run(tmp_path, monkeypatch, script, "--model_name_or_path", str(tmp_path / "model"), "--dataset_name",
                  write_rows(tmp_path, rows), "--packing", "--max_length", "1024", "--attn_implementation", "eager",
                  "--per_device_train_batch_size", "1",
@@ -107,6 +119,7 @@ def test_sft_gpt_oss(tmp_path, monkeypatch):
     assert record["steps"]["done"] == 2 and record["metrics"][0]["echo/routed"] == 1
 
 
+@NEEDS_EXAMPLES
 def test_sft_vlm(tmp_path, monkeypatch):
     model, processor = llava(UNMARKED)
     model.save_pretrained(tmp_path / "model"), processor.save_pretrained(tmp_path / "model")
@@ -119,7 +132,7 @@ def test_sft_vlm(tmp_path, monkeypatch):
             ]
     (tmp_path / "data").mkdir()
     Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train-0.parquet")
-    script = (DATA / "trl_scripts" / "sft_vlm.py.txt").read_text()
+    script = (EXAMPLES / "sft_vlm.py").read_text()
     record = run(tmp_path, monkeypatch, script, "--model_name_or_path", str(tmp_path / "model"), "--dataset_name",
                  str(tmp_path / "data"), "--per_device_train_batch_size", "2", "--dtype", "float32",
                  "--gradient_accumulation_steps", "2", "--lora_target_modules", "down_proj", "o_proj", "k_proj",
