@@ -55,6 +55,9 @@ VARIED = {  # experts, a vision tower, and modules of other names
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.arange(40).reshape(2, 20) * 7 % 64
 
+trained_logits: dict[Path, torch.Tensor] = {}
+"""What the model computed whose adapter `save_adapter` saved in a folder, before anything was saved."""
+
 
 def save_base(family: str, folder: Path) -> Path:
     """Save a random model whose logits are far from uniform."""
@@ -103,13 +106,8 @@ def save_adapter(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.float()  # as PEFT loads them
-        torch.save(model.eval()(input_ids=IDS % 63).logits, folder.with_suffix(".logits"))
+        trained_logits[folder] = model.eval()(input_ids=IDS % 63).logits
     return folder
-
-
-def trained_logits(folder: Path) -> torch.Tensor:
-    """What the model computed whose adapter `save_adapter` saved in a folder, before anything was saved."""
-    return torch.load(folder.with_suffix(".logits"))
 
 
 @torch.no_grad()

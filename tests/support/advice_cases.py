@@ -134,7 +134,7 @@ def trained_anew(**settings: Any) -> Advice:
 
     def advice(broken: Broken) -> Done:
         adapter = make.save_adapter(broken.base, broken.out, **settings)
-        shutil.copy(adapter.with_suffix(".logits"), broken.trained.with_suffix(".logits"))
+        make.trained_logits[broken.trained] = make.trained_logits[adapter]
         return _loaded(broken, adapter)
 
     return advice

@@ -1,7 +1,7 @@
 """
 TRL's example scripts run with the import and the names of two classes changed, on tiny local models and rows.
 
-`trl.scripts.sft` comes with TRL; the others are read from the folder of its examples, examples/scripts of a checkout, that
+`trl.scripts.sft` comes with TRL; the others are read from examples/scripts of a checkout, the folder that
 TRL_EXAMPLES names.
 """
 
