@@ -281,6 +281,6 @@ class EchoSFTTrainer(JointTrainer):
         if self.echo is not None and ("loss" in logs or "train_runtime" in logs):
             metrics = self.echo_metrics.drain()
             if metrics:
-                self.tokens_trained_on += metrics.pop("input_tokens")
+                self.tokens_trained_on += int(metrics.pop("input_tokens"))
                 logs.update(metrics, num_tokens=self.tokens_trained_on)
         super().log(logs, start_time)

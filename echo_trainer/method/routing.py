@@ -44,12 +44,12 @@ class RoutingSchedule:
         progress = min(max(step / (self.total_steps - 1), 0.0), 1.0)
         return self.p_start + progress * (self.p_end - self.p_start)
 
-    def position(self, step: int, micro_batch: int, row: ArrayLike) -> Any:
+    def position(self, step: int, micro_batch: int, row: Any) -> Any:
         """Global position of a sample in the run: ((k * GA + i) * world + rank) * B + row."""
         batch = (step * self.accumulation + micro_batch) * self.world_size + self.rank
         return batch * self.batch_size + row
 
-    def draw(self, step: int, micro_batch: int, row: ArrayLike, document: ArrayLike = 0) -> Any:
+    def draw(self, step: int, micro_batch: int, row: Any, document: ArrayLike = 0) -> Any:
         """Whether document `document` of the sample in `row` gets an echo pass, r_i; arrays give arrays."""
         return uniform(self.seed, self.position(step, micro_batch, row), document) < self.probability(step)
 

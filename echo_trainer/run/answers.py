@@ -7,7 +7,7 @@ device. For everybody else the batch is the dict of tensors that the collator re
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -74,7 +74,9 @@ def answers_of(batch: dict[str, Any]) -> Answers:
     is looked at now, which waits for a device that holds it.
     """
     known = getattr(batch, "answers", None)
-    return known if known is not None else find_answers(send_to_device(dict(batch), "cpu"))
+    if known is not None:
+        return known
+    return find_answers(cast("dict[str, Any]", send_to_device(dict(batch), "cpu")))
 
 
 def find_answers(

@@ -123,14 +123,14 @@ class Guard:
                 self.host.state.global_step,
                 len(step),
             )
-        total = 0.0
+        found: list[Tensor] = []
         for each in step:
             gradients, metrics = self._copy_gradients(), self.host.echo_metrics.snapshot()
             if len(step) > 1:
                 loss = each.loss(each.plan)
                 if self._all_finite([loss]):
                     self.nonfinite_in_a_row = 0 if _has_echo(each.plan) else self.nonfinite_in_a_row
-                    total = total + loss
+                    found.append(loss)
                     continue
                 self._put_gradients(gradients)
                 self.host.echo_metrics.restore(metrics)
@@ -145,8 +145,8 @@ class Guard:
                     f"PeftModel.from_pretrained(model, CHECKPOINT, is_trainable=True), with a lower learning_rate, "
                     f"max_grad_norm=1.0 or bf16 instead of fp16; a resumed run would keep the old rate."
                 )
-            total = total + loss
-        return total
+            found.append(loss)
+        return sum(found[1:], found[0])
 
     def forward(
         self, run: Callable[[EchoPlan], dict[str, Tensor]], plan: EchoPlan

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import adapted, tiny_model
 from steps import (
-    DEFAULT_KD,
+    PAPER,
     echo_setup,
     packed_example,
     padded_collator,
@@ -55,7 +55,7 @@ def test_a_step_on_tensors_without_values(monkeypatch, family, name, suffix, che
     with FakeTensorMode() as mode:
         forget_values(mode, model)
         forget_values(mode, setup.networks)
-        output = echo_step(setup, DEFAULT_KD, without_data(mode, batch), without_data(mode, plan))
+        output = echo_step(setup, PAPER, without_data(mode, batch), without_data(mode, plan))
         output["objective"].backward()
         with pytest.raises(DataDependentOutputException):
             bool(output["objective"] > 0)

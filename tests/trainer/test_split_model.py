@@ -81,4 +81,4 @@ def test_a_model_whose_weights_are_fetched_for_every_pass_is_refused(place, devi
     model.base_model.model.hf_device_map = {"model.layers.0": "cuda:0", "model.layers.1": place, "lm_head": "cuda:1"}
     accelerator = SimpleNamespace(device=torch.device(device))
     with pytest.raises(ValueError, match=rf"`device_map` has left 'model.layers.1' on '{place}'.*device_map='auto'"):
-        check_model(model, accelerator)
+        check_model(model, accelerator, detach=True)
