@@ -130,9 +130,9 @@ def chunked_objective(
     labels_N: Tensor,
     plain_weight_N: Tensor,
     reach_E: Tensor,
+    reach_host_E: np.ndarray,
     head: Head,
     terms: EchoLoss,
-    reach_host_E: np.ndarray | None = None,
 ) -> tuple[Tensor, Statistics]:
     """
     The objective above and its statistics.
@@ -143,14 +143,13 @@ def chunked_objective(
         labels_N: the tokens to predict.
         plain_weight_N: weight of CE_plain per position.
         reach_E: increasing indices into N of the positions of `echo_Ed`.
+        reach_host_E: the same on the host, where they are cut into chunks.
         head: the language-model head.
         terms: what the echo pass adds, and what it weighs.
-        reach_host_E: `reach_E` on the host, where it is cut into chunks; None fetches it, which waits for a device.
 
     Returns:
         The objective, a scalar of at least float32 with gradient, and statistics.
     """
-    reach_host_E = reach_E.cpu().numpy() if reach_host_E is None else reach_host_E
     objective, *statistics = _ChunkedObjective.apply(
         plain_Nd, echo_Ed, labels_N, plain_weight_N, reach_E, reach_host_E, head, terms, *head.parameters
     )

@@ -125,9 +125,9 @@ def echo_step(setup: EchoSetup, terms: EchoLoss, inputs: dict[str, Any], plan: E
             plan.labels_N,
             plan.plain_weight_N,
             plan.reach_E,
+            plan.reach_host_E,
             head,
             terms,
-            plan.reach_host_E,
         )
         return *objective, _router_loss(head, plain.hidden_Nd, inputs)
 
