@@ -25,8 +25,10 @@ def rank_disagrees(adapter: Adapter, base: Base | None) -> Found:
 
 
 def shape_disagrees(adapter: Adapter, base: Base | None) -> Found:
+    if base is None:  # widths differ between layers of some families
+        return []
     found = []
-    for module in adapter.complete if base is not None else []:
+    for module in adapter.complete:
         size = (adapter.shapes(module)[1][0], adapter.shapes(module)[0][1])
         expected = base.shapes.get(module.path, size)
         if size != expected and not _loaded(base, module):
@@ -35,15 +37,18 @@ def shape_disagrees(adapter: Adapter, base: Base | None) -> Found:
 
 
 def unknown_kind(adapter: Adapter, base: Base | None) -> Found:
-    kinds = set() if base is None else {path.rpartition(".")[2] for path in base.shapes}
-    unplaced = [m for m in adapter.modules.values() if base is not None and not _loaded(base, m)]
-    return [m.path for m in unplaced if m.kind not in kinds]
+    if base is None:
+        return []
+    kinds = {path.rpartition(".")[2] for path in base.shapes}
+    return [m.path for m in adapter.modules.values() if not _loaded(base, m) and m.kind not in kinds]
 
 
 def unknown_module(adapter: Adapter, base: Base | None) -> Found:
     named_otherwise = {path for path in adapter.modules if not _has_prefix(adapter, path)}
     odd = set(unknown_kind(adapter, base)) | named_otherwise
-    unplaced = [m.path for m in adapter.modules.values() if base is not None and not _loaded(base, m)]
+    if base is None:
+        return []
+    unplaced = [m.path for m in adapter.modules.values() if not _loaded(base, m)]
     return [path for path in unplaced if path not in base.shapes and path not in odd]
 
 
@@ -93,8 +98,8 @@ def not_floating(adapter: Adapter, base: Base | None) -> Found:
 
 def outside_targets(adapter: Adapter, base: Base | None) -> Found:
     if base is not None and base.loaded is not None:
-        unplaced = [m for m in adapter.modules.values() if _has_prefix(adapter, m.path) and not _loaded(base, m)]
-        return [m.path for m in unplaced if m.path in base.shapes and _unexpected(base, m)]
+        modules = [m for m in adapter.modules.values() if _has_prefix(adapter, m.path) and m.path in base.shapes]
+        return [m.path for m in modules if base.loaded.unexpected & {*m.keys.values()}]
     return [path for path in adapter.modules if adapter.config.get("target_modules") and not adapter.targets(path)]
 
 
@@ -112,10 +117,6 @@ def not_loaded(adapter: Adapter, base: Base | None) -> Found:
 
 def _loaded(base: Base | None, module: LoraModule) -> bool:
     return all(takes(base, key, otherwise=False) for key in module.keys.values())
-
-
-def _unexpected(base: Base, module: LoraModule) -> bool:
-    return any(key in base.loaded.unexpected for key in module.keys.values())
 
 
 def _has_prefix(adapter: Adapter, path: str) -> bool:

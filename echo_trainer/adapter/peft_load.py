@@ -74,7 +74,7 @@ def load_without_weights(adapter: Adapter, build: Callable[[], Any]) -> PeftLoad
 def _load(adapter: Adapter, model: Any) -> PeftLoad:
     config = PeftConfig.from_pretrained(str(adapter.folder))
     config.inference_mode = True
-    config.init_lora_weights = False  # the initialisations compute with weights
+    vars(config)["init_lora_weights"] = False  # the initialisations compute with weights
     fit_vocabulary(model, adapter)
     model = get_peft_model(model, config, low_cpu_mem_usage=True)
     tensors = {

@@ -12,7 +12,8 @@ name of another library (`tests/compat/test_compat.py` searches for them).
 | `trainer` | trl, transformers, accelerate | methods of the trainers without a public hook | error by name |
 | `preparation` | trl | rows as `SFTTrainer` prepares them, without a trainer | error by name |
 | `attention` | transformers | which attention kernel a model runs on | error by name |
-| `building` | transformers | models without weights | the auto class is asked |
+| `building` | transformers, accelerate | models without weights; replaced forwards | the auto class is asked |
+| `quantized` | bitsandbytes | whether 4-bit weights are packed on a CPU | they are left as they are |
 | `identity` | transformers, datasets | where a model or a dataset came from | cards say less |
 | `peft` | peft | which modules a LoRA configuration is about | error by name |
 | `hub_client` | huggingface_hub | the factory of its HTTP clients | the class of its client |

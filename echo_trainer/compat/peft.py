@@ -45,5 +45,6 @@ def mergeable(peft_type: str | None) -> bool:
     """Whether adapters of a method can become a part of the weights: no prompts, no choice among adapters by input."""
     from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
+    tuners = {str(key.value): tuner for key, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    tuner = tuners.get(peft_type or "")
     return hasattr(tuner, "merge_and_unload") and peft_type not in ("POLY", "SHADOW", "XLORA")

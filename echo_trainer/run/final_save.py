@@ -101,7 +101,9 @@ def save_new_rows(folder: str | Path, model: Any, state_dict: dict[str, Tensor] 
     base, rows = model.get_base_model(), rows_of_config(model.config)
     tensors = base.state_dict() if state_dict is None else state_dict
     names = embedding_names(base)
-    for _, path in adapter_folders(folder, model.active_adapters) if rows is not None else ():
+    if rows is None:
+        return
+    for _, path in adapter_folders(folder, model.active_adapters):
         adapter, missing = read_adapter(path), {}
         for name in (name for name in names if saved_rows(adapter, (name,)) is None):
             for inside in ("", "base_layer.", "token_adapter.base_layer."):

@@ -29,7 +29,7 @@ def bases(tmp_path_factory):
 def test_broken_is_what_peft_does_not_load_as_it_was_trained(name, bases, tmp_path):
     family, settings, change = CASES[name]
     adapter = make.save_adapter(bases[family], tmp_path / "a", **settings)
-    trained = make.trained_logits[adapter]
+    trained = make.trained_logits(adapter)
     if change is not None:
         change(adapter)
     if name in ("IA3", "AdaLoRA", "prompt tuning"):  # another adapter by now
@@ -60,7 +60,7 @@ def test_a_pickle_is_not_broken(bases, tmp_path):
     """PEFT loads it; whether that is wise is another question."""
     adapter = make.save_adapter(bases["llama"], tmp_path / "a")
     make.to_true_pickle(adapter)
-    assert load_with_peft(bases["llama"], adapter).is_what_was_trained(make.trained_logits[adapter])
+    assert load_with_peft(bases["llama"], adapter).is_what_was_trained(make.trained_logits(adapter))
     report = check_adapter(adapter, base=bases["llama"])
     assert [found.rule.name for found in report.findings] == ["pickle"] and not report.findings[0].rule.broken
 

@@ -119,4 +119,4 @@ def test_replicated_layers_have_weights_of_their_own(replication, bases, tmp_pat
     assert merged.config.num_hidden_layers == depth == len(merged.model.layers)
     weights = [layer.self_attn.q_proj.weight for layer in merged.model.layers]
     assert len({weight.data_ptr() for weight in weights}) == depth
-    torch.testing.assert_close(logits(merged), make.trained_logits[adapter], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merged), make.trained_logits(adapter), rtol=1e-4, atol=1e-4)

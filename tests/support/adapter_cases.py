@@ -52,11 +52,9 @@ VARIED = {  # experts, a vision tower, and modules of other names
         image_token_index=63,
     ),
 }  # fmt: skip
+_TRAINED: dict[Path, torch.Tensor] = {}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.arange(40).reshape(2, 20) * 7 % 64
-
-trained_logits: dict[Path, torch.Tensor] = {}
-"""What the model computed whose adapter `save_adapter` saved in a folder, before anything was saved."""
 
 
 def save_base(family: str, folder: Path) -> Path:
@@ -106,8 +104,13 @@ def save_adapter(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.float()  # as PEFT loads them
-        trained_logits[folder] = model.eval()(input_ids=IDS % 63).logits
+        _TRAINED[folder] = model.eval()(input_ids=IDS % 63).logits
     return folder
+
+
+def trained_logits(folder: Path) -> torch.Tensor:
+    """What the model computed whose adapter `save_adapter` saved in a folder, before anything was saved."""
+    return _TRAINED[folder]
 
 
 @torch.no_grad()

@@ -30,12 +30,17 @@ class Broken:
 
 @dataclass
 class Done:
-    """What an advice leads to: logits, and the adapter to be looked at again (None: it is none any more)."""
+    """
+    What an advice leads to: logits, and the adapter to be looked at again (None: it is none any more).
+
+    `expected` are the logits to be had, where they are not those of the broken adapter's training.
+    """
 
     logits: torch.Tensor
     adapter: Path | None = None
     base: Path | None = None
     exact: bool = True
+    expected: torch.Tensor | None = None
 
 
 Advice = Callable[[Broken], Done]
@@ -134,8 +139,8 @@ def trained_anew(**settings: Any) -> Advice:
 
     def advice(broken: Broken) -> Done:
         adapter = make.save_adapter(broken.base, broken.out, **settings)
-        make.trained_logits[broken.trained] = make.trained_logits[adapter]
-        return _loaded(broken, adapter)
+        done = _loaded(broken, adapter)
+        return Done(done.logits, done.adapter, done.base, expected=make.trained_logits(adapter))
 
     return advice
 
