@@ -51,6 +51,7 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
             "target_layers": sorted({site.layer for site in trainer.echo.sites}) if trainer.echo else None,
             "pass": _echo_pass(trainer),
             "proof": trainer.pass_choice.records() if trainer.pass_choice else None,
+            "seen": trainer.echo_metrics.seen if trainer.echo else None,
             "probation": trainer.probation.record(),
             **{name: getattr(args, name) for name in args.__dataclass_fields__ if name.startswith("echo_")},
         },

@@ -50,6 +50,8 @@ def render_card(record: dict[str, Any], curves: list[str] | None = None) -> str:
         metadata=yaml.safe_dump(metadata(record), sort_keys=False, allow_unicode=True, width=1000),
         title=title(record),
         method=_method(record),
+        echoed=had_echo(record),
+        seen=record["echo"].get("seen"),
         use=usage(record),
         evaluation=record.get("evaluation") or [],
         several_seeds=any(len(row["seeds"] or []) > 1 for row in record.get("evaluation") or []),
@@ -72,13 +74,19 @@ def metadata(record: dict[str, Any]) -> dict[str, Any]:
         *([f"base_model:adapter:{record['base_model']}"] if record["base_model"] else []),
         "lora",
         *(["dora"] if _method(record) == "DoRA" else []),
-        *(["echo-lora"] if record["echo"]["enabled"] else []),
+        *(["echo-lora"] if had_echo(record) else []),
         "trl",
         "sft",
     ]
     if record.get("evaluation"):
         found["model-index"] = [{"name": _name(record), "results": [_result(each) for each in record["evaluation"]]}]
     return found
+
+
+def had_echo(record: dict[str, Any]) -> bool:
+    """Whether an echo pass was seen to run; of older records, which do not say so, whether it was switched on."""
+    seen = record["echo"].get("seen")
+    return record["echo"]["enabled"] and (seen is None or seen["echo_passes"] > 0)
 
 
 def usage(record: dict[str, Any]) -> dict[str, Any]:

@@ -112,12 +112,12 @@ class Checkpoints:
             save()
         if echo is None or passes is None:
             return
-        state = whole_state(echo.networks)
+        state, seen = whole_state(echo.networks), self.host.echo_metrics.seen_by_now()
         with agreement.together():
             if self.host.args.should_save:
                 probation = self.host.probation.state()
                 options = {**self._echo_options(echo), "layers": self.host.args.echo_layers}
-                write_echo_weights(folder, EchoWeights(state, options, passes.state(), probation))
+                write_echo_weights(folder, EchoWeights(state, options, passes.state(), probation, seen))
 
     # Resuming
 
@@ -171,6 +171,7 @@ class Checkpoints:
                 weights = self._load_echo_networks(echo, checkpoint)
                 passes.begin(weights.passes)
                 self.host.probation.begin(weights.probation)
+                self.host.echo_metrics.begin(weights.seen)
         self.load(load)
 
     def _check_before_loading(self, checkpoint: str) -> None:

@@ -24,18 +24,20 @@ class EchoWeights:
         options: of the echo that they were trained for.
         passes: `PassChoice.state`.
         probation: `Probation.state`.
+        seen: `EchoMetrics.seen`; older checkpoints have none.
     """
 
     tensors: dict[str, Tensor]
     options: dict[str, Any]
     passes: dict[str, Any]
     probation: dict[str, Any]
+    seen: dict[str, int]
 
 
 def write_echo_weights(checkpoint: str, weights: EchoWeights) -> None:
     """Write them into the folder of a checkpoint."""
-    states = {"echo": weights.options, "passes": weights.passes, "probation": weights.probation}
-    metadata = {name: json.dumps(value) for name, value in states.items()}
+    names = {"echo": "options", "passes": "passes", "probation": "probation", "seen": "seen"}
+    metadata = {name: json.dumps(getattr(weights, attribute)) for name, attribute in names.items()}
     save_file(weights.tensors, os.path.join(checkpoint, ECHO_WEIGHTS), metadata=metadata)
 
 
@@ -67,4 +69,5 @@ def read_echo_weights(checkpoint: str) -> EchoWeights:
         options={**UNNAMED, **states.get("echo", {})},
         passes=states.get("passes", {}),
         probation=states.get("probation", {}),
+        seen=states.get("seen", {}),
     )

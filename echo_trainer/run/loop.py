@@ -29,8 +29,7 @@ def train_with_echo(host: Host, run: Callable[[], Any]) -> Any:
     if host.model_init is not None:  # a new model, or the same one as it was
         host.echo = None
     set_up_echo(host)
-    host.echo_metrics.clear()  # those of a run that was interrupted would be counted here
-    for part in (host.guard, host.probation, host.first_step):
+    for part in (host.echo_metrics, host.guard, host.probation, host.first_step):
         part.begin()
     host.add_callback(host.first_step)
     try:

@@ -17,6 +17,11 @@ COUNTS: tuple[str, ...] = (
     "nonfinite",
 )  # fmt: skip
 _COLUMNS: tuple[str, ...] = (*SUMS, *MEANS, *COUNTS)
+SEEN = {
+    "micro_batches": "passes", "echo_passes": "echo_passes", "samples": "samples", "routed": "routed",
+    "without_prompt": "unroutable", "not_finite": "nonfinite",
+}  # fmt: skip
+"""What is counted over a whole run, for its record, and the column it is counted in."""
 
 
 class EchoMetrics:
@@ -25,14 +30,27 @@ class EchoMetrics:
 
     Args:
         agreement: between the processes of the run.
+
+    Attributes:
+        seen: counts of the run up to the last log, by the names of `SEEN`, over all processes.
     """
 
     def __init__(self, agreement: Agreement) -> None:
         self.agreement = agreement
+        self.begin()
+
+    def begin(self, seen: dict[str, int] | None = None) -> None:
+        """A run begins; `seen` are the counts of the one that it continues."""
+        self.seen = {**dict.fromkeys(SEEN, 0), **(seen or {})}
         self.clear()
 
+    def seen_by_now(self) -> dict[str, int]:
+        """The counts of the run up to now. Every process must call it."""
+        since = self.agreement.sum([self._counts[column] for column in SEEN.values()])
+        return {name: before + int(count) for (name, before), count in zip(self.seen.items(), since, strict=True)}
+
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget what was added since the last log."""
         self._device_sums: Tensor | None = None
         self._counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
 
@@ -79,6 +97,7 @@ class EchoMetrics:
             return {}
         totals = self.agreement.sum([*self._device_sums.tolist(), *(self._counts[name] for name in COUNTS)])
         total = dict(zip(_COLUMNS, totals, strict=True))
+        self.seen = {name: self.seen[name] + int(total[column]) for name, column in SEEN.items()}
         self.clear()
         return _as_metrics(total)
 

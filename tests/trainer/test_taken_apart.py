@@ -325,7 +325,7 @@ def test_what_is_set_on_the_callers_config_is_seen(tmp_path):
         ("echo_pass", "half", "`echo_pass` is 'half'"),
         ("echo_p_start", 1.5, "`echo_p_start` is a probability"),
         ("echo_source_layers", ["x"], "`echo_source_layers` is"),
-        ("echo_target_layers", [4], "must lie below|below"),
+        ("echo_target_layers", [4], "names layer 4, the last of 5"),
         ("label_smoothing_factor", 0.1, "label_smoothing_factor=0.1"),
         ("gradient_checkpointing_kwargs", {"use_reentrant": True}, "use_reentrant"),
         ("torch_compile", True, "torch_compile=True"),

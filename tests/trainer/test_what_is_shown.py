@@ -1,5 +1,7 @@
 """What a user of TRL reads: the loss in the log, the batches as text, and messages in words."""
 
+import json
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -175,3 +177,42 @@ def test_data_of_which_nothing_is_left(tmp_path, rows, options):
     with pytest.raises(ValueError, match="has no rows left to train on") as error:
         echo_trainer(tmp_path, rows=rows, **options)
     assert "None of the 0" not in str(error.value)
+
+
+# The record and the card
+
+
+def saved(trainer, folder):
+    trainer.train()
+    trainer.save_model()
+    return json.loads((folder / "echo_run.json").read_text())["echo"], (folder / "README.md").read_text()
+
+
+def test_record_and_card_say_what_was_seen(tmp_path):
+    """Counted in the run; one that is continued counts on, whatever was logged before it stopped."""
+    settings = {
+        "max_steps": 6, "gradient_accumulation_steps": 2, "echo_p_start": 0.5, "echo_p_end": 0.5,
+        "save_strategy": "steps", "save_steps": 2, "logging_steps": 5,
+    }  # fmt: skip
+    rows = [*prompt_completion_rows(39), {"prompt": "", "completion": "w3 w4 w5"}]
+    trainer = echo_trainer(tmp_path / "whole", rows=rows, **settings)
+    echo, card = saved(trainer, tmp_path / "whole")
+    seen = echo["seen"]
+    assert seen["micro_batches"] == 12 and seen["samples"] == 48 and 0 < seen["routed"] < 48
+    assert seen["without_prompt"] >= 1 and seen["not_finite"] == 0
+    assert f"{seen['routed']} of 48; {seen['without_prompt']} had no prompt before their answer" in card
+    assert "echo-lora" in card and "(cross-entropy of the plain pass)" in card
+    resumed = echo_trainer(tmp_path / "resumed", rows=rows, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert resumed.echo_metrics.seen == seen
+    trainer.train()
+    assert trainer.echo_metrics.seen["micro_batches"] == 12  # of this run
+
+
+def test_no_card_claims_an_echo_that_nobody_had(tmp_path):
+    """Switched on, and so seldom drawn that no sample got one."""
+    trainer = echo_trainer(tmp_path, max_steps=2, echo_p_start=1e-12, echo_p_end=1e-12)
+    echo, card = saved(trainer, tmp_path)
+    assert echo["enabled"] and echo["seen"]["routed"] == echo["seen"]["echo_passes"] == 0
+    assert "no echo pass has run: this is plain LoRA" in card
+    assert "echo-lora" not in card and "echo-augmented" not in card
