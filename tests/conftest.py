@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from shapes import check_calls
+
+check_calls()
 
 # Two workers on two cores (README): each test has one core, here and in the processes that it starts.
 torch.set_num_threads(1)

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 LEVEL = 0.95
@@ -46,7 +47,7 @@ class Advantage:
         return self.interval[0] > 0
 
 
-def advantage(gain_N: np.ndarray, sample_N: np.ndarray) -> Advantage | None:
+def advantage(gain_N: Float[np.ndarray, "N"], sample_N: Int[np.ndarray, "N"]) -> Advantage | None:
     """
     The advantage over some positions; None where there are none.
 
@@ -67,7 +68,7 @@ def advantage(gain_N: np.ndarray, sample_N: np.ndarray) -> Advantage | None:
     return Advantage(float(value), float(error), samples, int(tokens_S.sum()))
 
 
-def differing_tokens(labels_N: np.ndarray, sample_N: np.ndarray) -> np.ndarray:
+def differing_tokens(labels_N: Int[np.ndarray, "N"], sample_N: Int[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
     """
     Which tokens are not those with which every answer begins or ends, bool (N,).
 
@@ -89,7 +90,7 @@ def differing_tokens(labels_N: np.ndarray, sample_N: np.ndarray) -> np.ndarray:
     return keep_N
 
 
-def _in_common(answers: list[np.ndarray], most: int) -> int:
+def _in_common(answers: list[Int[np.ndarray, "_"]], most: int) -> int:
     """With how many tokens, `most` at most, all begin alike."""
     for count in range(most):
         if any(answer[count] != answers[0][count] for answer in answers):

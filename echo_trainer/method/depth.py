@@ -51,7 +51,7 @@ def resolve_layers(
     else:
         target = _targets(targets, depth, range(depth) if adapted is None else adapted, source)
     if source is None:
-        source = _sources(sources, depth, max(target))
+        source = _sources(None if isinstance(sources, list) else sources, depth, max(target))
     if max(target) >= min(source):
         raise ValueError(
             f"Every target layer must lie below every source layer, and {max(target)} (target) is not below "

@@ -18,6 +18,7 @@ of best(k - 1, i) + cost(classes i .. j).
 import math
 
 import torch
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 PASS = 512
@@ -32,12 +33,14 @@ MOST_CLASSES = 256
 """Classes at most: the work grows with their square."""
 
 
-def group_cost(n: Tensor, run: Tensor, prefix: Tensor) -> Tensor:
+def group_cost(n: Real[Tensor, "..."], run: Real[Tensor, "..."], prefix: Real[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Cost of groups of n rows, padded to `run` tokens after `prefix` ones; any shapes that broadcast."""
     return PASS + n * (run * (1 + KAPPA * (prefix + run)) + RHO * prefix)
 
 
-def group_rows(run_R: Tensor, prefix_R: Tensor, n_groups: int | None = None) -> list[Tensor]:
+def group_rows(
+    run_R: Int[Tensor, "R"], prefix_R: Int[Tensor, "R"], n_groups: int | None = None
+) -> list[Int[Tensor, "_"]]:
     """
     Split rows into the groups of least cost.
 
@@ -62,7 +65,7 @@ def group_rows(run_R: Tensor, prefix_R: Tensor, n_groups: int | None = None) -> 
     return list(torch.argsort(group_R, stable=True).split(torch.bincount(group_R).tolist()))
 
 
-def _classes(run_R: Tensor, prefix_R: Tensor) -> Tensor:
+def _classes(run_R: Int[Tensor, "R"], prefix_R: Int[Tensor, "R"]) -> Int[Tensor, "R"]:
     """The class of each row, (R,): of like A within a few per cent, and of like P within a factor of four."""
     prefix_class_R = (prefix_R.clamp(min=1).double().log() / math.log(4)).long()
     for step in (1.03, 1.06, 1.12, 1.25):
@@ -76,7 +79,9 @@ def _classes(run_R: Tensor, prefix_R: Tensor) -> Tensor:
     return class_R
 
 
-def _cuts(count_C: Tensor, run_C: Tensor, prefix_C: Tensor, most: int, exactly: bool) -> Tensor:
+def _cuts(
+    count_C: Float[Tensor, "C"], run_C: Float[Tensor, "C"], prefix_C: Float[Tensor, "C"], most: int, exactly: bool
+) -> Int[Tensor, "cuts"]:
     """The class after the last one of each group but the last, (K - 1,), for at most (or exactly) `most` groups."""
     n_classes = len(count_C)
     before_C = count_C.cumsum(0) - count_C

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from .indices import Indices
@@ -45,7 +46,7 @@ class Pick(Indices):
         axis: of the input.
     """
 
-    index: Tensor
+    index: Int[Tensor, "n"]
     axis: int
 
 
@@ -60,9 +61,9 @@ class PassLayout(Indices):
         output_position_E: int64 (E,), positions in the flattened (R, A) output that predict an answer token.
     """
 
-    inject_position_J: Tensor
-    inject_segment_J: Tensor
-    output_position_E: Tensor
+    inject_position_J: Int[Tensor, "J"]
+    inject_segment_J: Int[Tensor, "J"]
+    output_position_E: Int[Tensor, "E"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class FullLayout(PassLayout):
         picks: what these rows own of the inputs that are not text, by name.
     """
 
-    row_R: Tensor | None
+    row_R: Int[Tensor, "R"] | None
     picks: dict[str, Pick] = field(default_factory=dict)
 
 
@@ -99,12 +100,12 @@ class SuffixPart(PassLayout):
         n_prefix: P.
     """
 
-    token_RA: Tensor
-    position_RA: Tensor
-    mask_RK: Tensor
-    real_token: Tensor
-    prefix_n: Tensor
-    place_n: Tensor
+    token_RA: Int[Tensor, "R A"]
+    position_RA: Int[Tensor, "R A"]
+    mask_RK: Int[Tensor, "R K"]
+    real_token: Int[Tensor, "tokens"]
+    prefix_n: Int[Tensor, "n"]
+    place_n: Int[Tensor, "n"]
     n_prefix: int
 
 
@@ -122,7 +123,7 @@ class SuffixLayout(Indices):
     """
 
     parts: tuple[SuffixPart, ...]
-    order_E: Tensor | None = None
+    order_E: Int[Tensor, "E"] | None = None
     n_idle: int = 0
     recompute: bool = False
 
@@ -132,9 +133,9 @@ Layout = FullLayout | SuffixLayout
 
 def full_layout(
     segments: Segments,
-    inject_F: Tensor,
-    reached: Tensor,
-    position_ids: Tensor | None = None,
+    inject_F: Int[Tensor, "F"],
+    reached: Int[Tensor, "E"],
+    position_ids: Int[Tensor, "rows T"] | None = None,
     all_rows: bool = False,
     images: Sequence[int] = (),
 ) -> FullLayout:
@@ -169,7 +170,7 @@ def full_layout(
     )
 
 
-def position_ids_F(segments: Segments, position_ids: Tensor | None) -> Tensor:
+def position_ids_F(segments: Segments, position_ids: Int[Tensor, "rows T"] | None) -> Int[Tensor, "F"]:
     """Position id of every position of the flattened batch, (F,)."""
     if position_ids is not None:
         return position_ids.expand(segments.shape).reshape(-1)

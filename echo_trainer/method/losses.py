@@ -18,12 +18,15 @@ only the gradient with respect to the hidden states, so at no time do more than 
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
+
+Scalar = Float[Tensor, ""]
 
 CHUNK_LOGITS = 2**26
 """Logits of one pass that may exist at a time (256 MiB in float32)."""
@@ -33,6 +36,7 @@ class NonFiniteLossError(ArithmeticError):
     """The loss or its gradients are NaN or infinite, with a cause that another step cannot mend."""
 
 
+@runtime_checkable
 class Head(Protocol):
     """The language-model head as the loss needs it."""
 
@@ -46,7 +50,7 @@ class Head(Protocol):
         """V."""
         ...
 
-    def logits(self, hidden_Nd: Tensor) -> Tensor:
+    def logits(self, hidden_Nd: Float[Tensor, "N d"]) -> Float[Tensor, "N V"]:
         """Logits (N, V) for hidden states (N, d)."""
         ...
 
@@ -73,7 +77,7 @@ class EchoLoss:
         """w_e."""
         return 0.5 if self.reduction == "mean" else 1.0
 
-    def plain_weights(self, plain_weight_N: Tensor, reach_E: Tensor) -> Tensor:
+    def plain_weights(self, plain_weight_N: Float[Tensor, "N"], reach_E: Int[Tensor, "E"]) -> Float[Tensor, "N"]:
         """w_n, (N,), from the plan's: 1, or 2 where a routed sample is out of reach."""
         if self.reduction == "sum":
             return plain_weight_N
@@ -83,21 +87,23 @@ class EchoLoss:
 class Statistics(NamedTuple):
     """Sums over positions, without gradient; each a scalar."""
 
-    ce_plain: Tensor
-    entropy: Tensor
-    correct: Tensor
-    ce_plain_routed: Tensor
-    ce_echo: Tensor
-    kd: Tensor
-    agreement: Tensor
+    ce_plain: Scalar
+    entropy: Scalar
+    correct: Scalar
+    ce_plain_routed: Scalar
+    ce_echo: Scalar
+    kd: Scalar
+    agreement: Scalar
 
 
-def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+def cross_entropy(logits_NV: Float[Tensor, "N V"], labels_N: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
     """Negative log-likelihood per position, (N,)."""
     return F.cross_entropy(logits_NV, labels_N, reduction="none")
 
 
-def distillation(plain_EV: Tensor, echo_EV: Tensor, temperature: float, teacher: str) -> Tensor:
+def distillation(
+    plain_EV: Float[Tensor, "E V"], echo_EV: Float[Tensor, "E V"], temperature: float, teacher: str
+) -> Float[Tensor, "E"]:
     """
     KD per position, (E,): tau^2 KL(teacher || student), both softened by the temperature tau.
 
@@ -125,15 +131,15 @@ def distillation(plain_EV: Tensor, echo_EV: Tensor, temperature: float, teacher:
 
 
 def chunked_objective(
-    plain_Nd: Tensor,
-    echo_Ed: Tensor | None,
-    labels_N: Tensor,
-    plain_weight_N: Tensor,
-    reach_E: Tensor,
-    reach_host_E: np.ndarray,
+    plain_Nd: Float[Tensor, "N d"],
+    echo_Ed: Float[Tensor, "E d"] | None,
+    labels_N: Int[Tensor, "N"],
+    plain_weight_N: Float[Tensor, "N"],
+    reach_E: Int[Tensor, "E"],
+    reach_host_E: Int[np.ndarray, "E"],
     head: Head,
     terms: EchoLoss,
-) -> tuple[Tensor, Statistics]:
+) -> tuple[Scalar, Statistics]:
     """
     The objective above and its statistics.
 
@@ -211,7 +217,7 @@ class _ChunkedObjective(torch.autograd.Function):
         return (*gradients[:2], *[None] * 6, *gradients[2:])
 
 
-def shown_as(objective: Tensor, shown: Tensor) -> Tensor:
+def shown_as(objective: Scalar, shown: Scalar) -> Scalar:
     """
     The value of `shown` with the gradient of `objective`, both scalars; an objective that is not finite shows itself.
 
@@ -230,9 +236,17 @@ class _ShownAs(torch.autograd.Function):
         return gradient, None
 
 
-def _objective(plain_nd, echo_ed, labels_N, plain_weight_N, reach_E, head, terms):
-    """Objective and statistics of one chunk."""
-    plain_NV = head.logits(plain_nd)
+def _objective(
+    plain_Nd: Float[Tensor, "N d"],
+    echo_Ed: Float[Tensor, "E d"] | None,
+    labels_N: Int[Tensor, "N"],
+    plain_weight_N: Float[Tensor, "N"],
+    reach_E: Int[Tensor, "E"],
+    head: Head,
+    terms: EchoLoss,
+) -> tuple[Scalar, Statistics]:
+    """Objective and statistics of one chunk, with its N and E."""
+    plain_NV = head.logits(plain_Nd)
     ce_plain_N = cross_entropy(plain_NV, labels_N)
     loss = (terms.plain_weights(plain_weight_N, reach_E) * ce_plain_N).sum()
     with torch.no_grad():
@@ -245,10 +259,10 @@ def _objective(plain_nd, echo_ed, labels_N, plain_weight_N, reach_E, head, terms
         unreached = ((plain_weight_N - 1.0) * ce_plain_N).sum()
         agreement = (plain_weight_N - 1.0).sum()
         zero = torch.zeros_like(agreement)
-    if echo_ed is None or not len(echo_ed):
+    if echo_Ed is None or not len(echo_Ed):
         return loss, Statistics(ce_plain_N.detach().sum(), entropy, correct, unreached, unreached, zero, agreement)
     plain_EV = plain_NV.index_select(0, reach_E)
-    echo_EV = head.logits(echo_ed)
+    echo_EV = head.logits(echo_Ed)
     ce_echo = cross_entropy(echo_EV, labels_N.index_select(0, reach_E)).sum()
     with torch.set_grad_enabled(terms.kd_weight > 0):  # logged in any case
         kd_sum = distillation(plain_EV, echo_EV, terms.temperature, terms.teacher).sum()
@@ -267,7 +281,7 @@ def _objective(plain_nd, echo_ed, labels_N, plain_weight_N, reach_E, head, terms
     )
 
 
-def _split_reach(reach_E: np.ndarray, n: int, chunk: int) -> list[slice]:
+def _split_reach(reach_E: Int[np.ndarray, "E"], n: int, chunk: int) -> list[slice]:
     """The slice of E that falls into each chunk of N."""
     cuts = np.searchsorted(reach_E, [*range(0, n, chunk), n]).tolist()
     return [slice(a, b) for a, b in itertools.pairwise(cuts)]

@@ -15,10 +15,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .silence import silenced
 from .sites import EchoSite, site_key
+
+Delta = dict[str, Float[Tensor, "G _"]]
+"""delta_m (G, o_m) of every target module by `site_key`."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,10 @@ class EchoNetwork(nn.Module):
         self.gate_bias = nn.Parameter(torch.full((out_features,), form.gate_bias)) if gated else None
         self.scale = nn.Parameter(torch.full((1,), form.scale))
 
-    def forward(self, z_Gd: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, z_Gd: Float[Tensor, "G d"]) -> tuple[Float[Tensor, "G o"], Float[Tensor, "G o"] | None]:
         """delta (G, o) and the gate g (G, o), None without one, for normalised echoes z (G, d), float32."""
         e_Go = F.linear(torch.tanh(F.linear(z_Gd, self.project_in)), self.project_out)
-        if self.gate_in is None:
+        if self.gate_in is None or self.gate_out is None:
             return self.scale * e_Go, None
         g_Go = torch.sigmoid(F.linear(torch.tanh(F.linear(z_Gd, self.gate_in)), self.gate_out, self.gate_bias))
         return self.scale * (g_Go * e_Go), g_Go
@@ -108,7 +112,9 @@ class EchoNetworks(nn.Module):
         )
         self.source_logits = nn.Parameter(torch.zeros(n_sources)) if form.aggregation == "weighted" else None
 
-    def forward(self, states_SGd: Tensor, weightless: bool = False) -> tuple[dict[str, Tensor], Tensor | None]:
+    def forward(
+        self, states_SGd: Float[Tensor, "S G d"], weightless: bool = False
+    ) -> tuple[Delta, Float[Tensor, ""] | None]:
         """
         Args:
             states_SGd: hidden states of the source layers at the boundaries, (S, G, d), with a gradient or without.
@@ -134,7 +140,7 @@ class EchoNetworks(nn.Module):
         """Dtype of the networks' parameters."""
         return next(self.networks.parameters()).dtype
 
-    def aggregate(self, states_SGd: Tensor) -> Tensor:
+    def aggregate(self, states_SGd: Float[Tensor, "S G d"]) -> Float[Tensor, "G d"]:
         """z (G, d): mean over the source layers, or their softmax-weighted sum."""
         if self.source_logits is None:
             return states_SGd.mean(dim=0)

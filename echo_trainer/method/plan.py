@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .indices import Indices
@@ -45,12 +46,12 @@ class EchoPlan(Indices):
         lockstep: whether every process runs an echo pass for each micro-batch (see `method/silence.py`).
     """
 
-    predict_N: Tensor
-    labels_N: Tensor
-    plain_weight_N: Tensor
-    reach_E: Tensor
-    reach_host_E: np.ndarray
-    boundary_G: Tensor
+    predict_N: Int[Tensor, "N"]
+    labels_N: Int[Tensor, "N"]
+    plain_weight_N: Float[Tensor, "N"]
+    reach_E: Int[Tensor, "E"]
+    reach_host_E: Int[np.ndarray, "E"]
+    boundary_G: Int[Tensor, "G"]
     layout: Layout | None
     probability: float
     n_samples: int
@@ -85,11 +86,11 @@ class EchoPlan(Indices):
 
 def make_plan(
     segments: Segments,
-    routed: Sequence[bool] | np.ndarray,
+    routed: Sequence[bool] | Bool[np.ndarray, "D"],
     *,
     positions: str = "answer",
     form: EchoForm = EchoForm.ROWS,
-    position_ids: Tensor | None = None,
+    position_ids: Int[Tensor, "rows T"] | None = None,
     probability: float = 0.0,
     lockstep: bool = False,
     images: Sequence[int] = (),

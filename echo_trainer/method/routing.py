@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from jaxtyping import UInt64
+
+Numbers = int | np.integer | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,17 @@ class RoutingSchedule:
         progress = min(max(step / (self.total_steps - 1), 0.0), 1.0)
         return self.p_start + progress * (self.p_end - self.p_start)
 
-    def position(self, step: int, micro_batch: int, row: Any) -> Any:
+    def position(self, step: int, micro_batch: int, row: Numbers) -> Any:
         """Global position of a sample in the run: ((k * GA + i) * world + rank) * B + row."""
         batch = (step * self.accumulation + micro_batch) * self.world_size + self.rank
         return batch * self.batch_size + row
 
-    def draw(self, step: int, micro_batch: int, row: Any, document: ArrayLike = 0) -> Any:
+    def draw(self, step: int, micro_batch: int, row: Numbers, document: Numbers = 0) -> Any:
         """Whether document `document` of the sample in `row` gets an echo pass, r_i; arrays give arrays."""
         return uniform(self.seed, self.position(step, micro_batch, row), document) < self.probability(step)
 
 
-def uniform(seed: int, position: ArrayLike, document: ArrayLike = 0) -> Any:
+def uniform(seed: int, position: Numbers, document: Numbers = 0) -> Any:
     """
     Numbers in [0, 1) that depend on the arguments and on nothing else (53 random bits).
 
@@ -72,8 +74,10 @@ _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _INCREMENTS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _ROUNDS = 10
 
+Words = UInt64[np.ndarray, "n"]
 
-def _philox(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, seed: int) -> np.ndarray:
+
+def _philox(a: Words, b: Words, c: Words, d: Words, seed: int) -> Words:
     """First word of Philox4x64 for the counters (a, b, c, d) and the key (seed, 0)."""
     keys = (seed, 0)
     for _ in range(_ROUNDS):
@@ -84,7 +88,7 @@ def _philox(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, seed: in
     return a
 
 
-def _multiply(x: np.ndarray, y: int) -> tuple[np.ndarray, np.ndarray]:
+def _multiply(x: Words, y: int) -> tuple[Words, Words]:
     """High and low word of the product of 64-bit numbers, by halves."""
     half, mask = np.uint64(32), np.uint64(2**32 - 1)
     x_high, x_low, y_high, y_low = x >> half, x & mask, np.uint64(y >> 32), np.uint64(y % 2**32)

@@ -4,11 +4,16 @@ Shapes: F positions of the flattened batch, K taken ones; R rows of P prefix and
 all rows, H key-value heads, h head size.
 """
 
+from typing import Any
+
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
-def take_rows(states: Tensor, index: Tensor, real: Tensor | None = None) -> Tensor:
+def take_rows(
+    states: Shaped[Tensor, "B T *features"], index: Int[Tensor, "*index"], real: Int[Tensor, "places"] | None = None
+) -> Shaped[Tensor, "..."]:
     """
     `states` flattened to (F, ...) over its first two dimensions, at `index`: (*index.shape, ...), with gradient.
 
@@ -33,13 +38,20 @@ class _TakeRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, flat: Tensor, index_K: Tensor, real: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        flat: Shaped[Tensor, "F *features"],
+        index_K: Int[Tensor, "K"],
+        real: Int[Tensor, "places"] | None,
+    ) -> Shaped[Tensor, "K *features"]:
         ctx.save_for_backward(index_K, real)
         ctx.length = flat.shape[0]
         return flat.index_select(0, index_K)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(
+        ctx: Any, gradient: Shaped[Tensor, "K *features"]
+    ) -> tuple[Shaped[Tensor, "F *features"], None, None]:
         index_K, real = ctx.saved_tensors
         if real is not None:
             index_K, gradient = index_K.index_select(0, real), gradient.index_select(0, real)
@@ -47,7 +59,9 @@ class _TakeRows(torch.autograd.Function):
         return whole.index_copy_(0, index_K, gradient), None, None
 
 
-def join_prefix(prefix_nHh: Tensor, suffix_RHAh: Tensor, place_n: Tensor, n_prefix: int) -> Tensor:
+def join_prefix(
+    prefix_nHh: Float[Tensor, "n H h"], suffix_RHAh: Float[Tensor, "R H A h"], place_n: Int[Tensor, "n"], n_prefix: int
+) -> Float[Tensor, "R H {n_prefix}+A h"]:
     """
     Keys or values of suffixes behind those of their prefixes, (R, H, P + A, h), with gradient; zeros in between.
 
@@ -64,7 +78,13 @@ class _JoinPrefix(torch.autograd.Function):
     """Laid out as (R, P + A, H, h), as projections leave keys and values."""
 
     @staticmethod
-    def forward(ctx, prefix_nHh: Tensor, suffix_RHAh: Tensor, place_n: Tensor, n_prefix: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        prefix_nHh: Float[Tensor, "n H h"],
+        suffix_RHAh: Float[Tensor, "R H A h"],
+        place_n: Int[Tensor, "n"],
+        n_prefix: int,
+    ) -> Float[Tensor, "R H K h"]:
         ctx.save_for_backward(place_n)
         ctx.n_prefix = n_prefix
         rows, heads, width, size = suffix_RHAh.shape
@@ -74,7 +94,9 @@ class _JoinPrefix(torch.autograd.Function):
         return joined_RKHh.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx, gradient_RHKh: Tensor):
+    def backward(
+        ctx: Any, gradient_RHKh: Float[Tensor, "R H K h"]
+    ) -> tuple[Float[Tensor, "n H h"], Float[Tensor, "R H A h"], None, None]:
         (place_n,) = ctx.saved_tensors
         flat = gradient_RHKh.transpose(1, 2).flatten(0, 1)
         return flat.index_select(0, place_n), gradient_RHKh[:, :, ctx.n_prefix :], None, None

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -36,14 +37,14 @@ class Segments:
     """
 
     shape: tuple[int, int]
-    predict_N: Tensor
-    labels_N: Tensor
-    document_N: Tensor
-    start_S: Tensor
-    end_S: Tensor
-    document_S: Tensor
-    start_D: Tensor
-    end_D: Tensor
+    predict_N: Int[Tensor, "N"]
+    labels_N: Int[Tensor, "N"]
+    document_N: Int[Tensor, "N"]
+    start_S: Int[Tensor, "S"]
+    end_S: Int[Tensor, "S"]
+    document_S: Int[Tensor, "S"]
+    start_D: Int[Tensor, "D"]
+    end_D: Int[Tensor, "D"]
 
     @property
     def n_positions(self) -> int:
@@ -56,36 +57,36 @@ class Segments:
         return len(self.start_D)
 
     @property
-    def boundary_S(self) -> Tensor:
+    def boundary_S(self) -> Int[Tensor, "S"]:
         """int64 (S,): boundary position of each segment."""
         return self.start_S - 1
 
     @property
-    def answered_D(self) -> Tensor:
+    def answered_D(self) -> Bool[Tensor, "D"]:
         """bool (D,): documents with at least one predicted answer token."""
         answered = torch.zeros(self.n_documents + 1, dtype=torch.bool)  # the last for padding
         answered[self.document_N] = True
         return answered[:-1]
 
     @property
-    def routable_D(self) -> Tensor:
+    def routable_D(self) -> Bool[Tensor, "D"]:
         """bool (D,): documents with at least one segment that has a boundary."""
         routable = torch.zeros(self.n_documents, dtype=torch.bool)
         routable[self.document_S] = True
         return routable & self.answered_D
 
     @cached_property
-    def document_F(self) -> Tensor:
+    def document_F(self) -> Int[Tensor, "F"]:
         """int64 (F,): document of each position, -1 for padding."""
         return numbered_spans(self.n_positions, self.start_D, self.end_D)
 
     @cached_property
-    def segment_F(self) -> Tensor:
+    def segment_F(self) -> Int[Tensor, "F"]:
         """int64 (F,): segment of each answer token, -1 outside answers and in segments without a boundary."""
         return numbered_spans(self.n_positions, self.start_S, self.end_S)
 
 
-def numbered_spans(n: int, start: Tensor, end: Tensor) -> Tensor:
+def numbered_spans(n: int, start: Int[Tensor, "spans"], end: Int[Tensor, "spans"]) -> Int[Tensor, "{n}"]:
     """int64 (n,): the number of the span [start, end) that each position lies in, -1 in none; spans are disjoint."""
     length = end - start
     number = torch.arange(len(start)).repeat_interleave(length)
@@ -160,7 +161,7 @@ def has_boundary(example: dict[str, Any]) -> bool:
     return False
 
 
-def _documents(batch: dict[str, Any], n_rows: int, length: int) -> np.ndarray:
+def _documents(batch: dict[str, Any], n_rows: int, length: int) -> Int[np.ndarray, "{n_rows*length}"]:
     """Number of the document of every position, 0, 1, 2 ... in order; -1 for padding; (F,)."""
     if is_flat(batch):
         return (batch["position_ids"].numpy().reshape(-1) == 0).cumsum() - 1
@@ -171,7 +172,7 @@ def _documents(batch: dict[str, Any], n_rows: int, length: int) -> np.ndarray:
     return np.where(real, starts.reshape(-1).cumsum().reshape(n_rows, length) - 1, -1).reshape(-1)
 
 
-def _begins_with_answer(start_D: np.ndarray, examples: Sequence[dict[str, Any]]) -> np.ndarray:
+def _begins_with_answer(start_D: Int[np.ndarray, "D"], examples: Sequence[dict[str, Any]]) -> Bool[np.ndarray, "D"]:
     """bool (D,): documents of a flat batch whose first token is one of an answer."""
     if not all("labels" in example for example in examples):
         return np.ones(len(start_D), bool)  # TRL's collator then trains on every token

@@ -7,6 +7,7 @@ documents) of A suffix tokens after P prefix tokens, n prefix tokens of all rows
 from dataclasses import replace
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from .grouping import group_rows
@@ -16,10 +17,10 @@ from .segments import Segments
 
 def suffix_layout(
     segments: Segments,
-    inject_F: Tensor,
-    first_D: Tensor,
-    reached: Tensor,
-    position_ids: Tensor | None,
+    inject_F: Int[Tensor, "F"],
+    first_D: Int[Tensor, "D"],
+    reached: Int[Tensor, "E"],
+    position_ids: Int[Tensor, "rows T"] | None,
     n_parts: int | None = None,
     recompute: bool = False,
 ) -> SuffixLayout:
@@ -60,13 +61,13 @@ def suffix_layout(
 
 
 def _part(
-    begin_R: Tensor,
-    last_R: Tensor,
-    start_R: Tensor,
-    row_E: Tensor,
-    reached: Tensor,
-    inject_F: Tensor,
-    place_F: Tensor,
+    begin_R: Int[Tensor, "R"],
+    last_R: Int[Tensor, "R"],
+    start_R: Int[Tensor, "R"],
+    row_E: Int[Tensor, "E"],
+    reached: Int[Tensor, "E"],
+    inject_F: Int[Tensor, "F"],
+    place_F: Int[Tensor, "F"],
 ) -> SuffixPart:
     """One pass over the suffixes begin .. last of documents that begin at `start_R`."""
     length_R, prefix_R = last_R - begin_R + 1, begin_R - start_R
@@ -103,8 +104,8 @@ def _part(
 
 
 def weightless_layout(
-    segments: Segments, form: EchoForm, position_ids: Tensor | None, n_parts: int | None = None
-) -> tuple[Layout, Tensor]:
+    segments: Segments, form: EchoForm, position_ids: Int[Tensor, "rows T"] | None, n_parts: int | None = None
+) -> tuple[Layout, Int[Tensor, "1"]]:
     """
     The smallest echo pass there is, for a process that routes nothing while others do.
 
@@ -127,7 +128,7 @@ def weightless_layout(
     return full_layout(segments, inject_F, one + last, position_ids, all_rows=form is EchoForm.BATCH), one + first
 
 
-def _filled(layout: SuffixLayout, n_parts: int | None, segments: Segments, place_F: Tensor) -> SuffixLayout:
+def _filled(layout: SuffixLayout, n_parts: int | None, segments: Segments, place_F: Int[Tensor, "F"]) -> SuffixLayout:
     """The layout with parts of one token, without weight, up to `n_parts` in all."""
     n_idle = (n_parts or 0) - len(layout.parts)
     if n_idle <= 0:

@@ -5,11 +5,16 @@ Shapes: R rows of the batch, E positions that the echo reaches, d hidden size.
 
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from ..method.layouts import FullLayout
+from ..method.network import Delta
+from ..method.plan import EchoPlan
 from ..method.rows import take_rows
 from .injection import Injection, Places
+from .plain import PlainState
+from .setup import EchoSetup
 
 # Inputs whose rows are the batch's rows. What else a batch may hold is picked by what it means (`FullLayout.picks`).
 ROW_INPUTS = {"input_ids", "attention_mask", "position_ids"}
@@ -18,9 +23,12 @@ ROW_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 class FullEchoPass:
     """Run the rows that hold routed samples again, from the embedding on."""
 
-    def __call__(self, setup, inputs, plan, plain, delta):
+    def __call__(
+        self, setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan, plain: PlainState, delta: Delta
+    ) -> tuple[Float[Tensor, "E d"], Injection]:
         """See `EchoPass`."""
-        layout: FullLayout = plan.layout
+        layout = plan.layout
+        assert isinstance(layout, FullLayout)
         if layout.row_R is not None:
             rows = {k: v.index_select(0, layout.row_R) for k, v in by_row(inputs).items()}
             parts = {k: inputs[k].index_select(pick.axis, pick.index) for k, pick in layout.picks.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -43,13 +44,13 @@ class LanguageModelHead:
     heads: list["_Place"]
     vocabulary: int
 
-    def logits(self, hidden_Nd: Tensor) -> Tensor:
+    def logits(self, hidden_Nd: Float[Tensor, "N d"]) -> Float[Tensor, "N V"]:
         """Logits (N, V), at least float32, for hidden states (N, d)."""
         outputs = self.run(hidden_Nd)
         logits_NV = outputs.logits.reshape(len(hidden_Nd), -1)
         return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 
-    def run(self, hidden_Nd: Tensor, **inputs: Any) -> Any:
+    def run(self, hidden_Nd: Float[Tensor, "N d"], **inputs: Any) -> Any:
         """What the model returns where its backbone has returned these hidden states (N, d)."""
         backbone = replace(self.outputs, last_hidden_state=hidden_Nd[None])
         ids = torch.zeros(1, len(hidden_Nd), dtype=torch.int64, device=hidden_Nd.device)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..compat.checkpointing import within_recompute
 from ..method.layouts import PassLayout
+from ..method.network import Delta
 from ..method.sites import EchoSite, site_key
 
 
@@ -56,7 +58,7 @@ class Injection:
         delta: delta_m (G, o_m) by `site_key`.
     """
 
-    def __init__(self, sites: list[EchoSite], delta: dict[str, Tensor]):
+    def __init__(self, sites: list[EchoSite], delta: Delta):
         self.delta = delta
         self._squares: dict[str, Tensor] = {}  # of |delta| and |output|, by site
         self._by_layer: dict[int, list[EchoSite]] = {}
@@ -71,7 +73,7 @@ class Injection:
                 stack.enter_context(within_recompute(layers[index], lambda sites=sites: self._hooked(sites, places)))
             yield
 
-    def mean_relative_delta(self) -> Tensor:
+    def mean_relative_delta(self) -> Float[Tensor, ""]:
         """Mean over modules of |delta| / |output| at the positions that received an echo, without gradient."""
         first = next(iter(self._squares.values())).device  # a model may be split over devices
         squares = torch.stack([square.to(first) for square in self._squares.values()])
@@ -114,6 +116,8 @@ class Injection:
 
 
 @torch.no_grad()
-def _squares(echo_Jo: Tensor, flat: Tensor, position_J: Tensor) -> Tensor:
+def _squares(
+    echo_Jo: Float[Tensor, "J o"], flat: Float[Tensor, "tokens o"], position_J: Int[Tensor, "J"]
+) -> Float[Tensor, "2"]:
     output_Jo = flat.detach().index_select(0, position_J)
     return torch.stack([x.float().square().sum() for x in (echo_Jo.detach(), output_Jo)])

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def hidden_of(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Float[Tensor, "..."]:
     """The hidden states in what a layer returned."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def like(output: Any, hidden: Tensor) -> Any:
+def like(output: Any, hidden: Float[Tensor, "..."]) -> Any:
     """`hidden` in the form in which a layer returned `output`; what else it returned is left out (None)."""
     if isinstance(output, tuple | list):
         return type(output)([hidden, *[None] * (len(output) - 1)])
@@ -29,19 +30,19 @@ def form_of(output: Any) -> Any:
     return type(output)([None] * len(output)) if isinstance(output, tuple | list) else None
 
 
-def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def input_of(args: tuple, kwargs: dict[str, Any]) -> Float[Tensor, "..."]:
     """The hidden states among the arguments of a layer."""
     return args[0] if args else kwargs["hidden_states"]
 
 
-def with_input(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
+def with_input(args: tuple, kwargs: dict[str, Any], hidden: Float[Tensor, "..."]) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a layer with other hidden states."""
     if args:
         return (hidden, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": hidden}
 
 
-def tokens_first(hidden: Tensor, shape: tuple[int, int]) -> Tensor:
+def tokens_first(hidden: Float[Tensor, "..."], shape: tuple[int, int]) -> Float[Tensor, "B T *planes d"]:
     """
     Hidden states with rows and tokens as their first two dimensions: (B, T, d), or (B, T, planes, d).
 
@@ -64,12 +65,12 @@ def tokens_first(hidden: Tensor, shape: tuple[int, int]) -> Tensor:
     )
 
 
-def planes_first(states: Tensor) -> Tensor:
+def planes_first(states: Float[Tensor, "R A *planes d"]) -> Float[Tensor, "*planes R A d"]:
     """The inverse of `tokens_first` for states that were taken at some tokens: (R, A, d) or (planes, R, A, d)."""
     return states.movedim(2, 0) if states.dim() == 4 else states
 
 
-def first_plane(states: Tensor) -> Tensor:
+def first_plane(states: Float[Tensor, "G *planes d"]) -> Float[Tensor, "G d"]:
     """(G, d) of states (G, d) or (G, planes, d): those the model predicts from."""
     return states[:, 0] if states.dim() == 3 else states
 

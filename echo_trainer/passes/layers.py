@@ -1,5 +1,7 @@
 """Find the decoder layers of a model, what runs them, and the LoRA modules inside them."""
 
+from typing import Any
+
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -85,11 +87,7 @@ def lora_sites(layer: nn.Module, index: int, hidden_size: int) -> list[EchoSite]
         index: of the layer.
         hidden_size: d, size of what a mixture of experts returns.
     """
-    adapters = [
-        (name, module)
-        for name, module in layer.named_modules()
-        if isinstance(module, LoraLayer) and any(adapter in module.lora_A for adapter in module.active_adapters)
-    ]
+    adapters: list[tuple[str, Any]] = [found for found in layer.named_modules() if _is_active(found[1])]
     sites = [
         EchoSite(name, index, module, module.out_features)
         for name, module in adapters
@@ -102,9 +100,13 @@ def lora_sites(layer: nn.Module, index: int, hidden_size: int) -> list[EchoSite]
     ]
 
 
+def _is_active(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer) and any(adapter in module.lora_A for adapter in module.active_adapters)
+
+
 def adapted_layers(model: nn.Module, path: str | None = None) -> list[int]:
     """Indices of the layers that hold a LoRA module which can receive an echo; arguments as for `decoder_layers`."""
-    size, layers = model.config.get_text_config().hidden_size, decoder_layers(model, path)
+    size, layers = _hidden_size(model), decoder_layers(model, path)
     return [index for index, layer in enumerate(layers) if lora_sites(layer, index, size)]
 
 
@@ -128,5 +130,9 @@ def find_sites(model: nn.Module, target_layers: list[int], path: str | None = No
             f"{adapted or 'none'}). Name other layers in `echo_target_layers`, or let LoRA adapt these: check "
             f"`layers_to_transform` and `target_modules` of the LoraConfig."
         )
-    size = model.config.get_text_config().hidden_size
+    size = _hidden_size(model)
     return [site for index in target_layers for site in lora_sites(layers[index], index, size)]
+
+
+def _hidden_size(model: nn.Module) -> int:
+    return base_model_of(model).config.get_text_config().hidden_size

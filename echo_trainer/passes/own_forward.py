@@ -8,6 +8,7 @@ Shapes: n tokens of a tiny row, d hidden size.
 
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from .head import with_head
@@ -20,7 +21,7 @@ class UnusableModelError(ValueError):
     """The model cannot be run at all."""
 
 
-def own_forward(model: nn.Module, ids: Tensor) -> Any:
+def own_forward(model: nn.Module, ids: Int[Tensor, "B T"]) -> Any:
     """
     What a model or its backbone returns for token ids.
 
@@ -42,7 +43,7 @@ def own_forward(model: nn.Module, ids: Tensor) -> Any:
         ) from error
 
 
-def compare_heads(setup: EchoSetup, tiny_ids: Tensor) -> float:
+def compare_heads(setup: EchoSetup, tiny_ids: Int[Tensor, "2 n"]) -> float:
     """
     Relative difference of our logits and the model's own on a tiny batch.
 

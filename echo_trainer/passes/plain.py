@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..compat.cache import KeyValueRecord, attach_cache
@@ -37,7 +38,8 @@ class PlainState:
     What the plain pass leaves behind.
 
     Attributes:
-        hidden_Nd: final hidden states at the predicting positions, with gradient.
+        hidden_Nd: final hidden states at the predicting positions, with gradient. Their size is d, except in a model
+            that projects them before the head (OPT).
         source_SGd: hidden states of the source layers at the boundaries, with gradient unless `EchoSetup.detach`.
         prefix: keys and values of the prefixes in every layer, where the echo pass runs suffixes: those of the plain
             pass, or where only the layers' inputs are kept, those computed from them again.
@@ -46,10 +48,10 @@ class PlainState:
         outputs: what the backbone returned.
     """
 
-    hidden_Nd: Tensor
-    source_SGd: Tensor | None
+    hidden_Nd: Float[Tensor, "N _"]
+    source_SGd: Float[Tensor, "S G d"] | None
     prefix: KeyValueRecord | KeyValueReplay | None
-    entries: list[Tensor]
+    entries: list[Float[Tensor, "*planes _ _ d"]]
     layer_form: Any
     outputs: Any
 
@@ -99,7 +101,9 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
     )
 
 
-def _keep_rows(store: dict[int, Tensor], key: int, index: Tensor, shape: tuple[int, int], detach: bool) -> Callable:
+def _keep_rows(
+    store: dict[int, Tensor], key: int, index: Int[Tensor, "G"], shape: tuple[int, int], detach: bool
+) -> Callable:
     """A hook that keeps rows of a layer's output: memory for G rows, not for B*T."""
 
     def hook(module, args, output):

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..compat.cache import CacheObserver, NoCacheError
@@ -82,9 +83,9 @@ class ProofTask:
 
     form: EchoForm
     plans: tuple[EchoPlan, ...]
-    tiny_ids: Tensor
-    first_n: Tensor
-    later_n: Tensor | None = None
+    tiny_ids: Int[Tensor, "2 _"]
+    first_n: Int[Tensor, "_"]
+    later_n: Int[Tensor, "_"] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def prove(setup: EchoSetup, inputs: dict[str, Any], task: ProofTask) -> ProofRes
         torch.OutOfMemoryError: there is no memory for the passes.
     """
     no_cache, sees_ahead, dtype = observe(setup, task.tiny_ids)
-    roundoff = unit_roundoff(setup, dtype)
+    roundoff = unit_roundoff(setup.model.parameters(), setup.model.device, dtype)
     measured: dict[str, Any] = {
         "logits": compare_heads(setup, task.tiny_ids),
         "logits_allowed": SAFETY * roundoff,
@@ -210,11 +211,13 @@ def _compare(
 
 def _compare_finely(setup: EchoSetup, inputs: dict[str, Any], task: ProofTask) -> dict[str, Any] | None:
     """What `_compare` finds in float32; None where the model cannot be computed in it."""
-    device, roundoff = setup.model.device.type, torch.finfo(torch.float32).eps / 2
+    model, roundoff = setup.model, torch.finfo(torch.float32).eps / 2
+    device = model.device.type
     try:
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                if unit_roundoff(setup, _plain_states(setup, inputs).dtype) <= COARSE:
+                dtype = _plain_states(setup, inputs).dtype
+                if unit_roundoff(model.parameters(), model.device, dtype) <= COARSE:
                     return _without_errors(_compare(setup, inputs, task, roundoff))
         if not can_refine(setup):
             return None
@@ -231,7 +234,7 @@ def _without_errors(found: dict[str, Any]) -> dict[str, Any] | None:
     return None if found["error"] is not None else found
 
 
-def observe(setup: EchoSetup, tiny_ids: Tensor) -> tuple[str | None, float, torch.dtype]:
+def observe(setup: EchoSetup, tiny_ids: Int[Tensor, "2 n"]) -> tuple[str | None, float, torch.dtype]:
     """
     Run the tiny batch with a cache of the model's own, and see where it goes.
 
@@ -262,13 +265,17 @@ def observe(setup: EchoSetup, tiny_ids: Tensor) -> tuple[str | None, float, torc
     return why, relative(one, other), one.dtype
 
 
-def _plain_states(setup: EchoSetup, inputs: dict[str, Any], finals: list[Tensor] | None = None) -> Tensor:
+def _plain_states(
+    setup: EchoSetup, inputs: dict[str, Any], finals: list[Tensor] | None = None
+) -> Float[Tensor, "B T d"]:
     """Final states (B, T, d) of the plain pass."""
     hidden_BTd = setup.backbone(**inputs, use_cache=False).last_hidden_state
     return hidden_BTd if finals is None else plain_states(finals, inputs)
 
 
-def _alone(setup: EchoSetup, inputs: dict[str, Any], at_n: Tensor, finals: list[Tensor] | None = None) -> float:
+def _alone(
+    setup: EchoSetup, inputs: dict[str, Any], at_n: Int[Tensor, "n"], finals: list[Tensor] | None = None
+) -> float:
     """How far the states of a document in its row are from those it has in a row of its own."""
     hidden_BTd = _plain_states(setup, inputs, finals)
     alone = {"input_ids": inputs["input_ids"].reshape(-1)[at_n][None]}

@@ -4,11 +4,12 @@ Shapes: B rows, T tokens, d hidden size.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..method.layouts import FullLayout
@@ -19,25 +20,25 @@ from .modules import forward_replaced
 from .setup import EchoSetup
 
 
-def unit_roundoff(setup: EchoSetup, dtype: torch.dtype) -> float:
+def unit_roundoff(parameters: Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> float:
     """
     u, half the machine epsilon of the coarsest dtype that takes part; at least that of float32.
 
     Args:
-        setup: the model. Dtypes of 8 bits and less are those of quantised weights, not of a computation.
-        dtype: of the states the model computed.
+        parameters: of the model. Dtypes of 8 bits and less are those of quantised weights, not of a computation.
+        device: where the model computes.
+        dtype: of the states it computed.
     """
-    device = setup.model.device.type
-    dtypes = {p.dtype for p in setup.model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
+    dtypes = {p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
     epsilon = max(torch.finfo(d).eps for d in (*dtypes, dtype, torch.float32))
-    if device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
         epsilon = max(epsilon, 2.0**-10)
     return epsilon / 2
 
 
-def relative(states: Tensor, reference: Tensor) -> float:
+def relative(states: Float[Tensor, "*positions d"], reference: Float[Tensor, "*positions d"]) -> float:
     """
     Root mean square over positions of |states - reference| / |reference|; infinite where one of them is NaN.
 
@@ -111,24 +112,25 @@ def layers_in_float32(setup: EchoSetup) -> Iterator[list[Tensor]]:
         yield finals
 
 
-def plain_states(finals: list[Tensor], inputs: dict[str, Any]) -> Tensor:
+def plain_states(finals: list[Tensor], inputs: dict[str, Any]) -> Float[Tensor, "B T d"]:
     """The states that the last layer returned last, (B, T, d), in the plain pass; takes them from `finals`."""
     return _last(finals, *inputs["input_ids"].shape)
 
 
-def echo_states(finals: list[Tensor], inputs: dict[str, Any], plan: EchoPlan) -> Tensor:
+def echo_states(finals: list[Tensor], inputs: dict[str, Any], plan: EchoPlan) -> Float[Tensor, "E d"]:
     """The states (E, d) that the last layer returned last in a plan's echo pass; takes them from `finals`."""
     layout = plan.layout
     if isinstance(layout, FullLayout):
         rows, width = inputs["input_ids"].shape
         rows = rows if layout.row_R is None else len(layout.row_R)
         return take_rows(_last(finals, rows, width), layout.output_position_E)
+    assert layout is not None  # there has been an echo pass
     found = [take_rows(_last(finals, *p.token_RA.shape), p.output_position_E) for p in reversed(layout.parts)]
     states = torch.cat(found[::-1])
     return states if layout.order_E is None else states[layout.order_E]
 
 
-def _last(finals: list[Tensor], rows: int, width: int) -> Tensor:
+def _last(finals: list[Tensor], rows: int, width: int) -> Float[Tensor, "{rows} {width} d"]:
     tokens = tokens_first(finals.pop(), (rows, width))
     return first_plane(tokens.flatten(0, 1)).view(rows, width, -1)
 

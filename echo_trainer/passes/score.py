@@ -6,6 +6,7 @@ Shapes: N positions that predict an answer token, E of them that the echo reache
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..method.losses import CHUNK_LOGITS, cross_entropy
@@ -25,10 +26,10 @@ class Scores(NamedTuple):
         top_plain_N, top_echo_N: whether the token is the most likely one.
     """
 
-    ce_plain_N: Tensor
-    ce_echo_N: Tensor
-    top_plain_N: Tensor
-    top_echo_N: Tensor
+    ce_plain_N: Float[Tensor, "N"]
+    ce_echo_N: Float[Tensor, "N"]
+    top_plain_N: Bool[Tensor, "N"]
+    top_echo_N: Bool[Tensor, "N"]
 
 
 @torch.no_grad()
@@ -58,7 +59,9 @@ def score_passes(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> Sc
     return with_head(setup.model, setup.backbone, plain.outputs, score)
 
 
-def _score(head: LanguageModelHead, hidden_Nd: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+def _score(
+    head: LanguageModelHead, hidden_Nd: Float[Tensor, "N d"], labels_N: Int[Tensor, "N"]
+) -> tuple[Float[Tensor, "N"], Bool[Tensor, "N"]]:
     """Cross-entropy (N,) and whether the label is the most likely token (N,), a chunk of positions at a time."""
     chunk = max(1, CHUNK_LOGITS // head.vocabulary)
     ce, top = [hidden_Nd.new_zeros(0, dtype=torch.float32)], [labels_N.new_zeros(0, dtype=torch.bool)]

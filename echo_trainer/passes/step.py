@@ -8,9 +8,10 @@ import functools
 import types
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..method.losses import EchoLoss, chunked_objective
+from ..method.losses import EchoLoss, Scalar, chunked_objective
 from ..method.plan import EchoPlan
 from ..method.silence import touch
 from .echo import run_echo_pass
@@ -95,7 +96,7 @@ def detach_networks(model: nn.Module) -> None:
         delattr(model, ECHO_MODULE)
 
 
-def echo_step(setup: EchoSetup, terms: EchoLoss, inputs: dict[str, Any], plan: EchoPlan) -> dict[str, Tensor]:
+def echo_step(setup: EchoSetup, terms: EchoLoss, inputs: dict[str, Any], plan: EchoPlan) -> dict[str, Scalar]:
     """
     Plain pass, echo pass and losses of one micro-batch.
 
@@ -152,7 +153,7 @@ def echo_step(setup: EchoSetup, terms: EchoLoss, inputs: dict[str, Any], plan: E
     return output
 
 
-def _router_loss(head: LanguageModelHead, hidden_Nd: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+def _router_loss(head: LanguageModelHead, hidden_Nd: Float[Tensor, "N d"], inputs: dict[str, Any]) -> Scalar | None:
     """Load-balancing loss of a mixture of experts on the plain pass, as the model's own forward computes it."""
     if not inputs.get("output_router_logits"):
         return None

@@ -14,11 +14,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..compat.cache import PrefixCache, attach_cache
 from ..compat.checkpointing import checkpointed
 from ..method.layouts import SuffixLayout, SuffixPart
+from ..method.network import Delta
+from ..method.plan import EchoPlan
 from ..method.rows import take_rows
 from ..method.silence import touch
 from .injection import Injection, Places
@@ -31,9 +34,12 @@ from .setup import EchoSetup
 class SuffixEchoPass:
     """Run the suffixes of the routed documents against the recorded keys and values of their prefixes."""
 
-    def __call__(self, setup, inputs, plan, plain, delta):
+    def __call__(
+        self, setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan, plain: PlainState, delta: Delta
+    ) -> tuple[Float[Tensor, "E d"], Injection]:
         """See `EchoPass`."""
-        layout: SuffixLayout = plan.layout
+        layout = plan.layout
+        assert isinstance(layout, SuffixLayout)
         injection = Injection(setup.sites, delta)
         with checkpointed(setup.layers[setup.first_target :]) if layout.recompute else nullcontext():
             hidden = [
@@ -52,8 +58,9 @@ class SuffixEchoPass:
 
 def _run_part(
     setup: EchoSetup, inputs: dict[str, Any], plain: PlainState, number: int, part: SuffixPart, injection: Injection
-) -> Tensor:
+) -> Float[Tensor, "E d"]:
     """Final hidden states (E, d) of one part."""
+    assert plain.record is not None and setup.cache is not None  # the proof has found where a cache goes
     layers = setup.layers
     rows, width = part.token_RA.shape
     places, source = Places(part, rows * width, width, part.n_prefix), plain.prefix
@@ -80,7 +87,9 @@ def _run_part(
 
 
 @contextmanager
-def _start_at(layers: nn.ModuleList, first: int, entry_RAd: Tensor, layer_form: Any) -> Iterator[None]:
+def _start_at(
+    layers: nn.ModuleList, first: int, entry_RAd: Float[Tensor, "*planes R A d"], layer_form: Any
+) -> Iterator[None]:
     """
     Let the backbone begin at layer `first` with what the plain pass gave it; the layers below it pass through.
 

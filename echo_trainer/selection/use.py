@@ -44,7 +44,7 @@ def echo_layers(selection: LayerSelection, *, adapted: Sequence[int] | None = No
 
 def named_layers(
     args: EchoSFTConfig, model: nn.Module, dataset: Any, processing_class: Any
-) -> tuple[list[int] | None, list[int] | None]:
+) -> tuple[list[int] | str | None, list[int] | str | None]:
     """
     Source and target layers as the user named them, with each "cka" replaced by what layer selection chooses.
 

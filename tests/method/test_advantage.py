@@ -52,8 +52,8 @@ def test_what_is_clear():
     assert not advantage(np.array([1.0, -1.1, 0.9]), np.arange(3)).clear
     assert not advantage(np.array([-1.0, -1.1, -0.9]), np.arange(3)).clear
     assert not advantage(np.zeros(5), np.arange(5)).clear  # a silent echo: no error and no gain
-    assert not advantage(np.ones(4), np.zeros(4)).clear  # one sample tells nothing about the next
-    assert advantage(np.zeros(0), np.zeros(0)) is None
+    assert not advantage(np.ones(4), np.zeros(4, int)).clear  # one sample tells nothing about the next
+    assert advantage(np.zeros(0), np.zeros(0, int)) is None
 
 
 @pytest.mark.parametrize(

@@ -426,8 +426,6 @@ def test_nan_is_no_agreement():
 @pytest.mark.parametrize("way", ["matmul", "everywhere", "legacy", "off"])
 def test_tf32_widens_the_bound_however_it_was_switched_on(way):
     """transformers uses the newer switch, after which torch refuses to read the older one."""
-    from types import SimpleNamespace
-
     from echo_trainer.passes.rounding import unit_roundoff
 
     before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
@@ -438,8 +436,7 @@ def test_tf32_widens_the_bound_however_it_was_switched_on(way):
             torch.backends.fp32_precision = "tf32"
         elif way == "legacy":
             torch.set_float32_matmul_precision("high")
-        model = SimpleNamespace(device=torch.device("cuda"), parameters=lambda: [torch.zeros(1)])
-        found = unit_roundoff(SimpleNamespace(model=model), torch.float32)
+        found = unit_roundoff([torch.zeros(1)], torch.device("cuda"), torch.float32)
         assert found == (2.0**-24 if way == "off" else 2.0**-11)
     finally:
         torch.set_float32_matmul_precision("highest")

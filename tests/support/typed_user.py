@@ -9,7 +9,7 @@ from echo_trainer import EchoSFTConfig, EchoSFTTrainer
 
 def by_depth(dataset: Dataset) -> EchoSFTTrainer:
     args = EchoSFTConfig(output_dir="out", echo_source_layers=[24, 25], echo_target_layers=None)
-    assert_type(args.echo_source_layers, list[int] | Literal["cka"] | None)
+    assert_type(args.echo_source_layers, list[int] | Literal["depth", "cka", "above"] | None)
     assert_type(args.output_dir, str)
     return EchoSFTTrainer(model="model", args=args, train_dataset=dataset)
 
