@@ -13,6 +13,7 @@ from echo_trainer.ablation.data import load_examples
 from echo_trainer.ablation.echoes import NETWORKS, one_cycle
 from echo_trainer.ablation.flops import count_coefficients, plain_setup, step_sizes
 from echo_trainer.ablation.plan import Run
+from echo_trainer.ablation.results import load_items
 from echo_trainer.ablation.run_one import Workbench, build_trainer
 from echo_trainer.ablation.schedule import matched_run
 from echo_trainer.method.layouts import EchoForm
@@ -167,6 +168,16 @@ def test_weight_of_the_loss(results):
     assert {weight[arm] for arm in once} == {1.0}
     assert weight["echo-no-routing"] == weight["echo-zero-no-routing"] == 2.0
     assert 1.2 < weight["echo"] == weight["echo-zero"] == weight["echo-predicting"] < 2.0
+
+
+def test_the_echo_pass_is_evaluated_where_an_arm_has_its_own(results, folder):
+    with_echo = {arm for arm, result in results.items() if "echo_nll" in result["tasks"]["words"]}
+    assert with_echo == {arm for arm in ARMS if ARMS[arm].echo == "own" and not arm.startswith("lora")}
+    task = results["strong"]["tasks"]["words"]
+    assert task["echo_nll"] != pytest.approx(task["nll"], rel=1e-4)
+    items = load_items(folder / "out", Run("strong", "lora", 0, 0.01))["words"]
+    assert len(items["echo_nll"]) == len(items["echo_correct"]) == task["n"]
+    assert np.mean(items["echo_nll"]) == pytest.approx(task["echo_nll"], abs=1e-5)
 
 
 def test_seeds_differ_and_repeat(recipe, bench, folder, results):
