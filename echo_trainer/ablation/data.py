@@ -25,6 +25,8 @@ def load_examples(recipe: AblationRecipe) -> tuple[list[dict[str, Any]], list[di
     """
     Training and held-out examples with a prompt and a completion; the same for every run and seed.
 
+    With `train_draw: seed` the first are the pool that each seed draws its own from (`drawn`).
+
     Raises:
         ValueError: nothing would be left to train on, or an example has no prompt and completion.
     """
@@ -40,7 +42,8 @@ def load_examples(recipe: AblationRecipe) -> tuple[list[dict[str, Any]], list[di
             )
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(rows))
     held_out = [rows[i] for i in order[: recipe.validation_items]]
-    train = [rows[i] for i in order[recipe.validation_items :]][: recipe.train_limit]
+    limit = recipe.train_limit if recipe.train_draw == "once" else None
+    train = [rows[i] for i in order[recipe.validation_items :]][:limit]
     if not train:
         raise ValueError(
             f"`validation_items` is {recipe.validation_items}, and the training files have {len(rows)} examples: none "
@@ -48,6 +51,14 @@ def load_examples(recipe: AblationRecipe) -> tuple[list[dict[str, Any]], list[di
         )
     keep = (*COLUMNS, options.dataset_text_field)
     return tuple([{k: row[k] for k in keep if k in row} for row in part] for part in (train, held_out))
+
+
+def drawn(recipe: AblationRecipe, pool: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """The training examples of a seed, out of those of `load_examples`."""
+    if recipe.train_draw == "once":
+        return pool
+    order = np.random.default_rng([_SPLIT_SEED, seed]).permutation(len(pool))
+    return [pool[i] for i in order[: recipe.train_limit]]
 
 
 def row_options(recipe: AblationRecipe) -> RowOptions:

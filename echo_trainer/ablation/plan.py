@@ -86,6 +86,8 @@ def specification(recipe: AblationRecipe, run: Run, fingerprints: dict[str, str]
     """
     arm = ARMS[run.arm]
     fixed = {key: value for key, value in asdict(recipe).items() if key not in _NOT_SPEC}
+    if recipe.train_draw == "once":  # as results say that know no other
+        del fixed["train_draw"]
     fixed["training"] = {key: value for key, value in sorted(recipe.training.items()) if key not in _NO_MATTER}
     fixed["tests"] = [{key: value for key, value in test.items() if key != "file"} for test in recipe.tests]
     arms = {"settings": arm.settings, "echo": arm.echo, **({"length": arm.length} if arm.length != 1 else {})}

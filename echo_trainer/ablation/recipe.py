@@ -9,6 +9,7 @@ from ..recipe.read import read_recipe
 from .arms import ADAPTERS, ARMS
 
 CHOICES = ("family", "shared", "arm")
+DRAWS = ("once", "seed")
 _SET_BY_US = {
     "seed": "`seeds` of the ablation section",
     "data_seed": "`seeds` of the ablation section",
@@ -18,6 +19,9 @@ _SET_BY_US = {
     "completion_only_loss": "the arms `lora` (answer only) and `lora-unmasked`",
     "dataset_name": "`train` of the ablation section",
     "datasets": "`train` of the ablation section",
+    "echo_probation": "nothing: both passes of every run are evaluated",
+    "echo_held_out": "`validation_items` of the ablation section",
+    "echo_when_useless": "nothing: an arm that changes on the way could not be compared",
     "push_to_hub": "nothing: the runs of an ablation are measured and not published",
     "packing": "nothing: packed rows mix examples, so arms could not be paired",
 }
@@ -39,7 +43,8 @@ class AblationRecipe:
         learning_rate_seeds: every rate is tried on so many of the seeds, the first ones; what luck of one seed makes
             of a rate that is nearly too high says little about the others.
         validation_items: training examples held out of every run, for the choice of the learning rate.
-        train_limit: use so many training examples, drawn once for all runs; None: all.
+        train_limit: use so many training examples; None: all.
+        train_draw: "once" (the same ones in all runs) or "seed" (each seed draws its own, the same for all arms).
         evaluation_batch_size: test items at a time.
     """
 
@@ -54,6 +59,7 @@ class AblationRecipe:
     learning_rate_seeds: int = 3
     validation_items: int = 200
     train_limit: int | None = None
+    train_draw: str = "once"
     evaluation_batch_size: int = 64
 
     def __post_init__(self):
@@ -66,6 +72,8 @@ class AblationRecipe:
             raise ValueError(
                 f"`learning_rate_choice` is {self.learning_rate_choice!r}. It can be {', '.join(map(repr, CHOICES))}."
             )
+        if self.train_draw not in DRAWS:
+            raise ValueError(f"`train_draw` is {self.train_draw!r}. It can be {', '.join(map(repr, DRAWS))}.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(_whole(s, 0) for s in self.seeds):
             raise ValueError(f"`seeds` is {self.seeds!r}. Write different whole numbers of at least 0, such as 0-4.")
         rates = self.learning_rates

@@ -24,7 +24,7 @@ from ..rendering.forms import Form, form_of
 from ..run.building import loss_terms_of
 from . import memory
 from .arms import ARMS
-from .data import held_out_task, load_examples, load_tests, row_options
+from .data import drawn, held_out_task, load_examples, load_tests, row_options
 from .evaluating import Report, evaluate_run
 from .files import ITEMS, RESULT
 from .flops import SIZES, count_coefficients, plain_setup
@@ -48,15 +48,18 @@ class Workbench:
         self.tests = load_tests(recipe)
         self.conversations = form_of(self.train[0], row_options(recipe)) is Form.CONVERSATION
         self.coefficients: dict[tuple, np.ndarray] = {}
-        self._tokenised: dict[bool, Dataset] = {}
+        self._tokenised: dict[tuple[bool, int], Dataset] = {}
 
-    def dataset(self, arm: str) -> Dataset:
-        """Training data of an arm: tokenised by an earlier run with the same loss mask, else text."""
-        return self._tokenised.get(_masked(arm)) or Dataset.from_list(self.train)
+    def dataset(self, run: Run) -> Dataset:
+        """Training data of a run: tokenised by an earlier run with the same loss mask and draw, else text."""
+        return self._tokenised.get(self._key(run)) or Dataset.from_list(drawn(self.recipe, self.train, run.seed))
 
-    def keep(self, arm: str, dataset: Dataset) -> None:
+    def keep(self, run: Run, dataset: Dataset) -> None:
         """Keep what the trainer made of the text."""
-        self._tokenised.setdefault(_masked(arm), dataset)
+        self._tokenised.setdefault(self._key(run), dataset)
+
+    def _key(self, run: Run) -> tuple[bool, int]:
+        return _masked(run.arm), run.seed if self.recipe.train_draw == "seed" else 0
 
 
 def run_one(bench: Workbench, run: Run, spec: dict[str, Any], output: Path, report: Report) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def run_one(bench: Workbench, run: Run, spec: dict[str, Any], output: Path, repo
     """
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(bench, run, Path(scratch), report)
-        bench.keep(run.arm, trainer.train_dataset)
+        bench.keep(run, trainer.train_dataset)
         result = {"run": asdict(run), "hash": digest(spec), "spec": spec, "echo_trainer": __version__}
         result["initial_weights"] = _weights_hash(trainer)
         memory.reset()
@@ -114,6 +117,7 @@ def build_trainer(bench: Workbench, run: Run, scratch: Path, report: Report) -> 
         "output_dir": str(scratch / "run"),
         "save_strategy": "no",
         "eval_strategy": "no",
+        "echo_probation": 0.0,
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -125,7 +129,7 @@ def build_trainer(bench: Workbench, run: Run, scratch: Path, report: Report) -> 
             options["max_steps"] = round(options["max_steps"] * arm.length)
         else:
             options["num_train_epochs"] = options.get("num_train_epochs", 3.0) * arm.length
-    dataset = bench.dataset(run.arm)
+    dataset = bench.dataset(run)
     if not _masked(run.arm) or "input_ids" in dataset.column_names:
         options |= {"answer_marker": None, "prompt_marker": None, "drop_without_marker": False}
     elif bench.conversations:  # without an echo nobody would switch it on

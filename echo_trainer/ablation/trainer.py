@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..run.answers import PLAN_KEY
 from ..trainer import EchoSFTTrainer
 from .echoes import NETWORKS, ControlledNetworks
 from .flops import plain_sizes, step_sizes
@@ -35,7 +34,7 @@ class AblationTrainer(EchoSFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _note(self, inputs: dict[str, Any]) -> None:
-        step, ids, plan = self.state.global_step, inputs["input_ids"], inputs.get(PLAN_KEY)
+        step, ids, plan = self.state.global_step, inputs["input_ids"], self.at_work.plan
         if step == len(self._checksums):
             self._checksums.append([])
         networks = self.echo_networks

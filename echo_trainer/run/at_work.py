@@ -36,6 +36,11 @@ class AtWork:
         finally:
             self._plan = None
 
+    @property
+    def plan(self) -> EchoPlan | None:
+        """The plan of the micro-batch at work, on the host; None outside of a training step."""
+        return self._plan
+
     def plan_for(self, inputs: dict[str, Any]) -> EchoPlan | None:
         """
         The plan of the inputs that `compute_loss` was given; None for those of an evaluation.

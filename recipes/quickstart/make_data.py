@@ -156,11 +156,13 @@ def ask(question: str) -> str:
     return f" Question: {question} Answer:"
 
 
-def make_items(rng: random.Random, count: int, taken: set[str]) -> list[dict[str, str]]:
+def make_items(
+    rng: random.Random, count: int, taken: set[str], events: tuple[int, int] = (1, 2)
+) -> list[dict[str, str]]:
     """`count` prompt-completion items about stories that are not in `taken`, which is added to."""
     items: list[dict[str, str]] = []
     while len(items) < count:
-        story = make_story(rng)
+        story = make_story(rng, events=events)
         if story.text in taken:
             continue
         taken.add(story.text)
@@ -169,12 +171,14 @@ def make_items(rng: random.Random, count: int, taken: set[str]) -> list[dict[str
     return items
 
 
-def write_data(out: Path, seed: int = 0, train: int = 3000, test: int = 1000) -> None:
+def write_data(
+    out: Path, seed: int = 0, train: int = 3000, test: int = 1000, events: tuple[int, int] = (1, 2)
+) -> None:
     """Write `train.jsonl` and `test.jsonl` into `out`; no story is in both."""
     rng = random.Random(seed)
     taken: set[str] = set()
     for name, count in (("test", test), ("train", train)):
-        lines = [json.dumps(item) + "\n" for item in make_items(rng, count, taken)]
+        lines = [json.dumps(item) + "\n" for item in make_items(rng, count, taken, events)]
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
@@ -184,9 +188,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=3000, help="training items")
     parser.add_argument("--test", type=int, default=1000, help="test items")
+    parser.add_argument("--events", type=int, nargs=2, default=(1, 2), help="fewest and most events of a story")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    write_data(args.out, args.seed, args.train, args.test)
+    write_data(args.out, args.seed, args.train, args.test, tuple(args.events))
     for name in ("train", "test"):
         path = args.out / f"{name}.jsonl"
         print(f"{path.name}: {path.stat().st_size:,} bytes; {path.open(encoding='utf-8').readline().strip()}")

@@ -1,5 +1,7 @@
 """Each arm does what it says and nothing else; all arms of a seed start alike and see the same batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,11 @@ from steps import PAPER, echo_setup, planned_batch, random_examples, step_gradie
 from torch.utils.flop_counter import FlopCounterMode
 
 from echo_trainer.ablation.arms import ARMS, find_arms
-from echo_trainer.ablation.data import load_examples
+from echo_trainer.ablation.data import drawn, load_examples
 from echo_trainer.ablation.echoes import NETWORKS, one_cycle
 from echo_trainer.ablation.flops import count_coefficients, plain_setup, step_sizes
-from echo_trainer.ablation.plan import Run
+from echo_trainer.ablation.plan import Run, specification
+from echo_trainer.ablation.results import load_items
 from echo_trainer.ablation.run_one import Workbench, build_trainer
 from echo_trainer.ablation.schedule import matched_run
 from echo_trainer.method.layouts import EchoForm
@@ -169,6 +172,16 @@ def test_weight_of_the_loss(results):
     assert 1.2 < weight["echo"] == weight["echo-zero"] == weight["echo-predicting"] < 2.0
 
 
+def test_the_echo_pass_is_evaluated_where_an_arm_has_its_own(results, folder):
+    with_echo = {arm for arm, result in results.items() if "echo_nll" in result["tasks"]["words"]}
+    assert with_echo == {arm for arm in ARMS if ARMS[arm].echo == "own" and not arm.startswith("lora")}
+    task = results["strong"]["tasks"]["words"]
+    assert task["echo_nll"] != pytest.approx(task["nll"], rel=1e-4)
+    items = load_items(folder / "out", Run("strong", "lora", 0, 0.01))["words"]
+    assert len(items["echo_nll"]) == len(items["echo_correct"]) == task["n"]
+    assert np.mean(items["echo_nll"]) == pytest.approx(task["echo_nll"], abs=1e-5)
+
+
 def test_seeds_differ_and_repeat(recipe, bench, folder, results):
     again = do(recipe, folder / "again", "echo", bench=bench)
     assert again["tasks"] == results["echo"]["tasks"]  # whatever ran before in this process
@@ -306,6 +319,22 @@ def test_held_out_examples_are_in_no_training_set(recipe):
     assert len(train) == 36
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     assert load_examples(recipe) == (train, held_out)
+
+
+def test_each_seed_may_draw_its_own_examples(tmp_path):
+    """Others for each seed, the same for all arms; what is held out is in none of them."""
+    recipe = tiny_recipe(tmp_path, train_limit=12, train_draw="seed")
+    pool, held_out = load_examples(recipe)
+    draws = [drawn(recipe, pool, seed) for seed in (0, 1)]
+    assert [len(draw) for draw in draws] == [12, 12] and draws[0] != draws[1]
+    assert draws[0] == drawn(recipe, pool, 0)
+    assert not {row["prompt"] for row in held_out} & {row["prompt"] for draw in draws for row in draw}
+    bench = Workbench(recipe)
+    one, other = (do(recipe, tmp_path / "out", arm, bench=bench, seed=1) for arm in ("lora", "strong"))
+    assert one["batches"] == other["batches"] != do(recipe, tmp_path / "out", "lora", bench=bench)["batches"]
+    run = Run("lora", "lora", 0, 0.01)
+    once = replace(recipe, train_draw="once")
+    assert "train_draw" not in specification(once, run, {}) and specification(recipe, run, {})["train_draw"] == "seed"
 
 
 def test_what_an_arm_is_measured_against_is_added():

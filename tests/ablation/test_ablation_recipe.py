@@ -12,7 +12,9 @@ from ablation_cases import tiny_recipe, write_workplace
 from echo_trainer import cli
 from echo_trainer.ablation.arms import ARMS
 from echo_trainer.ablation.data import load_examples, load_tests
+from echo_trainer.ablation.plan import Run
 from echo_trainer.ablation.recipe import load_recipe, parse_seeds
+from echo_trainer.ablation.run_one import Workbench, build_trainer
 from echo_trainer.recipe.find import available_recipes, recipe_path
 from echo_trainer.recipe.read import read_recipe
 
@@ -53,9 +55,25 @@ def test_the_smollm2_recipe(tmp_path, monkeypatch):
     assert load_tests(recipe)[0].items[0].prompt == train[0]["prompt"]  # one template
 
 
+def test_the_strong_recipe(tmp_path, monkeypatch):
+    """On the data that its command makes: every arm, the upper half of the layers, examples by seed."""
+    for name in ("train", "test"):
+        row = {"prompt": "Story: Ada is in the barn. Question: where is Ada? Answer:", "completion": " Ada."}
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 201)
+    monkeypatch.setenv("DATA", str(tmp_path))
+    recipe = load_recipe(recipe_path("ablation/strong"))
+    assert (recipe.train_draw, recipe.seeds) == ("seed", list(range(300, 308)))
+    assert {"strong", "strong-zero", "lora-longer", "lora-strong-matched"} <= set(recipe.arms)
+    bench = Workbench(recipe)
+    trainer = build_trainer(bench, Run("strong", "lora", 300, 0.004), tmp_path, lambda *a: None)
+    assert trainer.echo.source_layers == [5] and {site.layer for site in trainer.echo.sites} == {4}
+    assert sorted(trainer.model.peft_config["default"].layers_to_transform) == [4, 5, 6, 7]
+    assert len(trainer.echo.sites) == 7 and trainer.args.max_steps == 200
+
+
 def test_shipped_recipes_say_what_they_need():
     names = [name for name in available_recipes() if name.startswith("ablation/")]
-    assert set(names) == {"ablation/embedded", "ablation/smollm2"}
+    assert set(names) == {"ablation/embedded", "ablation/smollm2", "ablation/strong"}
     for name in names:
         text = recipe_path(name).read_text()
         assert re.match(r"# .*\n(#.*\n)*# Needs: .*\n(#.*\n)*# Expect: ", text)
@@ -83,6 +101,8 @@ def test_the_gpu_command_is_a_script():
         ({"validation_items": 0}, {}, "held-out"),
         ({"validation_items": 40}, {}, "none is left"),
         ({"train_limit": 0}, {}, "at least 1"),
+        ({"train_draw": "twice"}, {}, "'once', 'seed'"),
+        ({}, {"echo_held_out": 5}, "validation_items"),
         ({"train": []}, {}, "at least one file"),
         ({"epochs": 3}, {}, "unknown keys"),
         ({"train": ["nowhere.jsonl"]}, {}, "nowhere.jsonl"),

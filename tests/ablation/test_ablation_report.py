@@ -17,8 +17,10 @@ from echo_trainer.files import write_json
 N_ITEMS = 400
 
 
-def store(output, arm, seed, right, nll, *, adapter="lora", rate=0.01, tasks=("words",), batches=(1, 2, 3), **more):
-    """A finished run with given scores."""
+def store(
+    output, arm, seed, right, nll, *, adapter="lora", rate=0.01, tasks=("words",), batches=(1, 2, 3), echo=None, **more
+):
+    """A finished run with given scores; `echo` are those of its echo pass."""
     generator = np.random.default_rng([seed, 5])
     difficulty, noise = np.random.default_rng(9).random(N_ITEMS), generator.normal(0, 0.01, N_ITEMS)
     items = {
@@ -29,6 +31,9 @@ def store(output, arm, seed, right, nll, *, adapter="lora", rate=0.01, tasks=("w
         }
         for task in tasks
     }
+    for entry in items.values() if echo else ():
+        entry["echo_correct"] = (difficulty < echo[0] + generator.normal(0, 0.01)).astype(int).tolist()
+        entry["echo_nll"] = (echo[1] + difficulty + noise).tolist()
     result = {
         "run": {}, "initial_weights": f"w{seed}", "batches": list(batches), "steps": len(batches), "flops": 1e9,
         "training_seconds": 2.0, "training_cpu_seconds": 3.0, "peak_memory": 2**30, "device": "CPU", "held_out_nll": 1,
@@ -95,6 +100,21 @@ def test_results_of_before_there_was_a_weight_are_shown_without(recipe, tmp_path
         store(tmp_path, "echo", seed, 0.6, 0.8)
     text, _ = report(recipe, tmp_path)
     assert "Weight of the loss" not in text and "| `echo` | 5 | 3 | - |" in text
+
+
+def test_the_echo_pass_beside_plain_paths(recipe, tmp_path):
+    """Its figures are compared with those of its own adapter and of every LoRA that was trained."""
+    for seed in range(5):
+        store(tmp_path, "lora", seed, 0.5, 1.0)
+        store(tmp_path, "lora-longer", seed, 0.55, 0.9)
+        store(tmp_path, "strong", seed, 0.5, 1.0, echo=(0.7, 0.6))
+    text, summary = report(replace(recipe, arms=["lora-longer", "strong"]), tmp_path)
+    entries = {entry["other"]: entry for entry in summary["lora"]["echo_passes"]}
+    assert [*entries] == ["strong", "lora", "lora-longer"]
+    assert entries["lora-longer"]["nll"]["difference"] == pytest.approx(-0.3, abs=1e-3)
+    assert entries["strong"]["accuracy"]["low"] > 0.1
+    rows = text.split("The echo pass itself")[1].split("\n\n")[1].splitlines()[2:]
+    assert len(rows) == 3 and "its own plain path | +" in rows[0] and "| `lora-longer` | +1" in rows[2]
 
 
 def test_worse_is_called_worse(recipe, tmp_path):
