@@ -60,7 +60,7 @@ def _run_part(
     setup: EchoSetup, inputs: dict[str, Any], plain: PlainState, number: int, part: SuffixPart, injection: Injection
 ) -> Float[Tensor, "E d"]:
     """Final hidden states (E, d) of one part."""
-    assert plain.record is not None and setup.cache is not None  # the proof has found where a cache goes
+    assert plain.prefix is not None and setup.cache is not None  # the proof has found where a cache goes
     layers = setup.layers
     rows, width = part.token_RA.shape
     places, source = Places(part, rows * width, width, part.n_prefix), plain.prefix
