@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset
+from families import vision_language_model
 from models import FAMILIES, conversation_rows, lora_config, prompt_completion_rows, tiny_model
 from training import DATA_FORMS, assert_equal, echo_trainer, losses, plain_trainer, revive, trainable
 
@@ -216,3 +217,12 @@ def test_no_card_claims_an_echo_that_nobody_had(tmp_path):
     assert echo["enabled"] and echo["seen"]["routed"] == echo["seen"]["echo_passes"] == 0
     assert "no echo pass has run: this is plain LoRA" in card
     assert "echo-lora" not in card and "echo-augmented" not in card
+
+
+@pytest.mark.parametrize("family", vision_language_model.families)
+def test_card_of_a_vision_language_model_on_rows_of_text(tmp_path, family):
+    """LoRA on all linear layers, those of the vision tower and its numbered ones included; saved, it loads again."""
+    trainer = echo_trainer(tmp_path, model=vision_language_model(family), max_steps=1)
+    echo, card = saved(trainer, tmp_path)
+    assert echo["seen"]["routed"] == 4 and f"adapter for a {family} model" in card
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 16
