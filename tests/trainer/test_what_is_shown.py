@@ -63,6 +63,22 @@ def test_the_loss_does_not_follow_the_routing_probability(tmp_path):
     assert entries[-1]["echo/objective"] == pytest.approx(entries[-1]["loss"], rel=1e-6)
 
 
+def test_what_noise_means_for_the_distillation(tmp_path):
+    """Before anything is learned KD is the noise that the passes do not share (docs/method.md)."""
+
+    def first(name, **settings):
+        trainer = echo_trainer(tmp_path / name, max_steps=1, **settings)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    dropout = {"lora": lora_config(lora_dropout=0.5)}
+    shared = first("shared", echo_pass="suffix", neftune_noise_alpha=50.0)
+    assert shared["echo/kd"] == pytest.approx(0, abs=1e-6) and shared["echo/agreement"] == 1
+    assert first("anew", echo_pass="full", neftune_noise_alpha=50.0)["echo/kd"] > 1e-3
+    assert first("suffix", echo_pass="suffix", **dropout)["echo/kd"] > 1e-3
+    assert first("full", echo_pass="full", **dropout)["echo/kd"] > 1e-3
+
+
 # Batches as text
 
 
