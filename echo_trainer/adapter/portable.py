@@ -152,6 +152,7 @@ def _is_power_of_two(factor: float) -> bool:
 def _config(adapter: Adapter, base: Base, paths: list[str], rank: int, scale: float) -> dict[str, Any]:
     kinds = {path.rpartition(".")[2] for path in paths}
     named = {path for path in base.shapes if path.rpartition(".")[2] in kinds}
+    short = named == set(paths) and not any(kind.isdigit() for kind in kinds)  # a number names layers as well
     alpha = scale * rank
     config = {
         "peft_type": "LORA",
@@ -163,7 +164,7 @@ def _config(adapter: Adapter, base: Base, paths: list[str], rank: int, scale: fl
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": adapter.config.get("lora_dropout"),
         # short names when they select exactly these modules; a vision tower may share them with the language model
-        "target_modules": sorted(kinds) if named == set(paths) else paths,
+        "target_modules": sorted(kinds) if short else paths,
         "bias": "none",
         "fan_in_fan_out": bool(adapter.config.get("fan_in_fan_out")),
         "inference_mode": True,

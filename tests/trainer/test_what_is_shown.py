@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset
+from families import vision_language_model
 from models import FAMILIES, conversation_rows, lora_config, prompt_completion_rows, tiny_model
 from training import DATA_FORMS, assert_equal, echo_trainer, losses, plain_trainer, revive, trainable
 
@@ -60,6 +61,22 @@ def test_the_loss_does_not_follow_the_routing_probability(tmp_path):
     assert [entry["loss"] for entry in entries] == pytest.approx([entries[0]["loss"]] * 5, rel=1e-6)
     assert entries[0]["echo/objective"] == pytest.approx(2 * entries[0]["loss"], rel=1e-6)
     assert entries[-1]["echo/objective"] == pytest.approx(entries[-1]["loss"], rel=1e-6)
+
+
+def test_what_noise_means_for_the_distillation(tmp_path):
+    """Before anything is learned KD is the noise that the passes do not share (docs/method.md)."""
+
+    def first(name, **settings):
+        trainer = echo_trainer(tmp_path / name, max_steps=1, **settings)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    dropout = {"lora": lora_config(lora_dropout=0.5)}
+    shared = first("shared", echo_pass="suffix", neftune_noise_alpha=50.0)
+    assert shared["echo/kd"] == pytest.approx(0, abs=1e-6) and shared["echo/agreement"] == 1
+    assert first("anew", echo_pass="full", neftune_noise_alpha=50.0)["echo/kd"] > 1e-3
+    assert first("suffix", echo_pass="suffix", **dropout)["echo/kd"] > 1e-3
+    assert first("full", echo_pass="full", **dropout)["echo/kd"] > 1e-3
 
 
 # Batches as text
@@ -216,3 +233,12 @@ def test_no_card_claims_an_echo_that_nobody_had(tmp_path):
     assert echo["enabled"] and echo["seen"]["routed"] == echo["seen"]["echo_passes"] == 0
     assert "no echo pass has run: this is plain LoRA" in card
     assert "echo-lora" not in card and "echo-augmented" not in card
+
+
+@pytest.mark.parametrize("family", vision_language_model.families)
+def test_card_of_a_vision_language_model_on_rows_of_text(tmp_path, family):
+    """LoRA on all linear layers, those of the vision tower and its numbered ones included; saved, it loads again."""
+    trainer = echo_trainer(tmp_path, model=vision_language_model(family), max_steps=1)
+    echo, card = saved(trainer, tmp_path)
+    assert echo["seen"]["routed"] == 4 and f"adapter for a {family} model" in card
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 16
