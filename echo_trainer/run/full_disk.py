@@ -18,11 +18,9 @@ def clean_failure(staging: str, run_dir: str, final: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, OSError) and "The disk is full" in str(error):  # said already
-            raise
         full = _disk_is_full(error, run_dir)
         shutil.rmtree(staging, ignore_errors=True)
-        if not full:
+        if not full or "The disk is full" in str(error):  # said already
             raise
         whole, _ = last_whole_checkpoint(run_dir)
         back = (
