@@ -3,9 +3,8 @@
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from ..compat.dispatch import StorageWeakRef, TorchDispatchMode
+from ..compat.dispatch import StorageWeakRef, TorchDispatchMode, tree_leaves
 
 
 class CountedBytes(TorchDispatchMode):

@@ -8,6 +8,7 @@ name of another library (`tests/compat/test_compat.py` searches for them).
 | file | of | what | when it is gone |
 |---|---|---|---|
 | `cache` | transformers | where layers take their keys and values; what a `Cache` is asked | full pass, said |
+| `replay` | transformers | keys and values from what a layer was given | they are kept, said |
 | `checkpointing` | transformers | the function that checkpoints a layer | error by name |
 | `trainer` | trl, transformers, accelerate | methods of the trainers without a public hook | error by name |
 | `preparation` | trl | rows as `SFTTrainer` prepares them, without a trainer | error by name |
