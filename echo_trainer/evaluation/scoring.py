@@ -8,7 +8,6 @@ completion tokens and of the first token in which the completions differ; for "t
 that is all. Stage 2, only where a completion goes on after that, reads the rest with the keys and values so far.
 """
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..compat.cache import cache_keyword
 from ..method.segments import IGNORE_INDEX
 from ..passes.modules import base_model_of
 from .generation import pad_token_id
 from .sharing import How, how_to_score
+from .token_scores import Question, token_scores
 
 _WORTH_SHARING = 8  # tokens; below this another forward costs more than it saves
 
@@ -60,6 +59,11 @@ class TokenizedRow:
     start: int
     shared: int
     scored: tuple[bool, ...] | None = None
+
+    def wanted(self, sequence: int, end: int) -> list[tuple[int, int]]:
+        """The tokens of a sequence before `end` that are scored: their places and themselves."""
+        places = [t for t in range(self.start, end) if self.scored is None or self.scored[t - self.start]]
+        return [(t, self.sequences[sequence][t]) for t in places]
 
 
 def tokenize_row(
@@ -111,10 +115,18 @@ def score_rows(
         model: a causal language model (or PeftModel) in evaluation mode.
         tokenizer: its tokenizer.
         rows: from `tokenize_row`.
+
+    Raises:
+        ValueError: the adapter works on what goes into the model and not inside it (prompt tuning).
     """
     base = base_model_of(model)
+    if base is not model and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"The adapter is of the kind {model.active_peft_config.peft_type}, which puts tokens before every text, "
+            f"and texts are scored inside the model. Evaluate a LoRA or DoRA."
+        )
     pad = pad_token_id(tokenizer)
-    shared, whole = (partial(score, model, base, pad) for score in (_score_shared, _score_whole))
+    shared, whole = (partial(score, base, pad) for score in (_score_shared, _score_whole))
     begin, uneven = _batch_prefix(rows) > 0 and not _slides(base), len({row.shared for row in rows}) > 1
     # Behind a common beginning rows of unequal length have padding inside their text.
     form = (begin, uneven, bool(_long(rows)))
@@ -131,40 +143,59 @@ def _long(rows: Sequence[TokenizedRow]) -> list[tuple[int, int]]:
     return [(b, o) for b, row in enumerate(rows) for o, ids in enumerate(row.sequences) if len(ids) > row.shared + 1]
 
 
-def _score_shared(model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow]) -> list[list[Score]]:
+def _score_shared(base: Any, pad: int, rows: Sequence[TokenizedRow]) -> list[list[Score]]:
     """The scores of a batch, each shared token computed once."""
     long = _long(rows)
     begin = _batch_prefix(rows) if not _slides(base) else 0
     cache = DynamicCache() if long or begin else None
     if begin:
-        ids_1P = torch.tensor([rows[0].sequences[0][:begin]], device=model.device)
+        ids_1P = torch.tensor([rows[0].sequences[0][:begin]], device=base.device)
         mask_1P = torch.ones_like(ids_1P)
-        _logits(model, base, ids_1P, mask_1P, positions(mask_1P), 1, cache)
+        token_scores(base, ids_1P, mask_1P, positions(mask_1P), cache, [])
         assert cache is not None
         cache.batch_repeat_interleave(len(rows))
-    ids_BP, mask_BP = _left_padded([row.sequences[0][begin : row.shared] for row in rows], pad, model.device)
+    ids_BP, mask_BP = _left_padded([row.sequences[0][begin : row.shared] for row in rows], pad, base.device)
     mask_BP = torch.cat([mask_BP.new_ones(len(rows), begin), mask_BP], dim=1)
-    keep = max(row.shared - row.start + 1 for row in rows)
-    logits_BKV = _logits(model, base, ids_BP, mask_BP, positions(mask_BP)[:, begin:], keep, cache)
+    last = ids_BP.shape[1] - 1
     sums = [[_Sum() for _ in row.sequences] for row in rows]
+    asked: list[tuple[Question, list[_Sum]]] = []
     for b, row in enumerate(rows):
-        scored = row.shared - row.start
-        head_KV = logits_BKV[b, keep - scored - 1 :].float().log_softmax(-1)
-        common = _Sum().add(head_KV[:-1], row.sequences[0][row.start : row.shared], row.scored)
+        for t, token in row.wanted(0, row.shared):
+            asked.append((Question(b, last - row.shared + t, token), sums[b]))
         for o, ids in enumerate(row.sequences):
-            sums[b][o] = common.copy().add(head_KV[-1:], ids[row.shared : row.shared + 1])
+            if len(ids) > row.shared:
+                asked.append((Question(b, last, ids[row.shared]), [sums[b][o]]))
+    _ask(base, ids_BP, mask_BP, positions(mask_BP)[:, begin:], cache, asked)
     if long:
         assert cache is not None
-        cache.batch_select_indices(torch.tensor([b for b, _ in long], device=model.device))
+        cache.batch_select_indices(torch.tensor([b for b, _ in long], device=base.device))
         tails = [rows[b].sequences[o][rows[b].shared :] for b, o in long]
-        ids, mask = _right_padded([tail[:-1] for tail in tails], pad, model.device)
+        ids, mask = _right_padded([tail[:-1] for tail in tails], pad, base.device)
         mask_prefix = mask_BP[[b for b, _ in long]]
         whole = torch.cat([mask_prefix, mask], dim=1)
         place = positions(whole)[:, mask_prefix.shape[1] :]
-        logits = _logits(model, base, ids, whole, place, ids.shape[1], cache)
-        for (b, o), tail, row_logits in zip(long, tails, logits, strict=True):
-            sums[b][o].add(row_logits[: len(tail) - 1].float().log_softmax(-1), tail[1:])
+        asked = [
+            (Question(number, t, token), [sums[b][o]])
+            for number, ((b, o), tail) in enumerate(zip(long, tails, strict=True))
+            for t, token in enumerate(tail[1:])
+        ]
+        _ask(base, ids, whole, place, cache, asked)
     return [[total.score() for total in row] for row in sums]
+
+
+def _ask(
+    base: Any,
+    ids: Tensor,
+    mask: Tensor,
+    position_ids: Tensor,
+    cache: DynamicCache | None,
+    asked: Sequence[tuple[Question, list["_Sum"]]],
+) -> None:
+    """Add the score of each token that is asked for to the sums it belongs to."""
+    scores = token_scores(base, ids, mask, position_ids, cache, [question for question, _ in asked])
+    for (_, sums), (log_likelihood, greedy) in zip(asked, scores, strict=True):
+        for total in sums:
+            total.add(log_likelihood, greedy)
 
 
 def _batch_prefix(rows: Sequence[TokenizedRow]) -> int:
@@ -181,16 +212,18 @@ def _slides(base: PreTrainedModel) -> bool:
     return windows or getattr(config, "sliding_window", None) is not None
 
 
-def _score_whole(model: Any, base: Any, pad: int, rows: Sequence[TokenizedRow]) -> list[list[Score]]:
+def _score_whole(base: Any, pad: int, rows: Sequence[TokenizedRow]) -> list[list[Score]]:
     """The same without shared keys and values: every completion with its prompt, for models whose past is not that."""
-    flat = [(row.start, ids, row.scored) for row in rows for ids in row.sequences]
-    ids_BT, mask_BT = _left_padded([ids[:-1] for _, ids, _ in flat], pad, model.device)
-    keep = max(len(ids) - start for start, ids, _ in flat)
-    logits_BKV = _logits(model, base, ids_BT, mask_BT, positions(mask_BT), keep, None)
-    scores = iter(
-        _Sum().add(row[keep - (len(ids) - start) :].float().log_softmax(-1), ids[start:], scored).score()
-        for row, (start, ids, scored) in zip(logits_BKV, flat, strict=True)
-    )
+    flat = [(row, o) for row in rows for o in range(len(row.sequences))]
+    ids_BT, mask_BT = _left_padded([row.sequences[o][:-1] for row, o in flat], pad, base.device)
+    sums = [_Sum() for _ in flat]
+    asked = [
+        (Question(b, ids_BT.shape[1] - len(row.sequences[o]) + t, token), [sums[b]])
+        for b, (row, o) in enumerate(flat)
+        for t, token in row.wanted(o, len(row.sequences[o]))
+    ]
+    _ask(base, ids_BT, mask_BT, positions(mask_BT), None, asked)
+    scores = iter(total.score() for total in sums)
     return [[next(scores) for _ in row.sequences] for row in rows]
 
 
@@ -202,24 +235,14 @@ def positions(mask_BT: Tensor) -> Tensor:
 class _Sum:
     """Running score of one completion."""
 
-    def __init__(self, log_likelihood: float = 0.0, n_tokens: int = 0, greedy: bool = True):
-        self.log_likelihood, self.n_tokens, self.greedy = log_likelihood, n_tokens, greedy
+    def __init__(self) -> None:
+        self.log_likelihood, self.n_tokens, self.greedy = 0.0, 0, True
 
-    def copy(self) -> "_Sum":
-        return _Sum(self.log_likelihood, self.n_tokens, self.greedy)
-
-    def add(self, log_probs_KV: Tensor, tokens: Sequence[int], scored: Sequence[bool] | None = None) -> "_Sum":
-        """Add K tokens, or those of them that are scored, given the log-probabilities that predict them."""
-        if tokens and scored is not None:
-            places = [place for place, counts in enumerate(scored) if counts]
-            log_probs_KV, tokens = log_probs_KV[places], [tokens[place] for place in places]
-        if tokens:
-            wanted_K = torch.tensor(tokens, device=log_probs_KV.device)
-            chosen_K = log_probs_KV.gather(-1, wanted_K[:, None])
-            self.log_likelihood += float(chosen_K.double().sum())
-            self.greedy &= bool((log_probs_KV.argmax(-1) == wanted_K).all())
-            self.n_tokens += len(tokens)
-        return self
+    def add(self, log_likelihood: float, greedy: bool) -> None:
+        """Add a token."""
+        self.log_likelihood += log_likelihood
+        self.n_tokens += 1
+        self.greedy &= greedy
 
     def score(self) -> Score:
         if math.isnan(self.log_likelihood):
@@ -252,18 +275,3 @@ def _right_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple
     ids = [list(row) + [pad] * (width - len(row)) for row in rows]
     mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _logits(
-    model: Any, base: Any, ids: Tensor, mask: Tensor, position_ids: Tensor, keep: int, cache: DynamicCache | None
-) -> Tensor:
-    """Logits of the last `keep` positions; the others are not computed where the model can leave them out."""
-    known = inspect.signature(base.forward).parameters
-    options: dict[str, Any] = {"use_cache": False}
-    if cache is not None:
-        options = {"use_cache": True, cache_keyword(base): cache}
-    if "position_ids" in known:
-        options["position_ids"] = position_ids
-    if "logits_to_keep" in known:
-        options["logits_to_keep"] = keep
-    return model(input_ids=ids, attention_mask=mask, **options).logits[:, -keep:]

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from families import family_model
-from models import tiny_tokenizer
+from models import VOCABULARY, tiny_model, tiny_tokenizer
+from peft import PromptTuningConfig, get_peft_model
 
+from echo_trainer.compat.dispatch import TorchDispatchMode
 from echo_trainer.evaluation import scoring, sharing
+from echo_trainer.method import losses
 
 
 def rows(spec, seed, common=10):
@@ -74,3 +77,50 @@ def test_a_form_is_tried_when_it_comes_and_longer_rows_again(monkeypatch):
         scoring.score_rows(model, tokenizer, batch)
     lengths = [max(len(ids) for row in batch for ids in row.sequences) for batch in (SHORT, EVEN, LONG)]
     assert tried == lengths
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most numbers of a tensor whose last dimension is the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.t.default:  # the head's weights, turned around
+            return result
+        if isinstance(result, torch.Tensor) and result.dim() > 1 and result.shape[-1] == VOCABULARY:
+            self.found = max(self.found, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("places", [1, 3, 1000])
+def test_logits_exist_for_a_chunk_of_places_at_a_time(places, monkeypatch):
+    """The scores are the same however many there are at a time; never those of all positions of a batch."""
+    model = tiny_model("gemma2", attention="eager").eval()
+    rows = [
+        scoring.TokenizedRow([[2, 3, 4, 5, 6, 7], [2, 3, 4, 8]], 2, 3),
+        scoring.TokenizedRow([[9, 10, 11, 12], [9, 10, 13, 14, 15]], 1, 2),
+    ]
+    expected = scoring.score_rows(model, tiny_tokenizer(), rows)
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", places * VOCABULARY)
+    with LargestLogits() as largest:
+        found = scoring.score_rows(model, tiny_tokenizer(), rows)
+    for some, others in zip(found, expected, strict=True):
+        for one, other in zip(some, others, strict=True):
+            assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-6)
+            assert (one.n_tokens, one.greedy) == (other.n_tokens, other.greedy)
+    assert largest.found <= places * VOCABULARY
+    # And they are the model's own, with its soft-capping.
+    for row, scores in zip(rows, found, strict=True):
+        for ids, score in zip(row.sequences, scores, strict=True):
+            log_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            own = sum(float(log_TV[t - 1, ids[t]]) for t in range(row.start, len(ids)))
+            assert score.log_likelihood == pytest.approx(own, rel=1e-5)
+
+
+def test_prompt_tuning_is_refused_by_name():
+    model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    with pytest.raises(ValueError, match="PROMPT_TUNING, which puts tokens before every text"):
+        scoring.score_rows(model, tiny_tokenizer(), [scoring.TokenizedRow([[2, 3, 4]], 1, 3)])
