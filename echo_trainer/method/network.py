@@ -77,7 +77,7 @@ class EchoNetwork(nn.Module):
     def forward(self, z_Gd: Tensor) -> tuple[Tensor, Tensor | None]:
         """delta (G, o) and the gate g (G, o), None without one, for normalised echoes z (G, d), float32."""
         e_Go = F.linear(torch.tanh(F.linear(z_Gd, self.project_in)), self.project_out)
-        if self.gate_in is None:
+        if self.gate_in is None or self.gate_out is None:
             return self.scale * e_Go, None
         g_Go = torch.sigmoid(F.linear(torch.tanh(F.linear(z_Gd, self.gate_in)), self.gate_out, self.gate_bias))
         return self.scale * (g_Go * e_Go), g_Go
