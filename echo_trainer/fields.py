@@ -1,7 +1,7 @@
 """The options of Echo-LoRA as dataclass fields; `config.py` joins them to those of `trl.SFTConfig`."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .options import (
     AGGREGATIONS,
@@ -16,10 +16,19 @@ from .options import (
     WHEN_USELESS,
 )
 
+OF_THE_PRESET: Any = None
+"""Default of the options that `echo_preset` fills: after the config is made they have a value."""
+
 if TYPE_CHECKING:
+    Text = str
+    Number = float
+    Flag = bool
     Sources = list[int] | Literal["depth", "cka", "above"] | None
     Targets = list[int] | Literal["depth", "cka", "lowest"] | None
 else:
+    Text = str | None
+    Number = float | None
+    Flag = bool | None
     Sources = Targets = list[str] | None  # for the command line, whose parser takes one type; see `options.layer_list`
 
 
@@ -59,8 +68,8 @@ class EchoFields:
     echo_bottleneck: int = field(
         default=64, metadata={"help": "Width of the hidden layer of the projection and gate networks, in features."}
     )
-    echo_gate: str | None = field(
-        default=None,
+    echo_gate: Text = field(
+        default=OF_THE_PRESET,
         metadata={
             "help": "Gate g of the echo: 'sigmoid', or 'none' (delta = lambda_m e). None: the preset's; 'sigmoid' for "
             "'paper', 'none' for 'strong'.",
@@ -70,15 +79,15 @@ class EchoFields:
     echo_gate_bias: float = field(
         default=-2.0, metadata={"help": "Start value of the gate's bias b_g; the gate starts near sigmoid of it."}
     )
-    echo_scale: float | None = field(
-        default=None,
+    echo_scale: Number = field(
+        default=OF_THE_PRESET,
         metadata={
             "help": "Start value of the learned scale lambda_m, > 0. None: the preset's; 0.1 for 'paper', 1.0 for "
             "'strong'."
         },
     )
-    echo_detach: bool | None = field(
-        default=None,
+    echo_detach: Flag = field(
+        default=OF_THE_PRESET,
         metadata={
             "help": "Whether the echo z is taken without its gradient. False: what the echo pass needs reaches the "
             "adapters below the source layers through z. None: the preset's; True for 'paper', False for 'strong'."
@@ -103,15 +112,15 @@ class EchoFields:
     echo_p_start: float = field(
         default=1.0, metadata={"help": "Routing probability p at the first optimizer step, in [0, 1]."}
     )
-    echo_p_end: float | None = field(
-        default=None,
+    echo_p_end: Number = field(
+        default=OF_THE_PRESET,
         metadata={
             "help": "Routing probability p at the last optimizer step, in [0, 1]. p is linear. None: the preset's; "
             "0.2 for 'paper', 1.0 for 'strong'."
         },
     )
-    echo_loss: str | None = field(
-        default=None,
+    echo_loss: Text = field(
+        default=OF_THE_PRESET,
         metadata={
             "help": "What a routed sample weighs: 'sum' (CE_plain + CE_echo + lambda_kd KD: its cross-entropy counts "
             "twice), or 'mean' (half of that sum: it counts as every other sample does). None: the preset's; 'sum' "

@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from ..run.checkpoint_files import checkpoints, damage
 from ..run.echo_weights import EchoWeights, has_echo_weights, read_echo_weights
 from .generation import greedy_answers, pad_token_id
 from .scoring import Score, TokenizedRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class EchoReader:
@@ -58,7 +61,7 @@ class EchoReader:
 
     def answers(self, prompts: list[str], **options: Any) -> list[str]:
         """See `readers.Reader`."""
-        return greedy_answers(_Writing(self), self.tokenizer, prompts, **options)
+        return greedy_answers(cast("PreTrainedModel", _Writing(self)), self.tokenizer, prompts, **options)
 
     def _batch(self, flat: list[tuple[TokenizedRow, list[int]]]) -> dict[str, Tensor]:
         """Sequences padded on the right, with labels at the scored tokens."""
@@ -86,8 +89,9 @@ class _Writing:
 
     def generate(self, **inputs: Any) -> Tensor:
         reader = self._reader
+        model: Any = reader.setup.model
         with writing_with_echo(reader.setup, reader.positions):
-            return reader.setup.model.generate(**inputs)
+            return model.generate(**inputs)
 
 
 def _score(ce_N: Tensor, top_N: Tensor) -> Score:

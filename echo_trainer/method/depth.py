@@ -45,13 +45,12 @@ def resolve_layers(
             f"The model has {depth} decoder layer. Echo-LoRA carries states from a deep layer to a shallower one, so "
             f"it needs at least 2."
         )
-    source = _absolute("echo_source_layers", sources, depth) if isinstance(sources, list) else None
+    named = _absolute("echo_source_layers", sources, depth) if isinstance(sources, list) else None
     if isinstance(targets, list):
         target = _absolute("echo_target_layers", targets, depth)
     else:
-        target = _targets(targets, depth, range(depth) if adapted is None else adapted, source)
-    if source is None:
-        source = _sources(None if isinstance(sources, list) else sources, depth, max(target))
+        target = _targets(targets, depth, range(depth) if adapted is None else adapted, named)
+    source = _sources(sources, depth, max(target)) if named is None else named
     if max(target) >= min(source):
         raise ValueError(
             f"Every target layer must lie below every source layer, and {max(target)} (target) is not below "
@@ -79,7 +78,7 @@ def _targets(word: str | None, depth: int, adapted: Sequence[int], sources: list
     return by_depth or [min(below, key=lambda index: abs(index - wanted[0]))]
 
 
-def _sources(word: str | None, depth: int, highest_target: int) -> list[int]:
+def _sources(word: list[int] | str | None, depth: int, highest_target: int) -> list[int]:
     """Sources by a word, above the targets."""
     if highest_target >= depth - 1:
         raise ValueError(

@@ -185,21 +185,19 @@ class HeldOut:
                 if mine < n_batches:
                     found.append((scored, mine))
                     reached = reached or draft.answered
-        if not agreement.any(reached):
-            return None
         parts = [part for some in agreement.gather(found) for part in some]
-        return _finding(sorted(parts, key=lambda part: part[1]))
+        return _finding(sorted(parts, key=lambda part: part[1])) if agreement.any(reached) else None
 
     def _score(self, draft: DraftPlan) -> dict[str, np.ndarray]:
         """By name: CE_plain, CE_echo, token and document of every position of a batch."""
         host = self.host
         if self._choice is None:  # of its own: what a run proves may not depend on when it is evaluated
             wanted = "full" if host.args.echo_pass == "full" else "auto"
-            name, in_step = type(host.echo.model).__name__, draft.lockstep
+            name, in_step = type(base_model_of(host.model)).__name__, draft.lockstep
             self._choice = PassChoice(wanted, host.agreement, name, in_step)
         self._choice.settle([draft], self.compare, host.state.global_step)
         (plan,) = self._choice.plans([draft])
-        inputs = send_to_device(backbone_inputs(draft.batch), host.args.device)
+        inputs: Any = send_to_device(backbone_inputs(draft.batch), host.args.device)
         on_device = plan.to(host.args.device)
         with explain_out_of_memory(inputs, plan, "measurement of the echo on held-out rows"):
             scores = host.model_wrapped(**inputs, echo_score=on_device)
@@ -211,8 +209,8 @@ class HeldOut:
         }
 
 
-def _finding(parts: list[tuple[dict[str, np.ndarray], int]]) -> Finding:
-    """All batches of all processes, in the order of the rows."""
+def _finding(parts: list[tuple[dict[str, np.ndarray], int]]) -> Finding | None:
+    """All batches of all processes, in the order of the rows; None where nothing is predicted."""
     plain, echo, label = (np.concatenate([part[name] for part, _ in parts]) for name in ("plain", "echo", "label"))
     first, samples = 0, []
     for part, _ in parts:
@@ -221,4 +219,5 @@ def _finding(parts: list[tuple[dict[str, np.ndarray], int]]) -> Finding:
     sample = np.concatenate(samples)
     differs = differing_tokens(label, sample)
     content = advantage((plain - echo)[differs], sample[differs]) if not differs.all() else None
-    return Finding(float(echo.mean()), advantage(plain - echo, sample), content)
+    gain = advantage(plain - echo, sample)
+    return Finding(float(echo.mean()), gain, content) if gain is not None else None

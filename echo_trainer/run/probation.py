@@ -73,10 +73,11 @@ class Probation:
 
     def count(self, plan: EchoPlan, shape: tuple[int, int]) -> None:
         """Count the work of a micro-batch of `shape` (rows, tokens): tokens, each times the layers it goes through."""
-        if self.verdict is None:
-            depth = len(self.host.echo.layers)
+        echo = self.host.echo
+        if self.verdict is None and echo is not None:
+            depth = len(echo.layers)
             self._work[0] += shape[0] * shape[1] * depth
-            self._work[1] += echo_work(plan, shape, depth, self.host.echo.first_target)
+            self._work[1] += echo_work(plan, shape, depth, echo.first_target)
 
     def due(self) -> int | None:
         """The step after which the echo is judged; None where it never is."""
@@ -101,14 +102,14 @@ class Probation:
                 host.state.global_step,
             )
             return
-        self.verdict = Verdict(
+        self.verdict = verdict = Verdict(
             step=host.state.global_step,
             useless=not finding.telling.clear,
             gain=asdict(finding.gain),
             content=asdict(finding.content) if finding.content else None,
             price=self._price(),
         )
-        logger.log(logging.WARNING if self.verdict.useless else logging.INFO, self.sentence())
+        logger.log(logging.WARNING if verdict.useless else logging.INFO, self._sentence(verdict))
         host.log(finding.metrics("echo/held_out_"))
 
     def _price(self) -> float:
@@ -116,9 +117,8 @@ class Probation:
         plain, echo = map(sum, zip(*self.host.agreement.gather(self._work), strict=True))
         return echo / plain if plain else 0.0
 
-    def sentence(self) -> str:
-        """The verdict in one line."""
-        verdict = self.verdict
+    def _sentence(self, verdict: Verdict) -> str:
+        """A verdict in one line."""
         gain = Advantage(**verdict.gain)
         found = f"{_figure(gain)} on {gain.samples} held-out samples"
         if verdict.content:
