@@ -128,6 +128,11 @@ class RowJoints(Protocol):
         """Prepare a dataset; `prepare` does what TRL does, with the dataset and the options it is given."""
 
 
+def sends_batches(accelerator: Any) -> bool:
+    """Whether one process is asked to read and collate for all of them (`dispatch_batches`)."""
+    return bool(accelerator.dataloader_config.dispatch_batches)
+
+
 class JointTrainer(SFTTrainer):
     """
     See the module's docstring.

@@ -16,6 +16,7 @@ from torch import nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TEXT_COLLATOR
 
 from ..adapter.find_variants import unrepeated_init_of
+from ..compat.trainer import sends_batches
 from ..method.segments import has_boundary
 from ..passes.step import ECHO_MODULE
 
@@ -160,7 +161,7 @@ def check_batches(accelerator: Any, padding_free: bool) -> None:
     Raises:
         ValueError: they are, and are to be sent to other processes.
     """
-    if padding_free and accelerator.dataloader_config.dispatch_batches and accelerator.num_processes > 1:
+    if padding_free and sends_batches(accelerator) and accelerator.num_processes > 1:
         raise ValueError(
             "`dispatch_batches=True` has one process collate for all of them and cuts its batch up by rows, and a "
             "padding-free batch (`padding_free`, or `packing` with strategy 'bfd') is a single row. Write "

@@ -131,8 +131,8 @@ def test_a_useless_echo_says_so(tmp_path, caplog):
     assert "Step 12: the echo gives nothing so far" in line.message and "on 40 held-out samples" in line.message
     assert "echo_when_useless='stop' would" in line.message
     verdict = trainer.probation.verdict
-    # prompts of 5, answers of 3 tokens: the echo runs two suffix tokens and one place of padding, five layers of five
-    assert verdict.price == pytest.approx(3 / 8) and f"costs {3 / 8:.0%}" in line.message
+    # prompts of 5, answers of 3 tokens, 4 rows: two suffix tokens each and one place of padding, five layers of five
+    assert verdict.price == pytest.approx(9 / 32) and f"costs {9 / 32:.0%}" in line.message
     entry = next(e for e in trainer.state.log_history if "echo/held_out_advantage" in e)
     assert entry["step"] == 12 and entry["echo/held_out_advantage"] == verdict.gain["value"]
     trainer.save_model()
