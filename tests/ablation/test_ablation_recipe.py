@@ -26,9 +26,8 @@ ANSWERS = {
 
 def test_the_embedded_recipe():
     recipe = load_recipe(recipe_path("ablation/embedded"))
-    assert (
-        len(recipe.arms) == 13 and set(recipe.arms) <= set(ARMS) and {"lora", "echo", "echo-zero"} <= set(recipe.arms)
-    )
+    assert len(recipe.arms) == 13 and set(recipe.arms) <= set(ARMS)
+    assert {"lora", "echo", "echo-zero"} <= set(recipe.arms)
     assert recipe.adapters == ["lora", "dora"]
     assert len(recipe.seeds) >= 5
     train, held_out = load_examples(recipe)

@@ -23,7 +23,7 @@ from models import tiny_model
 from torch.distributed.fsdp import fully_shard
 
 from echo_trainer.hub.client import PushError
-from echo_trainer.run import agreement, checkpoint_files, checkpoints, pushes, resume, save
+from echo_trainer.run import agreement, checkpoint_files, checkpoints, echo_weights, pushes, resume, save
 from echo_trainer.run.resume import base_fingerprint
 from echo_trainer.selection import use
 from echo_trainer.selection.select import select_layers
@@ -96,7 +96,7 @@ def staging(folder: Path) -> None:
 
 @case
 def echo_networks(folder: Path) -> None:
-    train(folder, checkpoints, "save_file", FULL)
+    train(folder, echo_weights, "save_file", FULL)
 
 
 @case
@@ -150,7 +150,7 @@ def permission_while_resuming(folder: Path) -> None:
 @case
 def adapter_while_resuming(folder: Path) -> None:
     trainer = with_checkpoint(folder)
-    with failing(checkpoints, "safe_open", DENIED, on=1):
+    with failing(echo_weights, "safe_open", DENIED, on=1):
         trainer.train(resume_from_checkpoint=True)
 
 
