@@ -15,7 +15,7 @@ from ..method.sites import site_key
 from ..passes.setup import EchoSetup
 from .checkpoint_files import STAGING, STATE, bring_back, damage, publish, rotate
 from .echo_weights import EchoWeights, has_echo_weights, read_echo_weights, write_echo_weights
-from .full_disk import clean_failure
+from .full_disk import clean_failure, removed_on_failure
 from .gathering import load_whole_state, whole_state
 from .host import Host
 from .resume import check_same_run, find_checkpoint, run_facts
@@ -57,7 +57,8 @@ class Checkpoints:
         name = f"{PREFIX_CHECKPOINT_DIR}-{host.state.global_step}"
         staging, final = os.path.join(run_dir, STAGING), os.path.join(run_dir, name)
         publishes = self._clear(staging)
-        with host.agreement.together(), clean_failure(staging, run_dir, final):
+        # Removed only when nobody writes there any more: else an error of one process makes others of another kind.
+        with removed_on_failure(staging), host.agreement.together(), clean_failure(None, run_dir, final):
             host.staging_folder, host.push_is_due = staging, False
             try:
                 write()

@@ -13,13 +13,24 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def clean_failure(staging: str, run_dir: str, final: str) -> Iterator[None]:
-    """Remove what a failed save has left, and say what is lost (nothing) where the disk is full."""
+def removed_on_failure(staging: str) -> Iterator[None]:
+    """Remove what a failed save has left; around a section in which other processes write there as well."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def clean_failure(staging: str | None, run_dir: str, final: str) -> Iterator[None]:
+    """Remove what a failed save has left (not with None), and say what is lost (nothing) where the disk is full."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         full = _disk_is_full(error, run_dir)
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
         if not full or "The disk is full" in str(error):  # said already
             raise
         whole, _ = last_whole_checkpoint(run_dir)
