@@ -114,6 +114,10 @@ class Stepper:
             trainer.model.activation_checkpointing_enable()
         trainer.state.max_steps, trainer.state.train_batch_size = options.rounds, options.batch
         trainer.create_optimizer()
+        if isinstance(trainer, EchoSFTTrainer):  # as when training begins
+            trainer.guard.begin()
+            trainer.probation.begin()
+            trainer.attachment.put_on()
         self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         trainer.model_wrapped = self.model
         trainer.current_gradient_accumulation_steps = 1

@@ -104,7 +104,8 @@ def save_adapter(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.float()  # as PEFT loads them
-        _TRAINED[folder] = model.eval()(input_ids=IDS % 63).logits
+        vocabulary = model.config.get_text_config().vocab_size
+        _TRAINED[folder] = model.eval()(input_ids=IDS % min(63, vocabulary)).logits
     return folder
 
 

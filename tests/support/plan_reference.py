@@ -94,8 +94,9 @@ def reference_plan(found, segments, routed, positions, form, position_ids, locks
     reached_N = routed_N & predict_N.ge(first_D[document_N])
     reach_E = reached_N.nonzero().flatten()
     boundary_G, layout = found["boundary_S"][routed_S], None
-    if len(reach_E) and form is EchoForm.SUFFIX:
-        layout = plan.suffix_layout(segments, inject_F, first_D, predict_N[reach_E], position_ids)
+    if len(reach_E) and form in (EchoForm.SUFFIX, EchoForm.RECOMPUTED):
+        recompute = form is EchoForm.RECOMPUTED
+        layout = plan.suffix_layout(segments, inject_F, first_D, predict_N[reach_E], position_ids, recompute=recompute)
     elif len(reach_E):
         layout = plan.full_layout(
             segments, inject_F, predict_N[reach_E], position_ids, all_rows=form is EchoForm.BATCH
