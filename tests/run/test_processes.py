@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 DEADLINE = process_worker.DEADLINE + 60
 
-MORE_CASES = ["parts", "strong-equal", "strong-fading", "judged"]
+MORE_CASES = ["read", "parts", "strong-equal", "strong-fading", "judged"]
 DDP_CASES = [
     "equal", "differs", "stream", "dispatched", "poisoned", "silent", "uneven", "whole", "resumed", *MORE_CASES,
 ]  # fmt: skip
@@ -139,6 +139,17 @@ def assert_same_training(launch: Launch, alone, case: str) -> None:
 def test_equals_one_process(launch, alone):
     """Invariant 3: batch 8 = 2 processes x batch 2 x accumulation 2 (4 processes x batch 1 x accumulation 2)."""
     assert_same_training(launch, alone, launch.case("equal"))
+
+
+def test_readers_see_the_plain_model_and_change_nothing(launch, alone):
+    """Callbacks at every event and evaluations in between, in every process: none sees the echo networks."""
+    case = launch.case("read")
+    for rank in launch.ranks(case):
+        assert {"on_step_end", "on_pre_optimizer_step", "on_evaluate", "on_train_end"} <= set(rank["read"])
+        assert {event: names for event, names in rank["read"].items() if names} == {}
+    assert_same_training(launch, alone, case)
+    for name, value in launch.weights(launch.case("equal")).items():
+        assert torch.equal(launch.weights(case)[name], value), name
 
 
 def test_passes_over_suffixes_of_many_lengths(launch, alone):

@@ -18,6 +18,7 @@ from peft import PeftModel
 from poison import poison_a_micro_batch
 from safetensors.torch import save_file
 from training import echo_trainer
+from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from echo_trainer.compat.cache import PrefixCache
@@ -39,6 +40,22 @@ SHARED = {
     "echo_source_layers": [3, 4],
     "echo_target_layers": [0, 1],
 }
+
+
+class Reader(TrainerCallback):
+    """Notes every name of a parameter that a callback sees, by event."""
+
+    seen: dict[str, set[str]] = {}
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def read(args, state, control, model=None, **kwargs):
+            names = {key for key, _ in model.named_parameters()} | set(dict(model.named_modules()))
+            self.seen[name] = self.seen.get(name, set()) | {key for key in names if "echo" in key}
+
+        return read
 
 
 def silent_rows(n: int, world: int) -> list[dict]:
@@ -83,6 +100,12 @@ def settings_of(case: str, world: int, compared: int) -> dict:
             # What the processes must do when the rows of one of them prove that the suffix pass is not exact.
             **({"echo_pass": "full"} if case == "differs" and world == 1 else {}),
             **({"rows": uneven_rows(40)} if case == "parts" else {}),
+        }  # fmt: skip
+    if case == "read":  # as "equal", with readers of the model at every event and evaluations in between
+        rows = Dataset.from_list(prompt_completion_rows(6, seed=5))
+        return {
+            **settings_of("equal", world, compared), "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True,
+            "trainer_kwargs": {"eval_dataset": rows, "callbacks": [Reader()]},
         }  # fmt: skip
     if case == "judged":  # five held-out rows, two at a time: not as many for each process
         return {
@@ -165,6 +188,7 @@ def run(case: str, output: Path, world: int, compared: int | None = None, **more
         seen["nonfinite"] = [entry.get("echo/nonfinite", 0) for entry in trainer.state.log_history if "loss" in entry]
         seen["tokens"] = [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry]
         seen["steps"] = trainer.state.global_step
+        seen["read"] = {event: sorted(names) for event, names in Reader.seen.items()}
         rank = trainer.args.process_index
         if rank == 0:
             save_file(networks, folder / "echo.safetensors")
