@@ -89,7 +89,7 @@ class Injection:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, site: EchoSite, places: Places) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    def _hook(self, site: EchoSite, places: Places) -> Callable[[nn.Module, tuple, Tensor], Tensor | None]:
         key = site_key(site)
 
         def add_echo(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:

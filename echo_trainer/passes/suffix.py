@@ -41,7 +41,7 @@ class SuffixEchoPass:
         layout = plan.layout
         assert isinstance(layout, SuffixLayout)
         injection = Injection(setup.sites, delta)
-        with checkpointed(setup.layers[setup.first_target :]) if layout.recompute else nullcontext():
+        with checkpointed(list(setup.layers)[setup.first_target :]) if layout.recompute else nullcontext():
             hidden = [
                 _run_part(setup, inputs, plain, number, part, injection) for number, part in enumerate(layout.parts)
             ]
@@ -64,6 +64,7 @@ def _run_part(
     layers = setup.layers
     rows, width = part.token_RA.shape
     places, source = Places(part, rows * width, width, part.n_prefix), plain.prefix
+    assert source is not None and setup.cache is not None  # the proof has found where a cache goes
 
     # Kept until the layers have been computed again, so it must not hold more of the plain pass than it needs.
     def prefix(layer_idx: int) -> tuple[Tensor, Tensor]:
