@@ -2,7 +2,8 @@
 
 Private: `_from_config` of a transformers model class (seen in 5.23, 5.24), since `from_config` of the auto classes
 knows no class by its name; `set_zero3_state` (5.23, 5.24), which keeps DeepSpeed's ZeRO-3 out of it. Without the first
-the auto class is asked; without the second the model is built as it comes, which fails in a ZeRO-3 run only.
+the auto class is asked; without the second the model is built as it comes, which fails in a ZeRO-3 run only. Where
+`_hf_hook` of accelerate (1.15) has another name, a copy of a model on several devices runs with no hooks, or fails.
 """
 
 import copy
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
 
 def empty_model(config: Any, model_class: Any = None) -> Any:
@@ -63,12 +65,16 @@ def forget_replaced_forwards(model: Any) -> None:
     """
     Let every module of a model run the forward of its class again.
 
-    What a trainer has put on a module runs the model that it was made for, also in a copy. Hooks of accelerate
-    (`_hf_hook`, seen in 1.15), which move inputs between devices, stay; without that name there are none.
+    What a trainer has put on a module runs the model that it was made for, also in a copy. Hooks of accelerate, which
+    move inputs between devices, are taken off and put on again.
     """
     for module in model.modules():
-        if not hasattr(module, "_hf_hook"):
-            vars(module).pop("forward", None)
+        hook = vars(module).get("_hf_hook")  # a PeftModel hands on what its base has
+        if hook is not None:
+            remove_hook_from_module(module)
+        vars(module).pop("forward", None)
+        if hook is not None:
+            add_hook_to_module(module, hook)
 
 
 def random_model(model_class: type, config: Any, device: torch.device, dtype: torch.dtype) -> Any:

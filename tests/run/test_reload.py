@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from datasets import Dataset
 from models import AutoModelForCausalLM, adapted, lora_config, prompt_completion_rows, tiny_model, tiny_tokenizer
 from peft import LoraConfig, PeftModel
@@ -97,6 +98,23 @@ def test_what_is_not_compared_is_said(settings, why, tmp_path, caplog):
     trainer.save_model()
     assert why in caplog.text and "not loaded again" in caplog.text
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_model_with_hooks_of_accelerate_runs_on_its_own_copy(wrong, tmp_path):
+    """As a model on several devices has them; a trainer has put a forward of its own on top."""
+    model = dispatch_model(tiny_model(), {"": "cpu"}, force_hooks=True)
+    hooked = model.forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: hooked(*args, **kwargs), model)
+    model = moved(adapted(model))
+    files = saved(model, tmp_path)
+    if wrong:
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if "lora_B" in name).add_(1)
+        with pytest.raises(UnloadableAdapterError, match="something else"):
+            compare_reloaded(files, model)
+    else:
+        assert compare_reloaded(files, model) is None
 
 
 def test_a_sharded_base_is_not_compared(tmp_path):
