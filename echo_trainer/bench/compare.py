@@ -33,7 +33,9 @@ def run_bench(
 
     Returns:
         `options`, `machine`, and by variant the median step time (s), tokens/s, counted FLOPs, peak memory (bytes;
-        of the device, or on a CPU of the whole process) and the ratios of all of them to the baseline.
+        of the device, or on a CPU of the whole process), bytes counted operation by operation (held between forward
+        and backward, and at most) and the ratios of all of them to the baseline; tokens that the echo pass runs beside
+        the batch's, and the share of them that is padding, in the last step.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [BASELINE, *(options.variants or [name for name in VARIANTS if name != BASELINE])]
@@ -50,15 +52,21 @@ def run_bench(
                     times[name].append(seconds)
                     memory[name] = max(memory[name], peak)
         flops = {name: stepper.counted_step() for name, stepper in steppers.items()}
+        counted = {name: stepper.counted_bytes() for name, stepper in steppers.items()} if measure_memory else {}
         for name, stepper in steppers.items():
             check_pass(name, stepper.ran())
-    tokens = options.batch * (options.prompt + options.answer)
+    tokens = {name: stepper.tokens for name, stepper in steppers.items()}
     rows = {
         name: {
             "median_s": statistics.median(times[name]),
             "mean_s": statistics.fmean(times[name]),
             "times_s": times[name],
-            "tokens_per_s": tokens / statistics.median(times[name]),
+            "tokens_per_s": tokens[name].real / statistics.median(times[name]),
+            "tokens": asdict(tokens[name]),
+            "run_of_real": tokens[name].run / tokens[name].real,
+            "padding": 1 - tokens[name].run_real / tokens[name].run if tokens[name].run else None,
+            "saved_bytes": counted[name][0] if counted else None,
+            "counted_peak": counted[name][1] if counted else None,
             "flops": flops[name],
             "peak_memory": memory[name],
         }
@@ -68,6 +76,8 @@ def run_bench(
         # A run with falling p is a sum of unequal steps: its price is the ratio of means, not of medians.
         row["time_ratio"] = row["median_s"] / rows[BASELINE]["median_s"]
         row["mean_time_ratio"] = row["mean_s"] / rows[BASELINE]["mean_s"]
+        for key in ("saved_bytes", "counted_peak"):
+            row[f"{key}_ratio"] = row[key] / rows[BASELINE][key] if row[key] else None
         row["flops_ratio"] = row["flops"] / rows[BASELINE]["flops"]
     if device.type == "cpu" and measure_memory:
         for name, row in rows.items():

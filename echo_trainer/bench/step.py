@@ -15,7 +15,11 @@ from trl import SFTConfig, SFTTrainer
 
 from ..compat.building import random_model as made_at_random
 from ..config import EchoSFTConfig
+from ..method.layouts import SuffixLayout
+from ..run.answers import PLAN_KEY
 from ..trainer import EchoSFTTrainer
+from .counted import CountedBytes
+from .lengths import lengths_of
 from .tokenizer import placeholder_tokenizer
 
 SHAPES = {
@@ -46,7 +50,9 @@ class BenchOptions:
 
     Attributes:
         shape: name in `SHAPES`; weights are random.
-        prompt, answer: tokens of the prompt and of the answer of every sample.
+        prompt, answer: tokens of the prompt and of the answer of every sample, as `lengths` says.
+        lengths: how they differ from sample to sample (`lengths.lengths_of`); None for not at all.
+        packed: put the samples of a step one after the other, without padding.
         batch: samples a step.
         rounds: measured steps of every variant, after `warmup` unmeasured ones.
         dtype: "float32" or "bfloat16" (weights in bfloat16, no autocast).
@@ -65,6 +71,8 @@ class BenchOptions:
     checkpointing: bool = False
     dora: bool = False
     r: int = 16
+    lengths: str | None = None
+    packed: bool = False
     variants: tuple[str, ...] = ()
 
 
@@ -73,6 +81,16 @@ VARIANTS: dict[str, tuple[type, type, dict[str, Any]]] = {
     BASELINE: (SFTTrainer, SFTConfig, {}),
     "echo off": (EchoSFTTrainer, EchoSFTConfig, {"echo_p_start": 0.0, "echo_p_end": 0.0}),
     "suffix, all routed": (EchoSFTTrainer, EchoSFTConfig, {"echo_p_end": 1.0, "echo_pass": "suffix"}),
+    "suffix, stored": (
+        EchoSFTTrainer,
+        EchoSFTConfig,
+        {"echo_p_end": 1.0, "echo_pass": "suffix", "echo_memory": "store"},
+    ),
+    "suffix, recomputed": (
+        EchoSFTTrainer,
+        EchoSFTConfig,
+        {"echo_p_end": 1.0, "echo_pass": "suffix", "echo_memory": "recompute"},
+    ),
     "suffix, p 1 to 0.2": (EchoSFTTrainer, EchoSFTConfig, {"echo_pass": "suffix"}),
     "full, all routed": (EchoSFTTrainer, EchoSFTConfig, {"echo_p_end": 1.0, "echo_pass": "full"}),
 }
@@ -93,6 +111,7 @@ class Stepper:
                 per_device_train_batch_size=options.batch,
                 max_steps=options.rounds,
                 max_length=None,
+                padding_free=options.packed,
                 bf16=False,
                 gradient_checkpointing=options.checkpointing,
                 use_cpu=not torch.cuda.is_available(),
@@ -126,7 +145,7 @@ class Stepper:
     def ran(self) -> str | None:
         """The pass that ran in the echo steps so far: "suffix" or "full"; None where there is no echo."""
         choice = getattr(self.trainer, "pass_choice", None)
-        forms = {str(verdict.form) for verdict in choice.verdicts.values()} if choice else set()
+        forms = {"suffix" if v.form.runs_suffixes else str(v.form) for v in choice.verdicts.values()} if choice else ()
         return " and ".join(sorted(forms)) or None
 
     def step(self, round_number: int) -> None:
@@ -135,6 +154,7 @@ class Stepper:
         trainer.state.global_step = round_number
         batch = iter([self.examples[round_number % len(self.examples)]])
         (inputs,), n_items = trainer.get_batch_samples(batch, 1, trainer.args.device)
+        self.tokens = tokens_run(inputs)
         trainer.training_step(self.model, dict(inputs), n_items)
         trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
@@ -172,21 +192,71 @@ class Stepper:
                 self.step(round_number)
         return counter.get_total_flops() // rounds
 
+    def counted_bytes(self) -> tuple[int, int]:
+        """Bytes held between forward and backward of the first step, and at most at a time."""
+        accelerator, held = self.trainer.accelerator, []
+        backward = accelerator.backward
+
+        def looked_at(*args: Any, **kwargs: Any) -> None:
+            held.append(counted.held)
+            backward(*args, **kwargs)
+
+        accelerator.backward = looked_at
+        try:
+            with CountedBytes() as counted:
+                self.step(0)
+        finally:
+            accelerator.backward = backward
+        return held[0], counted.peak
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """
+    Tokens of a batch and of its echo pass.
+
+    Attributes:
+        batch, real: of the batch, with and without padding.
+        run, run_real: of the echo pass, likewise; 0 where none ran.
+        parts: passes over suffixes, 0 where the pass is none of suffixes.
+    """
+
+    batch: int
+    real: int
+    run: int = 0
+    run_real: int = 0
+    parts: int = 0
+
+
+def tokens_run(inputs: dict[str, Any]) -> Tokens:
+    """What a step runs; `inputs` with the plan of its echo pass where there is one."""
+    ids, mask, plan = inputs["input_ids"], inputs.get("attention_mask"), inputs.get(PLAN_KEY)
+    real = ids.numel() if mask is None else int(mask.sum())
+    layout = plan.layout if plan is not None else None
+    if layout is None:
+        return Tokens(ids.numel(), real)
+    if isinstance(layout, SuffixLayout):
+        run = sum(part.token_RA.numel() for part in layout.parts)
+        return Tokens(ids.numel(), real, run, sum(len(part.real_token) for part in layout.parts), len(layout.parts))
+    rows = slice(None) if layout.row_R is None else layout.row_R
+    run = ids[rows].numel()
+    return Tokens(ids.numel(), real, run, run if mask is None else int(mask[rows].sum()))
+
 
 def _samples(options: BenchOptions) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     vocabulary = SHAPES[options.shape]["vocab_size"]
     rows = []
-    for _ in range(2 * options.batch):
-        ids = torch.randint(3, vocabulary, (options.prompt + options.answer,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [-100] * options.prompt + ids[options.prompt :]})
+    for prompt, answer in lengths_of(options.lengths, options.prompt, options.answer, 2 * options.batch):
+        ids = torch.randint(3, vocabulary, (prompt + answer,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return Dataset.from_list(rows)
 
 
 def random_model(options: BenchOptions, device: torch.device) -> LlamaForCausalLM:
     """A Llama of the chosen shape with frozen random weights."""
     torch.manual_seed(0)
-    length = options.prompt + options.answer
+    length = max(map(sum, lengths_of(options.lengths, options.prompt, options.answer, 2 * options.batch)))
     config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=max(2048, length), pad_token_id=0)
     model = made_at_random(LlamaForCausalLM, config, device, getattr(torch, options.dtype))
     return model.requires_grad_(False)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..quiet import quiet_libraries
 
-TABLE_WIDTH = 118
+TABLE_WIDTH = 140
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -27,6 +27,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=list(SHAPES), default=default.shape, help="shape of the model")
     parser.add_argument("--prompt", type=int, default=default.prompt, help="prompt tokens of a sample")
     parser.add_argument("--answer", type=int, default=default.answer, help="answer tokens of a sample")
+    parser.add_argument(
+        "--lengths",
+        default=None,
+        metavar="FILE|lognormal|uniform",
+        help="let lengths differ: around --prompt and --answer, or as the lines of a file say (prompt answer)",
+    )
+    parser.add_argument("--packed", action="store_true", help="samples of a step one after the other, no padding")
     parser.add_argument("--batch", type=int, default=default.batch, help="samples a step")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="measured steps of each variant")
     parser.add_argument("--warmup", type=int, default=default.warmup, help="unmeasured steps of each variant")
@@ -72,15 +79,19 @@ def main(arguments: list[str]) -> int:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result as a table; ratios are to plain LoRA."""
+    """The result as a table; ratios are to plain LoRA, those of saved and peak bytes counted by operation."""
     options, machine = result["options"], result["machine"]
     title = (
         f"{options['shape']}, {options['batch']} x ({options['prompt']} + {options['answer']}) tokens, "
+        f"{options['lengths'] + ' lengths, ' if options['lengths'] else ''}{'packed, ' if options['packed'] else ''}"
         f"{options['dtype']}{', DoRA' if options['dora'] else ''}"
         f"{', checkpointing' if options['checkpointing'] else ''} on {machine['device']}"
     )
     shown = Table(title=title)
-    columns = ("", "median", "ratio", "mean ratio", "tokens/s", "GFLOP", "ratio", "memory", "ratio", "of matrix rate")
+    columns = (
+        "", "median", "ratio", "mean ratio", "tokens/s", "GFLOP", "ratio", "memory", "ratio", "saved", "peak",
+        "run/real", "padding",
+    )  # fmt: skip
     for column in columns:
         shown.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in result["variants"].items():
@@ -95,9 +106,16 @@ def table(result: dict[str, Any]) -> Table:
             f"{row['flops_ratio']:.3f}",
             f"{peak / 2**30:.2f} GiB" if peak else "-",
             f"{row['memory_ratio']:.3f}" if peak else "-",
-            f"{row['share_of_matrix_rate']:.0%}",
+            _ratio(row["saved_bytes_ratio"]),
+            _ratio(row["counted_peak_ratio"]),
+            f"{row['run_of_real']:.2f}" if row["tokens"]["run"] else "-",
+            f"{row['padding']:.0%}" if row["tokens"]["run"] else "-",
         )
     return shown
+
+
+def _ratio(value: float | None) -> str:
+    return f"{value:.3f}" if value else "-"
 
 
 def plot(result: dict[str, Any], path: str) -> None:

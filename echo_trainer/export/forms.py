@@ -47,6 +47,7 @@ def export_portable(adapter: str | Path, out: str | Path, base: Any = None, rank
     So results measured on the trained form stay on the card; rank, size and checksum are those of the new files.
     """
     source = read_adapter(adapter)
+    refuse_broken(source, None)  # what is broken on any base is said before one is asked for
     refuse_broken(source, read_base(base_name(adapter, base), download=True))
     with new_folder(_place(out)) as stage:
         make_portable(source, base, stage, rank)
