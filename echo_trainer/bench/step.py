@@ -111,6 +111,7 @@ class Stepper:
                 per_device_train_batch_size=options.batch,
                 max_steps=options.rounds,
                 max_length=None,
+                train_sampling_strategy="sequential",
                 padding_free=options.packed,
                 bf16=False,
                 gradient_checkpointing=options.checkpointing,
