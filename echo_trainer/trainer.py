@@ -108,11 +108,11 @@ class EchoSFTTrainer(JointTrainer):
         self.saver, self.pushes = Saver(self), Pushes(self)
         self.attachment, self.first_step, self.at_work = Attachment(self), FirstStep(self), AtWork()
         self.held_out, self.probation = HeldOut(self, self.batches.compare_passes), Probation(self)
-        self.rows = Rows(config, call.get("formatting_func"))
-        with self.rows.kept_from_trl(call):
+        self.rows = rows = Rows(config, call.get("formatting_func"))
+        with rows.kept_from_trl(call):
             super().__init__(**call)
         if call.get("data_collator") is None:
-            self.data_collator = self.rows.collator(self.data_collator, self.processing_class, self.train_dataset)
+            self.data_collator = rows.collator(self.data_collator, self.processing_class, self.train_dataset)
         self.base_fingerprint = base_fingerprint(self.model)
         if config.echo_enabled:
             self.held_out.set_aside(config.echo_held_out)

@@ -50,7 +50,11 @@ def load_examples(recipe: AblationRecipe) -> tuple[list[dict[str, Any]], list[di
             f"is left to train on. Hold out fewer."
         )
     keep = (*COLUMNS, options.dataset_text_field)
-    return tuple([{k: row[k] for k in keep if k in row} for row in part] for part in (train, held_out))
+
+    def kept(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: row[k] for k in keep if k in row} for row in part]
+
+    return kept(train), kept(held_out)
 
 
 def drawn(recipe: AblationRecipe, pool: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:

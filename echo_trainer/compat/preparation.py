@@ -31,16 +31,17 @@ def prepare_rows(
         assistant_only_loss, completion_only_loss: as in `SFTConfig`, the latter decided.
         chat_template: in place of that of the tokenizer.
     """
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         _tokenizer=getattr(processing_class, "tokenizer", processing_class),
         chat_template=chat_template,
         completion_only_loss=completion_only_loss,
     )
-    args = SimpleNamespace(
+    args: Any = SimpleNamespace(
         dataset_num_proc=None,
         dataset_text_field=text_field,
         assistant_only_loss=assistant_only_loss,
         max_length=None,
         shuffle_dataset=False,
     )
-    return SFTTrainer._prepare_dataset(trainer, dataset, processing_class, args, False, None, "given")
+    prepared: Any = SFTTrainer._prepare_dataset(trainer, dataset, processing_class, args, False, None, "given")
+    return prepared

@@ -137,7 +137,7 @@ def _unneeded(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[str
 class _Constant:
     """In place of the forward of a linear map: the same number everywhere."""
 
-    def __init__(self, module: nn.Module, value: float):
+    def __init__(self, module: Any, value: float):
         self.module, self.value, self.calls = module, value, 0
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

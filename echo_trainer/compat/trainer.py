@@ -124,7 +124,17 @@ class RowJoints(Protocol):
 
     columns: tuple[str, ...]
 
-    def prepare(self, prepare: Callable[..., Any], host: Any, dataset: Any, *options: Any) -> Any:
+    def prepare(
+        self,
+        prepare: Callable[..., Any],
+        host: Any,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
         """Prepare a dataset; `prepare` does what TRL does, with the dataset and the options it is given."""
 
 

@@ -120,9 +120,10 @@ def score_rows(
         ValueError: the adapter works on what goes into the model and not inside it (prompt tuning).
     """
     base = base_model_of(model)
-    if base is not model and model.active_peft_config.is_prompt_learning:
+    config: Any = getattr(model, "active_peft_config", None) if base is not model else None
+    if config is not None and config.is_prompt_learning:
         raise ValueError(
-            f"The adapter is of the kind {model.active_peft_config.peft_type}, which puts tokens before every text, "
+            f"The adapter is of the kind {config.peft_type}, which puts tokens before every text, "
             f"and texts are scored inside the model. Evaluate a LoRA or DoRA."
         )
     pad = pad_token_id(tokenizer)

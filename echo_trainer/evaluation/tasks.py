@@ -178,9 +178,9 @@ def load_tasks(
     """
     tasks = []
     for name in _expanded(spec, data_dir):
-        drawn = {"limit": limit, "seed": seed, "tokenizer": tokenizer}
+        drawn: dict[str, Any] = {"limit": limit, "seed": seed, "tokenizer": tokenizer}
         if Path(name).suffix in (".json", ".jsonl"):
-            given = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+            given: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
             rows = read_rows(Path(name))
             given |= {"row_options": row_options}
             task = prompt_completion_task(Path(name).stem, rows, template=template, **drawn, **given)

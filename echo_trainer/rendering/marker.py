@@ -29,10 +29,12 @@ def marked_spans(text: str, options: RowOptions, end_token: str | None, number: 
         NoMarkerError: there is no answer marker.
         ValueError: an answer follows, and nothing says where the one before it ends.
     """
-    starts, place = [], text.find(options.answer_marker)
+    marker = options.answer_marker
+    assert marker is not None  # else nobody looks for it
+    starts, place = [], text.find(marker)
     while place >= 0:
-        starts.append(place + len(options.answer_marker))
-        place = text.find(options.answer_marker, starts[-1])
+        starts.append(place + len(marker))
+        place = text.find(marker, starts[-1])
     if not starts:
         raise NoMarkerError(
             f"{row_name(number)} does not hold the answer marker {options.answer_marker!r}, so nothing says where its "
@@ -42,7 +44,7 @@ def marked_spans(text: str, options: RowOptions, end_token: str | None, number: 
     spans = []
     for i, start in enumerate(starts):
         last = i + 1 == len(starts)
-        limit = len(text) if last else starts[i + 1] - len(options.answer_marker)
+        limit = len(text) if last else starts[i + 1] - len(marker)
         ends = [limit] if last else []
         if end_token and (found := text.find(end_token, start, limit)) >= 0:
             ends.append(found + len(end_token))

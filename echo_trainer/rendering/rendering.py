@@ -143,6 +143,7 @@ class Rendering:
                 completion_only_loss=form is Form.PAIR,
                 chat_template=ready.chat_template,
             )
+            row: Any
             for number, row in zip(numbers, prepared, strict=True):
                 found[number] = {name: list(row[name]) for name in ("input_ids", "labels")}
         return [found[number] for number in range(len(rows))]
@@ -182,8 +183,9 @@ class Rendering:
             dataset = apply(dataset, partial(text_row, function=self.formatting_func, field=field), "Formatting")
         if self.options.drop_without_marker:
             before = dataset
-            dataset = dataset.filter(partial(has_marker, marker=self.options.answer_marker, field=field))
-            _say_dropped(before, dataset, self.options.answer_marker)
+            marker = str(self.options.answer_marker)
+            dataset = dataset.filter(partial(has_marker, marker=marker, field=field))
+            _say_dropped(before, dataset, marker)
         encode_row = partial(marked_row, options=self.options, tokenizer=tokenizer)
         how = f"what follows {self.options.answer_marker!r}"
         return Ready(apply(dataset, encode_row, "Tokenizing"), form, how)

@@ -72,7 +72,8 @@ class AnswerCollator:
             if "text_replacement_offsets" not in str(error):
                 raise
         # Idefics3's processor (SmolVLM) wants tensors of places in the text, which are none.
-        self.collator.processor = LateTensors(self.collator.processor)
+        late: Any = LateTensors(self.collator.processor)
+        self.collator.processor = late
         return self.collator(rows)
 
     def pieces(self, example: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,10 @@ class Ownership:
         found = {name: _readings(name, batch, images) for name in names}
         doubtful = [name for name in names if name not in self.readings or not self._certain(name, found[name])]
         alone = self._alone(examples) if doubtful else None
-        for name in doubtful if alone else ():
+        if not alone:
+            doubtful = []
+        for name in doubtful:
+            assert alone is not None
             right = {r for r, part in found[name].items() if _agrees(part, batch[name], alone, name, images)}
             self.readings[name] = self.readings.get(name, right) & right or self.readings.get(name, set())
         parts = {name: set(self._left(name, found[name]).values()) for name in names}

@@ -95,6 +95,7 @@ class Rows:
         try:
             prepared = prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         except RuntimeError as error:  # TRL's, of a conversation without an answer
+            row: Any
             for number, row in enumerate(dataset if args.assistant_only_loss else ()):
                 messages = row.get("messages") or []
                 if messages and not any(message["role"] == "assistant" for message in messages):

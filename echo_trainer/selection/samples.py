@@ -155,7 +155,7 @@ def _text(row: Mapping, processing_class: Any, images: list[Any]) -> tuple[str, 
             f"the rows are conversations, but {type(processing_class).__name__} has no chat template to write them "
             "with; set its chat_template, or use rows with string prompt and completion"
         )
-    return renderer(row, processing_class)(messages, False), None, True
+    return renderer(dict(row), processing_class)(messages, False), None, True
 
 
 def make_batches(samples: Sequence[Sample], batch_size: int, pad_token_id: int) -> list[Sample]:
