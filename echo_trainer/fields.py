@@ -154,7 +154,7 @@ class EchoFields:
         metadata={
             "help": "What the suffix pass keeps for backward: 'store' (what it computes, and the prompts' keys and "
             "values), 'recompute' (the inputs of its layers; the rest is computed again, which takes some time), "
-            "'auto' (recompute where much would be kept, beside plain LoRA and the weights).",
+            "'auto' (recompute under gradient checkpointing where much would be kept).",
             "choices": list(MEMORIES),
         },
     )

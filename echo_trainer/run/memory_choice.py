@@ -27,8 +27,9 @@ def computes_again(wanted: str, echo: EchoSetup, model: ModelShape, tokens: int,
     Whether what the echo pass computes is computed again in backward.
 
     Args:
-        wanted: "auto", "store" or "recompute" (`echo_memory`). With "auto" it is where more would be kept than a tenth
-            of what plain LoRA keeps and than a sixteenth of the weights.
+        wanted: "auto", "store" or "recompute" (`echo_memory`). With "auto" it is where layers are checkpointed (time is
+            given for memory anyway) and more would be kept than a tenth of what plain LoRA keeps and than a sixteenth
+            of the weights.
         echo: the echo's parts of the model.
         model: its sizes.
         tokens: of a micro-batch.
@@ -37,7 +38,7 @@ def computes_again(wanted: str, echo: EchoSetup, model: ModelShape, tokens: int,
     Raises:
         ValueError: "recompute" was asked for and cannot be had.
     """
-    if wanted == "store" or (wanted == "auto" and not _much(echo, model, tokens)):
+    if wanted == "store" or (wanted == "auto" and not (model.checkpointing and _much(echo, model, tokens))):
         return False
     why_not = None
     if engine_gathers and model.checkpointing:
