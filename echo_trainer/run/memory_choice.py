@@ -27,9 +27,9 @@ def computes_again(wanted: str, echo: EchoSetup, model: ModelShape, tokens: int,
     Whether what the echo pass computes is computed again in backward.
 
     Args:
-        wanted: "auto", "store" or "recompute" (`echo_memory`). With "auto" it is where layers are checkpointed (time is
-            given for memory anyway) and more would be kept than a tenth of what plain LoRA keeps and than a sixteenth
-            of the weights.
+        wanted: "auto", "store" or "recompute" (`echo_memory`). With "auto" it is where layers are checkpointed, which
+            gives time for memory anyway, and where more would be kept than a tenth of what plain LoRA keeps and than
+            a sixteenth of the weights.
         echo: the echo's parts of the model.
         model: its sizes.
         tokens: of a micro-batch.
