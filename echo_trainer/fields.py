@@ -199,8 +199,10 @@ class EchoFields:
     assistant_only_loss: bool | None = field(
         default=None,
         metadata={
+            "nargs": "?",
+            "const": True,
             "help": "Whether the answers of a conversation are the assistant's turns. None: yes where the rows are "
-            "conversations without a completion. False cannot work with the echo for such rows."
+            "conversations without a completion. False cannot work with the echo for such rows.",
         },
     )
     answer_marker: str | None = field(

@@ -416,6 +416,7 @@ def test_markers_on_the_command_line_and_in_a_recipe(tmp_path):
         assert (config.answer_marker, config.prompt_marker) == (MARK, "### Instruction:\n")
         assert config.assistant_only_loss is None
     assert parse(["--assistant_only_loss", "false", *there])[1].assistant_only_loss is False
+    assert parse(["--assistant_only_loss", *there])[1].assistant_only_loss is True  # a flag, as in TRL
 
 
 def test_it_is_said_once(tmp_path, caplog):
