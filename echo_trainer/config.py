@@ -66,6 +66,7 @@ class EchoSFTConfig(EchoFields, SFTConfig):
     | `echo_probation` | when the echo is judged on held-out rows | share of the run < 1, steps, 0 = never |
     | `echo_held_out` | rows set aside for that | integer >= 0 |
     | `echo_when_useless` | what follows | "say", "stop" |
+    | `frozen_prefix_cache` | whether layers below the first trained one run once for each document | True, False |
     | `portable_adapter` | form of the final adapter | True, False |
     | `card_prompt` | what the model card shows of the prompts | "none", "format", "example" |
 

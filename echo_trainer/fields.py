@@ -224,6 +224,14 @@ class EchoFields:
         metadata={"help": "Drop texts that do not hold the answer marker; else such a row is an error."},
     )
 
+    frozen_prefix_cache: bool = field(
+        default=False,
+        metadata={
+            "help": "Where upper layers alone are adapted: run the layers below the first trained one once for each "
+            "document, and keep its states in host memory (hidden size x tokens numbers, up to half of what is free)."
+        },
+    )
+
     portable_adapter: bool = field(
         default=True,
         metadata={

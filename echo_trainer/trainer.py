@@ -42,6 +42,7 @@ from .run.building import loss_terms_of, set_up_echo
 from .run.checkpoints import Checkpoints
 from .run.decode import DecodedBatch, decode
 from .run.first_step import FirstStep
+from .run.frozen_prefix import PrefixKeeper
 from .run.guard import Guard
 from .run.held_out import HeldOut
 from .run.loop import train_with_echo
@@ -105,7 +106,7 @@ class EchoSFTTrainer(JointTrainer):
         self.agreement = Agreement()
         self.echo_metrics = EchoMetrics(self.agreement)
         self.batches, self.guard, self.checkpoints = Batches(self), Guard(self), Checkpoints(self)
-        self.saver, self.pushes = Saver(self), Pushes(self)
+        self.saver, self.pushes, self.prefix = Saver(self), Pushes(self), PrefixKeeper(self)
         self.attachment, self.first_step, self.at_work = Attachment(self), FirstStep(self), AtWork()
         self.held_out, self.probation = HeldOut(self, self.batches.compare_passes), Probation(self)
         self.rows = rows = Rows(config, call.get("formatting_func"))
@@ -142,7 +143,7 @@ class EchoSFTTrainer(JointTrainer):
 
     def training_loop(self, run: Callable[[], Any]) -> Any:
         """Train as the options say now; `run` is the Trainer's loop."""
-        return train_with_echo(self, run)
+        return self.prefix.training(partial(train_with_echo, self, run))
 
     # Handed over
 
@@ -243,13 +244,15 @@ class EchoSFTTrainer(JointTrainer):
         """
         plan = self.at_work.plan_for(inputs)
         if plan is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self.prefix.step(self.at_work, inputs):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         plan = plan.to(inputs["input_ids"].device)
         for_backbone = backbone_inputs(inputs)
         router_weight = router_loss_weight(self.args, self.model.config)
         if router_weight is not None:
             for_backbone["output_router_logits"] = True
-        plan, output = self.guard.forward(lambda plan: model(**for_backbone, echo_plan=plan), plan)
+        with self.prefix.step(self.at_work, inputs):
+            plan, output = self.guard.forward(lambda plan: model(**for_backbone, echo_plan=plan), plan)
         now_running("backward pass")
         n_items = len(plan.labels_N) if num_items_in_batch is None else num_items_in_batch
         loss = shown_as(output["objective"], output["ce_plain"]) / torch.as_tensor(n_items).clamp(min=1)

@@ -169,7 +169,7 @@ def _compare(
     """The fields of a `ProofResult` that compare states; those before the final norm where `finals` collects them."""
     states, compared, noise, error = 0.0, 0, 0.0, None
     hidden_BTd = _plain_states(setup, inputs, finals)
-    with rounding(setup, roundoff):
+    with rounding(setup.layers, roundoff):
         rounded_BTd = _plain_states(setup, inputs, finals)
     for plan in task.plans:
         at_E = plan.predict_N.index_select(0, plan.reach_E)

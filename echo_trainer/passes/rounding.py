@@ -55,8 +55,8 @@ def relative(states: Float[Tensor, "*positions d"], reference: Float[Tensor, "*p
 
 
 @contextmanager
-def rounding(setup: EchoSetup, roundoff: float) -> Iterator[None]:
-    """Inside, the output of each decoder layer is multiplied by 1 + u or 1 - u at random."""
+def rounding(layers: nn.ModuleList, roundoff: float) -> Iterator[None]:
+    """Inside, the output of each of these decoder layers is multiplied by 1 + u or 1 - u at random."""
     generators: dict[torch.device, torch.Generator] = {}
 
     def disturb(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -68,7 +68,7 @@ def rounding(setup: EchoSetup, roundoff: float) -> Iterator[None]:
         return type(output)([moved, *output[1:]]) if isinstance(output, tuple | list) else moved
 
     with ExitStack() as stack:
-        for layer in setup.layers:
+        for layer in layers:
             stack.enter_context(forward_hook(layer, disturb))
         yield
 

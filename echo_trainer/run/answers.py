@@ -14,7 +14,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from ..method.plan import EchoPlan
 from ..method.segments import Segments, find_segments, is_flat
+from ..passes.frozen import Documents
 from .ownership import Owned, Ownership
 
 PLAN_KEY = "echo_plan"
@@ -49,10 +51,12 @@ class EchoBatch(dict):
     """
     What a collator returned, and where its answers are.
 
-    A dict like any other; `answers` stay on the host when the tensors are moved or pinned.
+    A dict like any other; `answers`, and `documents` where their frozen prefixes are kept, stay on the host when the
+    tensors are moved or pinned.
     """
 
     answers: Answers | None = None
+    documents: Documents | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "EchoBatch":
         """The batch with its tensors on `device`. Nobody waits for those that lie in pinned memory."""
@@ -62,8 +66,15 @@ class EchoBatch(dict):
                 for name, value in self.items()
             }
         )
-        moved.answers = self.answers
+        moved.answers, moved.documents = self.answers, self.documents
         return moved
+
+
+def with_plan(batch: dict[str, Any], plan: EchoPlan) -> EchoBatch:
+    """A batch with a plan among its inputs."""
+    planned = EchoBatch({**batch, PLAN_KEY: plan})
+    planned.answers, planned.documents = getattr(batch, "answers", None), getattr(batch, "documents", None)
+    return planned
 
 
 def answers_of(batch: dict[str, Any]) -> Answers:

@@ -11,15 +11,24 @@ import torch
 from torch import Tensor
 
 from ..method.plan import EchoPlan
+from ..passes.frozen import Documents
 from .answers import PLAN_KEY
 
 
 class AtWork:
-    """Holds a plan while the loss of its micro-batch is computed."""
+    """
+    Holds a plan while the loss of its micro-batch is computed.
+
+    Attributes:
+        running: whether a micro-batch is at work.
+        documents: of the one at work, where they are known (`EchoBatch.documents`).
+    """
 
     def __init__(self) -> None:
         self._plan: EchoPlan | None = None
         self._shape: torch.Size | None = None
+        self.running = False
+        self.documents: Documents | None = None
 
     def step(self, run: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> Tensor:
         """
@@ -29,12 +38,14 @@ class AtWork:
             run: takes the inputs without their plan.
             inputs: with their plan, if they have one.
         """
+        self.documents = getattr(inputs, "documents", None)
         inputs = dict(inputs)
         self._plan, self._shape = inputs.pop(PLAN_KEY, None), inputs["input_ids"].shape
+        self.running = True
         try:
             return run(inputs)
         finally:
-            self._plan = None
+            self.running, self._plan, self.documents = False, None, None
 
     @property
     def plan(self) -> EchoPlan | None:

@@ -7,7 +7,7 @@ from ..method.layouts import EchoForm
 from ..method.routing import RoutingSchedule
 from ..passes.memory import explain_out_of_memory
 from ..passes.proof import ProofResult
-from .answers import PLAN_KEY
+from .answers import with_plan
 from .collate import EchoCollator
 from .draft import DraftPlan, draw
 from .host import Host
@@ -28,9 +28,10 @@ class Batches:
             make: makes the Trainer's loader, with the collator that the trainer has at that moment.
         """
         host, collator = self.host, self.host.data_collator
-        if host.pass_choice is None:
+        if host.pass_choice is None and not host.prefix.wanted:
             return make()
-        host.data_collator = EchoCollator(collator, lockstep=host.pass_choice.one_form)
+        lockstep = host.pass_choice is not None and host.pass_choice.one_form
+        host.data_collator = EchoCollator(collator, lockstep=lockstep, documents=host.prefix.wanted)
         try:
             # Left to itself, accelerate would have one process collate for all, and cut its batches up.
             with host.whole_batches():
@@ -57,8 +58,7 @@ class Batches:
         drafts = [draw(batch, schedule, step, number, **options) for number, batch in enumerate(taken)]
         host.pass_choice.settle(drafts, self.compare_passes, step)
         plans = host.pass_choice.plans(drafts)
-        planned = [{**draft.batch, PLAN_KEY: plan} for draft, plan in zip(drafts, plans, strict=True)]
-        return planned, n_items
+        return [with_plan(draft.batch, plan) for draft, plan in zip(drafts, plans, strict=True)], n_items
 
     def compare_passes(self, draft: DraftPlan, form: EchoForm) -> ProofResult:
         """Compare the passes on rows of a batch, as training would run them."""

@@ -11,6 +11,7 @@ from ..method.layouts import EchoForm
 from ..method.routing import RoutingSchedule
 from .answers import PLAN_KEY, EchoBatch, find_answers
 from .draft import DraftPlan, draw, draw_all
+from .frozen_prefix import documents_of
 from .ownership import Ownership, copy_of
 
 
@@ -23,6 +24,7 @@ class EchoCollator:
         positions: "answer" or "predicting".
         lockstep: give every batch an echo pass, one of no weight where nothing is routed (see `method/silence.py`).
         form: how the echo pass is laid out. The trainer, which plans by itself, chooses for every batch anew.
+        documents: also note the documents of each batch, for `frozen_prefix_cache`.
 
     The routes need `schedule`, to be set before a step is given.
     """
@@ -33,11 +35,13 @@ class EchoCollator:
         positions: str = "answer",
         lockstep: bool = False,
         form: EchoForm = EchoForm.ROWS,
+        documents: bool = False,
     ):
         self.collator = collator
         self.positions = positions
         self.lockstep = lockstep
         self.form = form
+        self.documents = documents
         self.ownership = Ownership(collator)
         self.schedule: RoutingSchedule | None = None
 
@@ -54,6 +58,8 @@ class EchoCollator:
         """
         batch = EchoBatch(self.collator([copy_of(example) for example in examples]))  # TRL's changes what it is given
         batch.answers = find_answers(batch, examples, None if self.lockstep else self.ownership)
+        if self.documents:
+            batch.documents = documents_of(batch, batch.answers.segments)
         if step is not None:
             batch[PLAN_KEY] = self._draft(batch, step, micro_batch).plan(self.form)
         return batch

@@ -23,7 +23,7 @@ from torch.nn.utils import get_total_norm
 from ..method.losses import NonFiniteLossError
 from ..method.plan import EchoPlan
 from ..passes.memory import explain_out_of_memory
-from .answers import PLAN_KEY
+from .answers import PLAN_KEY, with_plan
 from .host import Host
 from .scaler import ScalerWatch
 
@@ -44,7 +44,7 @@ class MicroBatch:
     def loss(self, plan: EchoPlan) -> Tensor:
         """Run it, with its own plan or another one."""
         with explain_out_of_memory(self.inputs, plan):
-            return self.run({**self.inputs, PLAN_KEY: plan})
+            return self.run(with_plan(self.inputs, plan))
 
 
 class Guard:

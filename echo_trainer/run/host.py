@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .batches import Batches
     from .checkpoints import Checkpoints
     from .first_step import FirstStep
+    from .frozen_prefix import PrefixKeeper
     from .guard import Guard
     from .held_out import HeldOut
     from .probation import Probation
@@ -41,8 +42,8 @@ class Host(Protocol):
         pass_choice: which form the echo pass takes; None with the echo off.
         base_fingerprint: see `resume.base_fingerprint`.
         dataset_name: public id of the training data, if the caller knows it.
-        batches, guard, checkpoints, pushes, attachment, first_step, held_out, probation: the collaborators that
-            others call.
+        batches, guard, checkpoints, pushes, attachment, first_step, held_out, probation, prefix: the collaborators
+            that others call.
     """
 
     args: "EchoSFTConfig"
@@ -82,6 +83,7 @@ class Host(Protocol):
     attachment: "Attachment"
     held_out: "HeldOut"
     probation: "Probation"
+    prefix: "PrefixKeeper"
 
     def is_world_process_zero(self) -> bool:
         """Whether this is the main process of the run."""

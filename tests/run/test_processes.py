@@ -26,7 +26,8 @@ DEADLINE = process_worker.DEADLINE + 60
 
 MORE_CASES = ["read", "parts", "strong-equal", "strong-fading", "judged"]
 DDP_CASES = [
-    "equal", "differs", "stream", "dispatched", "poisoned", "silent", "uneven", "whole", "resumed", *MORE_CASES,
+    "equal", "differs", "stream", "dispatched", "poisoned", "silent", "uneven", "whole", "resumed",
+    "frozen", *MORE_CASES,
 ]  # fmt: skip
 SHARDED_CASES = ["equal", "differs", "poisoned", "fading", "whole-sharded", "resumed-sharded", *MORE_CASES]
 ALL_CASES = ["equal", "differs", "stream", "dispatched", "poisoned", "silent", "fading", "uneven", "whole", "resumed"]
@@ -173,6 +174,11 @@ def test_one_process_whose_rows_differ_decides_for_all(launch, alone):
     assert "final states differ by" in ranks[0]["against"][0][0]
     assert [rank["forms"] for rank in launch.ranks("equal")] == [["suffix"]] * launch.world
     assert_same_training(launch, alone, case)
+
+
+def test_a_frozen_prefix_equals_one_process_without(launch, alone):
+    """More than one epoch, so that each process begins steps with states it has kept."""
+    assert_same_training(launch, alone, launch.case("frozen"))
 
 
 def test_stream_equals_one_process(launch, alone):

@@ -67,7 +67,7 @@ def adapted_family(family: str, dtype: torch.dtype) -> PeftModel:
     return adapted(model, target_modules=targets).to(dtype).eval()
 
 
-def _running_model(family: str) -> tuple[PeftModel, torch.dtype]:
+def running_model(family: str) -> tuple[PeftModel, torch.dtype]:
     """A tiny model that runs by itself, in float64 where its kernels know it."""
     for dtype in (torch.float64, torch.float32):
         try:
@@ -116,7 +116,7 @@ def try_family(family: str, layout: str) -> Outcome:
     Raises:
         AssertionError: the chosen pass gives another loss or other gradients than the full one.
     """
-    model, dtype = _running_model(family)
+    model, dtype = running_model(family)
     try:
         setup = echo_setup(model)
         form, against = chosen_form(model, setup, layout)

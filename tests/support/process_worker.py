@@ -101,6 +101,13 @@ def settings_of(case: str, world: int, compared: int) -> dict:
             **({"echo_pass": "full"} if case == "differs" and world == 1 else {}),
             **({"rows": uneven_rows(40)} if case == "parts" else {}),
         }  # fmt: skip
+    if case == "frozen":  # beside one process that runs all layers
+        targets = ["q_proj", "v_proj", "down_proj"]
+        return {
+            **settings_of("equal", world, compared), "frozen_prefix_cache": world > 1, "echo_source_layers": [4],
+            "echo_target_layers": [3], "max_steps": 12,
+            "lora": lora_config(init_lora_weights=True, layers_to_transform=[3, 4], target_modules=targets),
+        }  # fmt: skip
     if case == "read":  # as "equal", with readers of the model at every event and evaluations in between
         rows = Dataset.from_list(prompt_completion_rows(6, seed=5))
         return {
