@@ -9,13 +9,12 @@ from .options import (
     GATES,
     LOSSES,
     MEMORIES,
-    PASSES,
     POSITIONS,
     PRESETS,
     TEACHERS,
     WHEN_USELESS,
 )
-from .passes.echo import pass_options
+from .passes.echo import AUTO, pass_options
 
 OF_THE_PRESET: Any = None
 """Default of the options that `echo_preset` fills: after the config is made they have a value."""
@@ -153,7 +152,7 @@ class EchoFields:
             "help": "How the echo pass is computed: "
             + _said(pass_options())
             + ", 'auto' (the first of them that a comparison with the plain pass at the first step proves exact).",
-            "choices": list(PASSES),
+            "choices": [AUTO, *pass_options()],
         },
     )
     echo_memory: str = field(

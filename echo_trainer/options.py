@@ -8,7 +8,6 @@ from .passes.echo import AUTO, pass_options
 
 POSITIONS = ("answer", "predicting")
 TEACHERS = ("echo", "plain", "mutual")
-PASSES = (AUTO, *pass_options())
 MEMORIES = ("auto", "store", "recompute")
 GATES = ("sigmoid", "none")
 LOSSES = ("sum", "mean")
@@ -57,7 +56,7 @@ def check_echo_fields(config: Any) -> None:
     _require_choice("echo_aggregation", config.echo_aggregation, tuple(AGGREGATIONS))
     _require_choice("echo_positions", config.echo_positions, POSITIONS)
     _require_choice("echo_teacher", config.echo_teacher, TEACHERS)
-    _require_choice("echo_pass", config.echo_pass, PASSES)
+    _require_choice("echo_pass", config.echo_pass, (AUTO, *pass_options()))
     _require_choice("echo_memory", config.echo_memory, MEMORIES)
     _require_choice("echo_gate", config.echo_gate, GATES)
     _require_choice("echo_loss", config.echo_loss, LOSSES)

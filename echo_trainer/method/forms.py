@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .segments import Segments
 
+Picks = Callable[[Sequence[int]], dict[str, Any]]
+"""What some rows own of the inputs that are not text: their numbers -> by input, a `layouts.Pick`."""
+
 
 @dataclass(frozen=True)
 class Reach:
@@ -25,7 +28,7 @@ class Reach:
         first_D: first position that receives an echo in each document, (D,).
         reached: positions in F that the echo reaches and that predict an answer token, (E,). Where there is none, the
             smallest pass there is runs, for the sake of other processes: one output, one echo.
-        position_ids, images: as for `plan.make_plan`.
+        position_ids, images, picks: as for `plan.make_plan`.
         n_parts: number of passes of a pass over suffixes; None for the cheapest.
     """
 
@@ -35,6 +38,7 @@ class Reach:
     reached: Int[Tensor, "E"]
     position_ids: Int[Tensor, "rows T"] | None = None
     images: Sequence[int] = ()
+    picks: Picks | None = None
     n_parts: int | None = None
 
 
@@ -105,7 +109,7 @@ class EchoForm:
         automatic: whether `echo_pass="auto"` tries it.
         runs_suffixes: runs what follows the first echo alone, on keys and values of the plain pass (`SuffixLayout`).
         recomputes: computes again in backward what it would keep; tried where `echo_memory` says so.
-        picks_rows: runs rows without the others (`FullLayout.row_R`), so it must know what each owns of other inputs.
+        picks_rows: runs rows without the others, each with what it owns of inputs that are not text (`Reach.picks`).
         repeats_plain: runs what the plain pass runs, so a longer batch needs no proof of its own.
     """
 

@@ -175,8 +175,10 @@ def full_layout(reach: Reach, all_rows: bool = False) -> FullLayout:
     new_row[row_R] = torch.arange(len(row_R))
     inject = inject_F.ge(0).nonzero().flatten()
     inject = inject[new_row[inject // length].ge(0)]
+    whole = len(row_R) == n_rows
     return FullLayout(
-        row_R=None if len(row_R) == n_rows else row_R,
+        row_R=None if whole else row_R,
+        picks={} if whole or reach.picks is None else reach.picks(row_R.tolist()),
         inject_position_J=new_row[inject // length] * length + inject % length,
         inject_segment_J=inject_F[inject],
         output_position_E=new_row[reached // length] * length + reached % length,
@@ -188,7 +190,7 @@ def one_token(reach: Reach) -> Reach:
     _, last = first_two(reach.segments)
     inject_F = torch.full((reach.segments.n_positions,), -1)
     inject_F[last] = 0
-    return replace(reach, inject_F=inject_F, reached=torch.tensor([last]), images=())
+    return replace(reach, inject_F=inject_F, reached=torch.tensor([last]), images=(), picks=None)
 
 
 def first_two(segments: Segments) -> tuple[int, int]:

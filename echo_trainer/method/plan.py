@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .forms import EchoForm, Layout, Reach
+from .forms import EchoForm, Layout, Picks, Reach
 from .indices import Indices
 from .layouts import SuffixLayout, first_two
 from .segments import Segments, numbered_spans
@@ -101,6 +101,7 @@ def make_plan(
     probability: float = 0.0,
     lockstep: bool = False,
     images: Sequence[int] = (),
+    picks: Picks | None = None,
     n_parts: int | None = None,
 ) -> EchoPlan:
     """
@@ -115,6 +116,7 @@ def make_plan(
         probability: p_k, kept for logging.
         lockstep: lay out an echo pass in any case; one of no weight where nothing is routed.
         images: of each row, where rows are run without the others; see `full_layout`.
+        picks: what some rows own of inputs that are not text, likewise; None where there are none.
         n_parts: number of passes of a pass over suffixes; None for the cheapest.
     """
     routed_D = torch.from_numpy(np.array(routed, dtype=bool)) & segments.routable_D
@@ -133,7 +135,7 @@ def make_plan(
     layout = None
     if len(reach_E) or lockstep:
         reached = predict_N[reach_E]
-        layout = form.lay_out(Reach(segments, inject_F, first_D[:-1], reached, position_ids, images, n_parts))
+        layout = form.lay_out(Reach(segments, inject_F, first_D[:-1], reached, position_ids, images, picks, n_parts))
         if not len(reach_E):
             boundary_G = torch.tensor([first_two(segments)[0]])
     answered_D = segments.answered_D

@@ -6,14 +6,13 @@ when a batch of its kind has been proved (`pass_choice.py`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..method.forms import EchoForm
-from ..method.layouts import FullLayout
 from ..method.plan import EchoPlan, make_plan
 from ..method.routing import RoutingSchedule
 from ..method.segments import Segments
@@ -66,12 +65,11 @@ class DraftPlan:
         options |= {"positions": self.positions, "position_ids": self.answers.position_ids}
         if owned is None:
             return make_plan(self.segments, routed_D, form=BATCH, **options)
-        plan = make_plan(self.segments, routed_D, form=form, images=owned.images, **options)
+        options |= {"images": owned.images, "picks": owned.picks if owned.parts else None}
+        plan = make_plan(self.segments, routed_D, form=form, **options)
         if plan.weightless and owned.parts:  # one row for the sake of other processes, which may have no image
-            return make_plan(self.segments, routed_D, form=BATCH, **options)
-        if not isinstance(plan.layout, FullLayout) or plan.layout.row_R is None or not owned.parts:
-            return plan
-        return replace(plan, layout=replace(plan.layout, picks=owned.picks(plan.layout.row_R.tolist())))
+            return make_plan(self.segments, routed_D, form=BATCH, **(options | {"images": (), "picks": None}))
+        return plan
 
     @property
     def owned(self) -> Owned | None:

@@ -37,7 +37,7 @@ def checkpoint_layers(model):
 
 def recomputed(plan):
     """The plan of a pass over suffixes that computes again in backward."""
-    return dataclasses.replace(plan, layout=dataclasses.replace(plan.layout, recompute=True))
+    return dataclasses.replace(plan, form=RECOMPUTED, layout=dataclasses.replace(plan.layout, recompute=True))
 
 
 def llama_7b_small(checkpointing):
