@@ -17,7 +17,7 @@ from .plain import PlainState
 from .setup import EchoSetup
 from .suffix import RECOMPUTED, SUFFIX
 
-FORMS = (RECOMPUTED, SUFFIX, ROWS, BATCH)
+FORMS = {form.name: form for form in (RECOMPUTED, SUFFIX, ROWS, BATCH)}
 """The cheapest first: with `echo_pass="auto"` the first one that is proved exact runs."""
 
 AUTO = "auto"
@@ -42,7 +42,7 @@ def run_echo_pass(
 
 def pass_options() -> dict[str, str]:
     """Values of `echo_pass` but "auto", with what they run."""
-    return {form.option: form.says for form in FORMS}
+    return {form.option: form.says for form in FORMS.values()}
 
 
 def forms_for(option: str, recompute: bool = False) -> tuple[EchoForm, ...]:
@@ -53,16 +53,15 @@ def forms_for(option: str, recompute: bool = False) -> tuple[EchoForm, ...]:
         option: "auto", or one of `pass_options`.
         recompute: whether a form may compute again in backward what it would keep.
     """
-    forms = [form for form in FORMS if form.option == option or (option == AUTO and form.automatic)]
+    forms = [form for form in FORMS.values() if form.option == option or (option == AUTO and form.automatic)]
     return tuple(form for form in forms if recompute or not form.recomputes)
 
 
 def form_named(name: str) -> EchoForm:
     """The form that a record or a checkpoint names; ValueError where there is none."""
-    for form in FORMS:
-        if form.name == name:
-            return form
-    raise ValueError(
-        f"There is no form {name!r} of the echo pass; there are {', '.join(repr(form.name) for form in FORMS)}. What "
-        f"names it was written by another version of echo_trainer: go on with that one."
-    )
+    if name not in FORMS:
+        raise ValueError(
+            f"There is no form {name!r} of the echo pass; there are {', '.join(map(repr, FORMS))}. What names it was "
+            f"written by another version of echo_trainer: go on with that one."
+        )
+    return FORMS[name]

@@ -106,7 +106,7 @@ class PassChoice:
         """The form of a batch's echo pass; `settle` must have seen it."""
         if self.one_form:
             forms = [verdict.form for verdict in self.verdicts.values()]
-            return max(forms, key=FORMS.index, default=self.candidates[0])
+            return max(forms, key=lambda form: list(FORMS).index(form.name), default=self.candidates[0])
         verdict = self.verdicts.get(self.kind(draft))
         return verdict.form if verdict else self.candidates[0]  # without one nothing will run
 

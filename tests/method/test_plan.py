@@ -54,7 +54,7 @@ label_rows = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_
     collator=st.sampled_from(list(COLLATORS)),
     routes=st.integers(0, 2**12 - 1),
     positions=st.sampled_from(["answer", "predicting"]),
-    form=st.sampled_from(FORMS),
+    form=st.sampled_from(list(FORMS.values())),
     lockstep=st.booleans(),
 )
 def test_plan_of_whole_batches_is_that_of_single_positions(

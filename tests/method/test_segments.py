@@ -111,7 +111,7 @@ label_rows = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_s
     routes=st.integers(0, 31),
     free=st.booleans(),
     predicting=st.booleans(),
-    form=st.sampled_from(FORMS),
+    form=st.sampled_from(list(FORMS.values())),
     n_parts=st.sampled_from([None, 1, 2, 4]),
 )
 def test_plans_of_random_batches(rows, routes, free, predicting, form, n_parts):

@@ -519,7 +519,7 @@ def test_a_process_keeps_others_company():
     forms_seen = []
     draft = draft_of(2)
     kind = "rows of several documents (packed or padding-free)"
-    others = Others(True, [[(kind, 30)], dict.fromkeys(FORMS), (True, measured(3.0)), (True, measured(0.1))])
+    others = Others(True, [[(kind, 30)], dict.fromkeys(FORMS.values()), (True, measured(3.0)), (True, measured(0.1))])
     choice = PassChoice("auto", others, "Llama", one_form=True)
     choice.verdicts[draft.kind] = Verdict(draft.kind, SUFFIX, 100, measured(0.0), 0)
 

@@ -119,7 +119,7 @@ class Copies(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=str)
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_plan_travels_in_one_copy(name, form):
     collator, examples = BATCHES[name]

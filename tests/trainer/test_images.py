@@ -59,8 +59,9 @@ def rows_run(monkeypatch):
     found, run = [], step.run_echo_pass
 
     def counted(setup, inputs, plan, plain, delta):
-        rows = plan.layout.row_R
-        found.append((len(inputs["input_ids"]) if rows is None else len(rows), len(inputs["input_ids"])))
+        if plan.suffixes is None:
+            rows = plan.layout.row_R
+            found.append((len(inputs["input_ids"]) if rows is None else len(rows), len(inputs["input_ids"])))
         return run(setup, inputs, plan, plain, delta)
 
     monkeypatch.setattr(step, "run_echo_pass", counted)
@@ -119,7 +120,7 @@ def test_a_row_with_an_image_comes_along(tmp_path, monkeypatch, rows_run):
     seen, select = [], step.run_echo_pass
 
     def noted(setup, inputs, plan, plain, delta):
-        if plan.layout.row_R is not None and "pixel_values" in plan.layout.picks:
+        if plan.suffixes is None and "pixel_values" in plan.layout.picks:
             seen.append(len(plan.layout.picks["pixel_values"].index))
         return select(setup, inputs, plan, plain, delta)
 
