@@ -232,10 +232,9 @@ def tokens_run(inputs: dict[str, Any]) -> Tokens:
     """What a step runs; `inputs` with the plan of its echo pass where there is one."""
     ids, mask, plan = inputs["input_ids"], inputs.get("attention_mask"), inputs.get(PLAN_KEY)
     real = ids.numel() if mask is None else int(mask.sum())
-    layout = plan.layout if plan is not None else None
-    if layout is None:
+    if plan is None or plan.layout is None:
         return Tokens(ids.numel(), real)
-    work = layout.work(ids.shape, mask)
+    work = plan.layout.work(ids.shape, mask)
     return Tokens(ids.numel(), real, work.tokens, work.real, plan.n_parts)
 
 

@@ -5,6 +5,7 @@ Shapes: S source layers, G segments, d hidden size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,7 +27,7 @@ class Aggregation:
     """
 
     says: str
-    combine: Callable[[States, Tensor | None], Echo]
+    combine: Callable[[States, Any], Echo]
     start: Callable[[int, int], Tensor] | None = None
 
 

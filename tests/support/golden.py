@@ -3,8 +3,8 @@
     python tests/support/golden.py     writes tests/data/golden.json
 
 The objective of every step, routes, and digests of the final adapter and the echo networks, on one thread. Bits depend
-on the versions and on the instruction set of the CPU, so both are kept beside them. Where numbers have a good reason to
-change, make that column alone anew, and say when and why in tests/data/README.md.
+on the versions and on the instruction set of the CPU, so both are kept beside them. Where a column has to change for a
+good reason, make that one anew, and say when and why in tests/data/README.md.
 """
 
 import hashlib
