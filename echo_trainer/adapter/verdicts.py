@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .base import Base
-from .engines import ENGINES
+from .engines import COLUMNS
 from .folder import Adapter
 
 
@@ -29,8 +29,8 @@ class Rule:
 
     Attributes:
         name: a short name, stable, for scripts.
-        signs: what the engines do, in the order of `ENGINES`: ✓ served, ✗ refused, ∅ served wrong without a word, ?
-            not known, as where there is no sign.
+        signs: what the engines do, in the order of `engines.COLUMNS`: ✓ served, ✗ refused, ∅ served wrong without a
+            word, ? not known, as where there is no sign.
         find: returns what breaks the rule; None for the rules that reading the folder itself applies.
         says: what happens, in a sentence.
         fix: what to do about it.
@@ -48,7 +48,7 @@ class Rule:
 
     def verdict(self, engine: str) -> Verdict:
         """What ``engine`` does with an adapter that breaks this rule."""
-        signs = dict(zip(ENGINES, self.signs.split(), strict=False))
+        signs = dict(zip(COLUMNS, self.signs.split(), strict=False))
         return _SIGNS[signs.get(engine, "?")]
 
     def broken_by(self, adapter: Adapter, base: Base | None) -> list[str]:
