@@ -48,14 +48,14 @@ class EchoSFTConfig(EchoFields, SFTConfig):
     | `echo_gate`, `echo_gate_bias` | g, b_g | "sigmoid", "none"; a number |
     | `echo_scale` | lambda_m at the start | > 0 |
     | `echo_detach` | stop-gradient on z | True, False |
-    | `echo_aggregation` | how S is averaged into z | "mean", "weighted" |
+    | `echo_aggregation` | how S is combined into z | a name in `method.aggregation.AGGREGATIONS`, such as "mean" |
     | `echo_positions` | where delta is added | "answer", "predicting" |
     | `echo_p_start`, `echo_p_end` | p_0, p_{K-1} | probability, [0, 1] |
     | `echo_loss` | w_i | "sum" (1), "mean" (1 / (1 + r_i)) |
     | `echo_kd_weight` | lambda_kd | >= 0 |
     | `echo_kd_temperature` | tau | > 0 |
     | `echo_teacher` | direction of the distillation | "echo", "plain", "mutual" |
-    | `echo_pass` | how the echo pass is computed | "auto", "suffix", "full" |
+    | `echo_pass` | how the echo pass is computed | "auto", or one of `passes.echo.FORMS`, such as "suffix" |
     | `echo_memory` | what it keeps for backward | "auto", "store", "recompute" |
     | `echo_layers` | where the decoder layers are | dotted name of their list in the model, None = found |
     | `echo_learning_rate` | rate of the echo networks | > 0, None = `learning_rate` |

@@ -3,18 +3,18 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from .method.aggregation import AGGREGATIONS
 from .options import (
-    AGGREGATIONS,
     CARD_PROMPTS,
     GATES,
     LOSSES,
     MEMORIES,
-    PASSES,
     POSITIONS,
     PRESETS,
     TEACHERS,
     WHEN_USELESS,
 )
+from .passes.echo import AUTO, pass_options
 
 OF_THE_PRESET: Any = None
 """Default of the options that `echo_preset` fills: after the config is made they have a value."""
@@ -30,6 +30,11 @@ else:
     Number = float | None
     Flag = bool | None
     Sources = Targets = list[str] | None  # for the command line, whose parser takes one type; see `options.layer_list`
+
+
+def _said(meanings: dict[str, str]) -> str:
+    """Values of an option, each with what it means."""
+    return ", ".join(f"{value!r} ({meaning})" for value, meaning in meanings.items())
 
 
 @dataclass
@@ -96,8 +101,9 @@ class EchoFields:
     echo_aggregation: str = field(
         default="mean",
         metadata={
-            "help": "How the source layers are combined into the echo z: 'mean', or 'weighted' (a learned softmax "
-            "over the source layers).",
+            "help": "How the source layers are combined into the echo z: "
+            + _said({name: aggregation.says for name, aggregation in AGGREGATIONS.items()})
+            + ".",
             "choices": list(AGGREGATIONS),
         },
     )
@@ -143,10 +149,10 @@ class EchoFields:
     echo_pass: str = field(
         default="auto",
         metadata={
-            "help": "How the echo pass is computed: 'suffix' (answer tokens only, on the prompt's keys and values of "
-            "the plain pass), 'full' (the whole sequence again), 'auto' (suffix where a comparison with the plain "
-            "pass at the first step proves it exact, else full).",
-            "choices": list(PASSES),
+            "help": "How the echo pass is computed: "
+            + _said(pass_options())
+            + ", 'auto' (the first of them that a comparison with the plain pass at the first step proves exact).",
+            "choices": [AUTO, *pass_options()],
         },
     )
     echo_memory: str = field(

@@ -1,20 +1,18 @@
 """Values that options of `EchoSFTConfig` can have; everything else is refused with what to write instead."""
 
-from typing import Any, Final
+from typing import Any
 
-AGGREGATIONS = ("mean", "weighted")
+from .method.aggregation import AGGREGATIONS
+from .method.depth import ABOVE, CKA, DEPTH, LOWEST
+from .passes.echo import AUTO, pass_options
+
 POSITIONS = ("answer", "predicting")
 TEACHERS = ("echo", "plain", "mutual")
-PASSES = ("auto", "suffix", "full")
 MEMORIES = ("auto", "store", "recompute")
 GATES = ("sigmoid", "none")
 LOSSES = ("sum", "mean")
 WHEN_USELESS = ("say", "stop")
 CARD_PROMPTS = ("none", "format", "example")
-DEPTH: Final = "depth"
-CKA: Final = "cka"
-ABOVE: Final = "above"
-LOWEST: Final = "lowest"
 LAYER_WORDS = {
     "echo_source_layers": {
         DEPTH: "by the model's depth", CKA: "by layer selection", ABOVE: "the layer just above the targets",
@@ -55,10 +53,10 @@ def fill_from_preset(config: Any) -> None:
 
 def check_echo_fields(config: Any) -> None:
     """Refuse a value of a field of ours outside its range, with a ValueError. Layers are read by `layer_list`."""
-    _require_choice("echo_aggregation", config.echo_aggregation, AGGREGATIONS)
+    _require_choice("echo_aggregation", config.echo_aggregation, tuple(AGGREGATIONS))
     _require_choice("echo_positions", config.echo_positions, POSITIONS)
     _require_choice("echo_teacher", config.echo_teacher, TEACHERS)
-    _require_choice("echo_pass", config.echo_pass, PASSES)
+    _require_choice("echo_pass", config.echo_pass, (AUTO, *pass_options()))
     _require_choice("echo_memory", config.echo_memory, MEMORIES)
     _require_choice("echo_gate", config.echo_gate, GATES)
     _require_choice("echo_loss", config.echo_loss, LOSSES)

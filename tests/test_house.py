@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).parents[1] / "echo_trainer"
 
 ORDER = (
     ("_version", "files", "quiet", "resources"),
-    ("manifest", "options"),
-    ("fields",),
-    ("method",),
+    ("manifest", "method"),
     ("compat",),
     ("passes",),
+    ("options",),
+    ("fields",),
     ("adapter",),
     ("report",),
     ("hub",),

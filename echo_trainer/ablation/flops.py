@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from ..compat.dispatch import TorchDispatchMode
-from ..method.layouts import EchoForm, SuffixLayout
+from ..method.forms import EchoForm
 from ..method.losses import EchoLoss
 from ..method.network import EchoNetworks, NetworkForm
 from ..method.plan import EchoPlan, make_plan
@@ -45,13 +45,8 @@ def step_sizes(rows: int, length: int, plan: EchoPlan) -> np.ndarray:
     layout = plan.layout
     if layout is None:
         return sizes
-    if isinstance(layout, SuffixLayout):
-        tokens = sum(part.token_RA.numel() for part in layout.parts)
-        attention = sum(part.token_RA.numel() * part.mask_RK.shape[1] for part in layout.parts)
-    else:
-        tokens = (rows if layout.row_R is None else len(layout.row_R)) * length
-        attention = tokens * length
-    sizes[4:9] = 1, tokens, attention, len(plan.reach_E), len(plan.boundary_G)
+    work = layout.work((rows, length))
+    sizes[4:9] = 1, work.tokens, work.pairs, len(plan.reach_E), len(plan.boundary_G)
     return sizes
 
 

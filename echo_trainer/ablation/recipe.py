@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..options import CKA
+from ..method.depth import CKA
 from ..recipe.read import read_recipe
 from .arms import ADAPTERS, ARMS
 

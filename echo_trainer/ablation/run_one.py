@@ -16,7 +16,8 @@ from trl import get_peft_config
 
 from .._version import __version__
 from ..files import write_json
-from ..method.layouts import EchoForm
+from ..method.forms import EchoForm
+from ..passes.full import ROWS
 from ..passes.modules import base_model_of
 from ..recipe.arguments import arguments_of
 from ..recipe.training import model_options, on_chosen_layers
@@ -188,7 +189,7 @@ def _flops(bench: Workbench, adapter: str, trainer: AblationTrainer) -> dict[str
 def _form(trainer: AblationTrainer) -> EchoForm:
     """The form of the run's echo passes; whatever, where none ran."""
     verdicts = trainer.pass_choice.verdicts if trainer.pass_choice is not None else {}
-    return next((verdict.form for verdict in verdicts.values()), EchoForm.ROWS)
+    return next((verdict.form for verdict in verdicts.values()), ROWS)
 
 
 def _weights_hash(trainer: AblationTrainer) -> str:

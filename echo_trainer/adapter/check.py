@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import Base, read_base
+from .engines import ENGINES, titles
 from .folder import Adapter, AdapterError
 from .read import read_adapter
-from .rules import ENGINES, MERGE_ONLY, PORTABLE, UNREADABLE, Verdict, apply_rules
+from .rules import MERGE_ONLY, PORTABLE, UNREADABLE, Verdict, apply_rules
 from .verdicts import Finding
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
 _SEVERITY = list(Verdict)
 _STYLE = {"serves": "green", "unknown": "yellow", "silently-wrong": "bold red", "refuses": "red"}
 _SHOWN = 3
@@ -109,7 +109,7 @@ def check_adapter(adapter: str | Path | Adapter, engine: str = "all", base: Any 
     Args:
         adapter: a PEFT adapter folder, or what was read of it. Only headers are read, except to look for NaN and
             infinity.
-        engine: one of ``adapter.rules.ENGINES``, or "all".
+        engine: one of ``adapter.engines.ENGINES``, or "all".
         base: the base model, its config, its folder or its name on the Hub. None takes the name in the adapter's
             config if its config is on this machine; without a base, rules that need the layers are left out.
         values: False leaves the look for NaN and infinity out.
@@ -124,7 +124,7 @@ def check_adapter(adapter: str | Path | Adapter, engine: str = "all", base: Any 
     """
     if engine != "all" and engine not in ENGINES:
         raise AdapterError(f"engine={engine!r} is not known. Choose one of: {', '.join(ENGINES)}, all.")
-    engines = ENGINES if engine == "all" else (engine,)
+    engines = list(ENGINES) if engine == "all" else [engine]
     folder = adapter.folder if isinstance(adapter, Adapter) else Path(adapter)
     try:
         files = adapter if isinstance(adapter, Adapter) else read_adapter(folder)
@@ -138,7 +138,7 @@ def check_adapter(adapter: str | Path | Adapter, engine: str = "all", base: Any 
         findings = apply_rules(files, known, values)
     notes = [note] if note else []
     if files is not None and (not findings or findings[0].rule.name != "bad-number"):
-        notes += _notes(files)
+        notes += _notes(files, engines)
     verdicts = {}
     for each in engines:
         found = [finding.rule.verdict(each) for finding in findings]
@@ -158,13 +158,16 @@ def _find_base(config: dict[str, Any], base: Any) -> tuple[Base | None, str | No
     return None, "The base is not on this machine: layer names and shapes were not compared. Give it with --base."
 
 
-def _notes(adapter: Adapter) -> list[str]:
-    rank = adapter.largest_rank
-    if not 0 < rank <= VLLM_RANKS[-1]:
-        return []
-    flag = min(allowed for allowed in VLLM_RANKS if allowed >= rank)
-    needs = f"vLLM: --enable-lora --max-lora-rank {flag}. SGLang: --enable-lora --max-lora-rank {rank}."
-    if rank % 16:
-        return [needs]
-    gpus = rank // 8
-    return [needs, f"TGI and LoRAX: right on up to {gpus} GPUs; more of them need a larger rank."]
+def _notes(adapter: Adapter, engines: list[str]) -> list[str]:
+    """The flags that engines need, and on how many GPUs they are right."""
+    rank, notes = adapter.largest_rank, []
+    if rank <= 0:
+        return notes
+    flags = {ENGINES[name].title: ENGINES[name].flags_for(rank) for name in engines}
+    if needs := [f"{title}: {needed}." for title, needed in flags.items() if needed is not None]:
+        notes.append(" ".join(needs))
+    for per_gpu in dict.fromkeys(ENGINES[name].per_gpu for name in engines):
+        if per_gpu is not None and rank % (2 * per_gpu) == 0:  # else a rule says more
+            alike = titles([name for name in engines if ENGINES[name].per_gpu == per_gpu])
+            notes.append(f"{alike}: right on up to {rank // per_gpu} GPUs; more of them need a larger rank.")
+    return notes

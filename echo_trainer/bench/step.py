@@ -15,7 +15,6 @@ from trl import SFTConfig, SFTTrainer
 
 from ..compat.building import random_model as made_at_random
 from ..config import EchoSFTConfig
-from ..method.layouts import SuffixLayout
 from ..run.answers import PLAN_KEY
 from ..trainer import EchoSFTTrainer
 from .counted import CountedBytes
@@ -233,15 +232,10 @@ def tokens_run(inputs: dict[str, Any]) -> Tokens:
     """What a step runs; `inputs` with the plan of its echo pass where there is one."""
     ids, mask, plan = inputs["input_ids"], inputs.get("attention_mask"), inputs.get(PLAN_KEY)
     real = ids.numel() if mask is None else int(mask.sum())
-    layout = plan.layout if plan is not None else None
-    if layout is None:
+    if plan is None or plan.layout is None:
         return Tokens(ids.numel(), real)
-    if isinstance(layout, SuffixLayout):
-        run = sum(part.token_RA.numel() for part in layout.parts)
-        return Tokens(ids.numel(), real, run, sum(len(part.real_token) for part in layout.parts), len(layout.parts))
-    rows = slice(None) if layout.row_R is None else layout.row_R
-    run = ids[rows].numel()
-    return Tokens(ids.numel(), real, run, run if mask is None else int(mask[rows].sum()))
+    work = plan.layout.work(ids.shape, mask)
+    return Tokens(ids.numel(), real, work.tokens, work.real, plan.n_parts)
 
 
 def _samples(options: BenchOptions) -> Dataset:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..adapter.engines import ENGINES
+
 CHECK = """\
 Say for each serving engine whether it will serve the adapter as it was trained, refuse it, or serve something else
 without a word, with the rule, the tensor or setting, and the fix.
@@ -54,7 +56,7 @@ def add_check_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a PEFT adapter")
     parser.add_argument(
         "--engine",
-        choices=("vllm", "tgi", "lorax", "sglang", "llama.cpp", "all"),
+        choices=(*ENGINES, "all"),
         default="all",
         help="the engine to check for (default: all)",
     )

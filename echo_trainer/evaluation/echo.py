@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..method.layouts import EchoForm
 from ..method.network import EchoNetworks, NetworkForm
 from ..method.plan import make_plan
 from ..method.segments import IGNORE_INDEX, find_segments
 from ..method.sites import site_key
+from ..passes.full import ROWS
 from ..passes.generating import writing_with_echo
 from ..passes.layers import find_sites
 from ..passes.modules import base_model_of
@@ -50,7 +50,7 @@ class EchoReader:
         batch = self._batch(flat)
         segments = find_segments(batch)
         routed = [True] * segments.n_documents
-        plan = make_plan(segments, routed, positions=self.positions, form=EchoForm.ROWS)
+        plan = make_plan(segments, routed, positions=self.positions, form=ROWS)
         device = self.setup.model.device
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         found = score_passes(self.setup, inputs, plan.to(device))

@@ -14,7 +14,7 @@ An adapter's own weights are left out, and that a causal kernel may skip half of
 from dataclasses import dataclass, replace
 
 from . import grouping
-from .layouts import FullLayout, Layout
+from .forms import Layout, Work
 from .plan import EchoPlan
 from .segments import Segments
 
@@ -79,28 +79,13 @@ def echo_cost(layout: Layout, segments: Segments, model: ModelShape) -> Cost:
         segments: the answers of the batch.
         model: sizes of the model.
     """
-    if isinstance(layout, FullLayout):
-        rows = segments.shape[0] if layout.row_R is None else len(layout.row_R)
-        return whole_rows_cost(rows, segments, model)
-    tokens = sum(part.token_RA.numel() for part in layout.parts)
-    pairs = sum(part.token_RA.numel() * part.mask_RK.shape[1] for part in layout.parts)
-    kept = sum(len(part.prefix_n) for part in layout.parts)
-    layers, passes = model.layers - model.first_target, len(layout.parts)
-    if not layout.recompute:
-        return _cost(model, layers, tokens, pairs, kept, passes)
-    again = _cost(replace(model, checkpointing=True), layers, tokens, pairs, 0, passes)
-    # With checkpointing the keys and values of the prefixes are computed forward twice and backward once more.
-    replays = 6 * layers * model.hidden * model.key_values * kept if model.checkpointing else 0
-    return replace(again, flops=again.flops + replays)
+    return _cost_of(layout.work(segments.shape), segments, model)
 
 
 def whole_rows_cost(rows: int, segments: Segments, model: ModelShape) -> Cost:
     """What a pass over so many whole rows of a batch costs, those of mean length."""
-    n_rows, length = segments.shape
-    pairs = rows * length**2
-    if model.varlen and segments.n_documents > n_rows:
-        pairs = float((segments.end_D - segments.start_D).square().sum()) * rows / n_rows
-    return _cost(model, model.layers, rows * length, pairs, 0, 1)
+    tokens = rows * segments.shape[1]
+    return _cost_of(Work(tokens, tokens, tokens * segments.shape[1]), segments, model)
 
 
 def whole_rows_cost_less(plan: EchoPlan, segments: Segments, model: ModelShape) -> bool:
@@ -110,11 +95,25 @@ def whole_rows_cost_less(plan: EchoPlan, segments: Segments, model: ModelShape) 
     Suffixes are a part of their rows, so this is rare: documents that are answers almost from their first token on,
     whose lengths differ more than rows of packed documents do.
     """
-    if plan.layout is None or isinstance(plan.layout, FullLayout):
+    if plan.layout is None or plan.layout.work(segments.shape).whole_rows:
         return False
     length = segments.shape[1]
     rows = len((plan.predict_N[plan.reach_E] // length).unique()) or 1
     return whole_rows_cost(rows, segments, model).total < echo_cost(plan.layout, segments, model).total
+
+
+def _cost_of(work: Work, segments: Segments, model: ModelShape) -> Cost:
+    pairs: float = work.pairs
+    if work.whole_rows and model.varlen and segments.n_documents > segments.shape[0]:
+        of_the_batch = float((segments.end_D - segments.start_D).square().sum())
+        pairs = of_the_batch * work.tokens / segments.n_positions
+    layers = model.layers if work.whole_rows else model.layers - model.first_target
+    if not work.recompute:
+        return _cost(model, layers, work.tokens, pairs, work.kept, work.runs)
+    again = _cost(replace(model, checkpointing=True), layers, work.tokens, pairs, 0, work.runs)
+    # With checkpointing the keys and values of the prefixes are computed forward twice and backward once more.
+    replays = 6 * layers * model.hidden * model.key_values * work.kept if model.checkpointing else 0
+    return replace(again, flops=again.flops + replays)
 
 
 def _cost(model: ModelShape, layers: int, tokens: int, pairs: float, kept: int, passes: int) -> Cost:

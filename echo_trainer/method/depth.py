@@ -1,8 +1,12 @@
 """Source and target layers by depth."""
 
 from collections.abc import Sequence
+from typing import Final
 
-from ..options import ABOVE, LOWEST
+DEPTH: Final = "depth"
+CKA: Final = "cka"
+ABOVE: Final = "above"
+LOWEST: Final = "lowest"
 
 # Share of the depth at which a 32-layer model has its source layers 24..27 and its target layers 4..7.
 SOURCE_DEPTHS = (24 / 32, 28 / 32)

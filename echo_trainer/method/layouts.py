@@ -4,36 +4,16 @@ Shapes: F = B*T positions of the batch, E positions that predict an answer token
 pass R rows of A tokens after P prefix tokens, n prefix tokens of all its rows, J positions that receive an echo.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .forms import Reach, Work
 from .indices import Indices
 from .segments import Segments
-
-
-class EchoForm(StrEnum):
-    """
-    How an echo pass is computed, the smallest first.
-
-    SUFFIX runs what follows the first echo of each routed document; RECOMPUTED does so too and keeps next to nothing
-    of it for backward, but computes it again then. ROWS runs the rows that hold a routed document, BATCH every row
-    (where an input belongs to no row, or to several).
-    """
-
-    RECOMPUTED = "suffix, recomputed"
-    SUFFIX = "suffix"
-    ROWS = "full"
-    BATCH = "full (whole batches)"
-
-    @property
-    def runs_suffixes(self) -> bool:
-        """Whether only what follows the first echo is run."""
-        return self in (EchoForm.RECOMPUTED, EchoForm.SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -78,6 +58,24 @@ class FullLayout(PassLayout):
 
     row_R: Int[Tensor, "R"] | None
     picks: dict[str, Pick] = field(default_factory=dict)
+    order_E: ClassVar[None] = None
+
+    def outputs(self, shape: tuple[int, int]) -> list[tuple[tuple[int, int], Int[Tensor, "_"]]]:
+        """See `Layout`."""
+        return [((self._rows(shape), shape[1]), self.output_position_E)]
+
+    def work(self, shape: tuple[int, int], mask: Tensor | None = None) -> Work:
+        """See `Layout`."""
+        rows, length = self._rows(shape), shape[1]
+        real = rows * length if mask is None else int((mask if self.row_R is None else mask[self.row_R]).sum())
+        return Work(rows * length, real, rows * length**2)
+
+    def words(self) -> str:
+        """See `Layout`."""
+        return f"runs {'' if self.row_R is None else f'{len(self.row_R)} '}whole rows again"
+
+    def _rows(self, shape: tuple[int, int]) -> int:
+        return shape[0] if self.row_R is None else len(self.row_R)
 
 
 @dataclass(frozen=True)
@@ -127,31 +125,46 @@ class SuffixLayout(Indices):
     n_idle: int = 0
     recompute: bool = False
 
+    def outputs(self, shape: tuple[int, int]) -> list[tuple[tuple[int, int], Int[Tensor, "_"]]]:
+        """See `Layout`."""
+        return [((part.token_RA.shape[0], part.token_RA.shape[1]), part.output_position_E) for part in self.parts]
 
-Layout = FullLayout | SuffixLayout
+    def work(self, shape: tuple[int, int], mask: Tensor | None = None) -> Work:
+        """See `Layout`."""
+        parts = self.parts
+        return Work(
+            tokens=sum(part.token_RA.numel() for part in parts),
+            real=sum(len(part.real_token) for part in parts),
+            pairs=sum(part.token_RA.numel() * part.mask_RK.shape[1] for part in parts),
+            kept=sum(len(part.prefix_n) for part in parts),
+            runs=len(parts),
+            whole_rows=False,
+            recompute=self.recompute,
+        )
+
+    def words(self) -> str:
+        """See `Layout`."""
+        work = self.work((0, 0))
+        keys = "computed again in backward" if self.recompute else "kept for backward"
+        return (
+            f"runs {work.tokens} tokens ({work.real} without padding) in {work.runs} passes over suffixes, after "
+            f"{work.kept} prompt tokens whose keys and values are {keys}"
+        )
 
 
-def full_layout(
-    segments: Segments,
-    inject_F: Int[Tensor, "F"],
-    reached: Int[Tensor, "E"],
-    position_ids: Int[Tensor, "rows T"] | None = None,
-    all_rows: bool = False,
-    images: Sequence[int] = (),
-) -> FullLayout:
+def full_layout(reach: Reach, all_rows: bool = False) -> FullLayout:
     """
     The rows that hold a reached position, whole, the one with the largest position id (see `SuffixLayout`), and one
     with an image where others have some: a model may go another way without any.
 
     Args:
-        segments: the answers of the batch.
-        inject_F: routed segment whose echo is added at each position, -1 where none, (F,).
-        reached: positions in F that the echo reaches and that predict an answer token, (E,).
-        position_ids: as for `plan.make_plan`.
+        reach: what to run for.
         all_rows: run every row.
-        images: of each row; empty where there are none.
     """
-    n_rows, length = segments.shape
+    if not len(reach.reached):
+        reach = one_token(reach)
+    n_rows, length = reach.segments.shape
+    inject_F, reached, position_ids, images = reach.inject_F, reach.reached, reach.position_ids, reach.images
     rows = reached // length
     if any(images) and not any(images[row] for row in rows.tolist()):
         rows = torch.cat([rows, torch.tensor([next(row for row, count in enumerate(images) if count)])])
@@ -162,12 +175,28 @@ def full_layout(
     new_row[row_R] = torch.arange(len(row_R))
     inject = inject_F.ge(0).nonzero().flatten()
     inject = inject[new_row[inject // length].ge(0)]
+    whole = len(row_R) == n_rows
     return FullLayout(
-        row_R=None if len(row_R) == n_rows else row_R,
+        row_R=None if whole else row_R,
+        picks={} if whole or reach.picks is None else reach.picks(row_R.tolist()),
         inject_position_J=new_row[inject // length] * length + inject % length,
         inject_segment_J=inject_F[inject],
         output_position_E=new_row[reached // length] * length + reached % length,
     )
+
+
+def one_token(reach: Reach) -> Reach:
+    """The same batch with an echo of the first segment at its first document's second token and nowhere else."""
+    _, last = first_two(reach.segments)
+    inject_F = torch.full((reach.segments.n_positions,), -1)
+    inject_F[last] = 0
+    return replace(reach, inject_F=inject_F, reached=torch.tensor([last]), images=(), picks=None)
+
+
+def first_two(segments: Segments) -> tuple[int, int]:
+    """First and second position of the first document; the same where it has only one."""
+    first = int(segments.start_D[0]) if segments.n_documents else 0
+    return first, min(first + 1, int(segments.end_D[0]) - 1 if segments.n_documents else 0)
 
 
 def position_ids_F(segments: Segments, position_ids: Int[Tensor, "rows T"] | None) -> Int[Tensor, "F"]:

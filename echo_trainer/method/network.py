@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .aggregation import AGGREGATIONS
 from .silence import silenced
 from .sites import EchoSite, site_key
 
@@ -32,7 +33,7 @@ class NetworkForm:
 
     Attributes:
         bottleneck: w.
-        aggregation: "mean", or "weighted" (a learned softmax over the source layers that starts as the mean).
+        aggregation: how the source layers become z, a name in `aggregation.AGGREGATIONS`.
         gate: "sigmoid" or "none".
         gate_bias: start value of b_g.
         scale: start value of lambda_m.
@@ -110,7 +111,10 @@ class EchoNetworks(nn.Module):
         self.networks = nn.ModuleDict(
             {site_key(site): EchoNetwork(hidden_size, site.out_features, form, generator) for site in sites}
         )
-        self.source_logits = nn.Parameter(torch.zeros(n_sources)) if form.aggregation == "weighted" else None
+        self.aggregation = AGGREGATIONS[form.aggregation]
+        start = self.aggregation.start
+        # Under this name in checkpoints, whatever the aggregation learns.
+        self.source_logits = nn.Parameter(start(n_sources, hidden_size)) if start is not None else None
 
     def forward(
         self, states_SGd: Float[Tensor, "S G d"], weightless: bool = False
@@ -141,10 +145,8 @@ class EchoNetworks(nn.Module):
         return next(self.networks.parameters()).dtype
 
     def aggregate(self, states_SGd: Float[Tensor, "S G d"]) -> Float[Tensor, "G d"]:
-        """z (G, d): mean over the source layers, or their softmax-weighted sum."""
-        if self.source_logits is None:
-            return states_SGd.mean(dim=0)
-        return torch.einsum("s,sgd->gd", self.source_logits.softmax(dim=0), states_SGd)
+        """z (G, d) of the source layers."""
+        return self.aggregation.combine(states_SGd, self.source_logits)
 
 
 def _normal(shape: tuple[int, int], generator: torch.Generator) -> nn.Parameter:

@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .forms import EchoForm, Layout, Picks, Reach
 from .indices import Indices
-from .layouts import EchoForm, Layout, SuffixLayout, full_layout
+from .layouts import SuffixLayout, first_two
 from .segments import Segments, numbered_spans
-from .suffixes import suffix_layout, weightless_layout
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class EchoPlan(Indices):
         reach_E: int64 (E,), indices into N of the routed positions that the echo can reach, increasing.
         reach_host_E: the same, which stay on the host.
         boundary_G: int64 (G,), positions in F of the boundary of each routed segment.
-        layout: what the echo pass runs. None where nothing is to run (E = 0), unless `lockstep`.
+        form: how the echo pass is computed.
+        layout: what it runs. None where nothing is to run (E = 0), unless `lockstep`.
         probability: p_k.
         n_samples, n_routed, n_unroutable: documents with an answer, those routed, those without a boundary.
         n_routed_tokens: answer tokens of routed documents, reached or not.
@@ -52,6 +53,7 @@ class EchoPlan(Indices):
     reach_E: Int[Tensor, "E"]
     reach_host_E: Int[np.ndarray, "E"]
     boundary_G: Int[Tensor, "G"]
+    form: EchoForm
     layout: Layout | None
     probability: float
     n_samples: int
@@ -62,9 +64,14 @@ class EchoPlan(Indices):
     lockstep: bool = False
 
     @property
+    def suffixes(self) -> SuffixLayout | None:
+        """The layout where it is one of suffixes, which read keys and values of the plain pass."""
+        return self.layout if isinstance(self.layout, SuffixLayout) else None
+
+    @property
     def n_parts(self) -> int:
         """Number of passes over suffixes; 0 where the layout is none of suffixes."""
-        return len(self.layout.parts) if isinstance(self.layout, SuffixLayout) else 0
+        return len(self.suffixes.parts) if self.suffixes is not None else 0
 
     @property
     def weightless(self) -> bool:
@@ -88,12 +95,13 @@ def make_plan(
     segments: Segments,
     routed: Sequence[bool] | Bool[np.ndarray, "D"],
     *,
+    form: EchoForm,
     positions: str = "answer",
-    form: EchoForm = EchoForm.ROWS,
     position_ids: Int[Tensor, "rows T"] | None = None,
     probability: float = 0.0,
     lockstep: bool = False,
     images: Sequence[int] = (),
+    picks: Picks | None = None,
     n_parts: int | None = None,
 ) -> EchoPlan:
     """
@@ -102,12 +110,13 @@ def make_plan(
     Args:
         segments: the answers of the batch.
         routed: r_i of every document; documents without a boundary are never routed, whatever it says.
-        positions: "answer" or "predicting" (see `EchoSFTConfig.echo_positions`).
         form: how the echo pass is laid out.
+        positions: "answer" or "predicting" (see `EchoSFTConfig.echo_positions`).
         position_ids: (1, T) or (B, T) position ids of the batch; None where they are column numbers.
         probability: p_k, kept for logging.
         lockstep: lay out an echo pass in any case; one of no weight where nothing is routed.
         images: of each row, where rows are run without the others; see `full_layout`.
+        picks: what some rows own of inputs that are not text, likewise; None where there are none.
         n_parts: number of passes of a pass over suffixes; None for the cheapest.
     """
     routed_D = torch.from_numpy(np.array(routed, dtype=bool)) & segments.routable_D
@@ -124,16 +133,11 @@ def make_plan(
     reached_N = routed_N & predict_N.ge(first_D[segments.document_N])
     reach_E = reached_N.nonzero().flatten()
     layout = None
-    if len(reach_E):
+    if len(reach_E) or lockstep:
         reached = predict_N[reach_E]
-        if form.runs_suffixes:
-            recompute = form is EchoForm.RECOMPUTED
-            layout = suffix_layout(segments, inject_F, first_D[:-1], reached, position_ids, n_parts, recompute)
-        else:
-            all_rows = form is EchoForm.BATCH
-            layout = full_layout(segments, inject_F, reached, position_ids, all_rows=all_rows, images=images)
-    elif lockstep:
-        layout, boundary_G = weightless_layout(segments, form, position_ids, n_parts)
+        layout = form.lay_out(Reach(segments, inject_F, first_D[:-1], reached, position_ids, images, picks, n_parts))
+        if not len(reach_E):
+            boundary_G = torch.tensor([first_two(segments)[0]])
     answered_D = segments.answered_D
     return EchoPlan(
         predict_N=predict_N,
@@ -142,6 +146,7 @@ def make_plan(
         reach_E=reach_E,
         reach_host_E=reach_E.numpy(),
         boundary_G=boundary_G,
+        form=form,
         layout=layout,
         probability=probability,
         n_samples=int(answered_D.sum()),

@@ -10,38 +10,34 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .forms import Reach
 from .grouping import group_rows
-from .layouts import EchoForm, Layout, SuffixLayout, SuffixPart, full_layout, position_ids_F
+from .layouts import SuffixLayout, SuffixPart, first_two, position_ids_F
 from .segments import Segments
 
 
-def suffix_layout(
-    segments: Segments,
-    inject_F: Int[Tensor, "F"],
-    first_D: Int[Tensor, "D"],
-    reached: Int[Tensor, "E"],
-    position_ids: Int[Tensor, "rows T"] | None,
-    n_parts: int | None = None,
-    recompute: bool = False,
-) -> SuffixLayout:
+def suffix_layout(reach: Reach, recompute: bool = False) -> SuffixLayout:
     """
     What follows the first echo of each document that holds a reached position.
 
+    Where no position is reached, as many parts of one token as are asked for, one at least.
+
     Args:
-        segments: the answers of the batch.
-        inject_F, reached: as for `layouts.full_layout`.
-        first_D: first position that receives an echo in each document, (D,).
-        position_ids: as for `plan.make_plan`.
-        n_parts: as many passes; None for the cheapest number.
+        reach: what to run for.
         recompute: see `SuffixLayout`.
     """
+    segments, inject_F, first_D, reached, n_parts = (
+        reach.segments, reach.inject_F, reach.first_D, reach.reached, reach.n_parts,
+    )  # fmt: skip
+    place_F = position_ids_F(segments, reach.position_ids)
+    if not len(reached):
+        return _filled(SuffixLayout((), recompute=recompute), n_parts or 1, segments, place_F)
     documents, row_E = torch.unique(segments.document_F[reached], return_inverse=True)
     begin_R = first_D[documents]
     # The last answer token predicts nothing, so a suffix ends at the last position that predicts.
     last_R = torch.zeros_like(begin_R).scatter_reduce_(0, row_E, reached, "amax")
     start_R = segments.start_D[documents]
     groups = group_rows(last_R - begin_R + 1, begin_R - start_R, n_parts)
-    place_F = position_ids_F(segments, position_ids)
     if len(groups) == 1:
         part = _part(begin_R, last_R, start_R, row_E, reached, inject_F, place_F)
         return _filled(SuffixLayout((part,), recompute=recompute), n_parts, segments, place_F)
@@ -103,37 +99,12 @@ def _part(
     )
 
 
-def weightless_layout(
-    segments: Segments, form: EchoForm, position_ids: Int[Tensor, "rows T"] | None, n_parts: int | None = None
-) -> tuple[Layout, Int[Tensor, "1"]]:
-    """
-    The smallest echo pass there is, for a process that routes nothing while others do.
-
-    Args:
-        segments: the answers of the batch, which need not hold any.
-        form: of the pass; suffixes of one token, one row, or the batch.
-        position_ids: as for `plan.make_plan`.
-        n_parts: number of passes over suffixes, 1 where it is None.
-
-    Returns:
-        The layout, with E = J = 1 in each of its parts, and a position to take an echo from, (1,).
-    """
-    first, last = _first_two(segments)
-    one = torch.zeros(1, dtype=torch.int64)
-    if form.runs_suffixes:
-        layout = SuffixLayout((), recompute=form is EchoForm.RECOMPUTED)
-        return _filled(layout, n_parts or 1, segments, position_ids_F(segments, position_ids)), one + first
-    inject_F = torch.full((segments.shape[0] * segments.shape[1],), -1)
-    inject_F[last] = 0
-    return full_layout(segments, inject_F, one + last, position_ids, all_rows=form is EchoForm.BATCH), one + first
-
-
 def _filled(layout: SuffixLayout, n_parts: int | None, segments: Segments, place_F: Int[Tensor, "F"]) -> SuffixLayout:
     """The layout with parts of one token, without weight, up to `n_parts` in all."""
     n_idle = (n_parts or 0) - len(layout.parts)
     if n_idle <= 0:
         return layout
-    _, last = _first_two(segments)
+    _, last = first_two(segments)
     one = torch.zeros(1, dtype=torch.int64)
     echo = one[: int(not layout.parts)]  # beside real parts an echo would be counted in the metrics
     idle = SuffixPart(
@@ -149,9 +120,3 @@ def _filled(layout: SuffixLayout, n_parts: int | None, segments: Segments, place
         output_position_E=one,
     )
     return replace(layout, parts=(*layout.parts, *[idle] * n_idle), n_idle=n_idle)
-
-
-def _first_two(segments: Segments) -> tuple[int, int]:
-    """First and second position of the first document; the same where it has only one."""
-    first = int(segments.start_D[0]) if segments.n_documents else 0
-    return first, min(first + 1, int(segments.end_D[0]) - 1 if segments.n_documents else 0)

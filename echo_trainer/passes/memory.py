@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from ..method.layouts import FullLayout, SuffixLayout
-
 _running: ContextVar[str] = ContextVar("running", default="plain pass")
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -51,34 +49,12 @@ def _note(running: str, inputs: dict[str, Any], plan: Any) -> str:
     ]
     if running == "echo pass" or plan.layout is not None:
         advice.append("echo_p_start and echo_p_end (fewer samples in the echo pass)")
-        if isinstance(plan.layout, FullLayout):
-            advice.append("echo_pass='auto' with attention 'sdpa', which runs answers only")
-        elif isinstance(plan.layout, SuffixLayout) and not plan.layout.recompute:
-            advice.append("echo_memory='recompute', which keeps next to nothing of the echo pass for backward")
+        if plan.layout is not None and plan.form.lighter is not None:
+            advice.append(plan.form.lighter)
     choices = "\n".join(f"  - {line}" for line in advice)
+    what = "" if plan.layout is None else f", which {plan.layout.words()}"
     return (
         f"\nOut of memory during the {running} of a step: {rows} rows of {length} tokens, {len(plan.labels_N)} of "
-        f"them to predict, {plan.n_routed} of {plan.n_samples} samples in the echo pass{_layout(plan)}. What makes it "
+        f"them to predict, {plan.n_routed} of {plan.n_samples} samples in the echo pass{what}. What makes it "
         f"smaller:\n{choices}"
-    )
-
-
-def _layout(plan: Any) -> str:
-    """What the echo pass runs, in words."""
-    layout = plan.layout
-    if isinstance(layout, FullLayout):
-        rows = "whole rows" if layout.row_R is None else f"{len(layout.row_R)} whole rows"
-        return f", which runs {rows} again"
-    if not isinstance(layout, SuffixLayout):
-        return ""
-    run, real, kept = (
-        sum(sizes)
-        for sizes in zip(
-            *((p.token_RA.numel(), len(p.real_token), len(p.prefix_n)) for p in layout.parts), strict=True
-        )
-    )
-    keys = "computed again in backward" if layout.recompute else "kept for backward"
-    return (
-        f", which runs {run} tokens ({real} without padding) in {len(layout.parts)} passes over suffixes, after "
-        f"{kept} prompt tokens whose keys and values are {keys}"
     )

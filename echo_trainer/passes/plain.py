@@ -76,17 +76,17 @@ def run_plain_pass(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> 
             for index in setup.source_layers:
                 keep = _keep_rows(sources, index, plan.boundary_G, shape, setup.detach)
                 stack.enter_context(forward_hook(layers[index], keep))
-        if isinstance(plan.layout, SuffixLayout):
+        if (suffixes := plan.suffixes) is not None:
             assert setup.cache is not None  # the proof of the suffix pass has found it
             first = layers[setup.first_target]
-            if plan.layout.recompute and is_checkpointed(first):
+            if suffixes.recompute and is_checkpointed(first):
                 given = (setup.cache, setup.first_target, setup.unneeded)
-                prefix = KeyValueReplay(plan.layout.parts, shape, layers, *given)
+                prefix = KeyValueReplay(suffixes.parts, shape, layers, *given)
                 stack.enter_context(prefix.watching())
             else:
-                prefix = KeyValueRecord(plan.layout.parts, setup.first_target, whole=plan.layout.recompute)
+                prefix = KeyValueRecord(suffixes.parts, setup.first_target, whole=suffixes.recompute)
                 stack.enter_context(attach_cache(layers, prefix, setup.cache))
-            stack.enter_context(input_hook(first, _keep_entries(entries, plan.layout, shape)))
+            stack.enter_context(input_hook(first, _keep_entries(entries, suffixes, shape)))
             stack.enter_context(forward_hook(first, lambda module, args, output: forms.append(form_of(output))))
         outputs = setup.backbone(**inputs, use_cache=False)
     return PlainState(

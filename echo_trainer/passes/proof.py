@@ -36,7 +36,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..compat.cache import CacheObserver, NoCacheError
-from ..method.layouts import EchoForm
+from ..method.forms import EchoForm
 from ..method.losses import NonFiniteLossError
 from ..method.plan import EchoPlan
 from ..method.rows import take_rows

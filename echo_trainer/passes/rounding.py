@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..method.layouts import FullLayout
 from ..method.plan import EchoPlan
 from ..method.rows import take_rows
 from .layer_io import first_plane, forward_hook, hidden_of, tokens_first
@@ -120,12 +119,9 @@ def plain_states(finals: list[Tensor], inputs: dict[str, Any]) -> Float[Tensor, 
 def echo_states(finals: list[Tensor], inputs: dict[str, Any], plan: EchoPlan) -> Float[Tensor, "E d"]:
     """The states (E, d) that the last layer returned last in a plan's echo pass; takes them from `finals`."""
     layout = plan.layout
-    if isinstance(layout, FullLayout):
-        rows, width = inputs["input_ids"].shape
-        rows = rows if layout.row_R is None else len(layout.row_R)
-        return take_rows(_last(finals, rows, width), layout.output_position_E)
     assert layout is not None  # there has been an echo pass
-    found = [take_rows(_last(finals, *p.token_RA.shape), p.output_position_E) for p in reversed(layout.parts)]
+    rows, length = inputs["input_ids"].shape
+    found = [take_rows(_last(finals, *size), at) for size, at in reversed(layout.outputs((rows, length)))]
     states = torch.cat(found[::-1])
     return states if layout.order_E is None else states[layout.order_E]
 

@@ -11,6 +11,8 @@ the prefixes inside what is computed again, and with gradient checkpointing thos
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +21,13 @@ from torch import Tensor, nn
 
 from ..compat.cache import PrefixCache, attach_cache
 from ..compat.checkpointing import checkpointed
+from ..method.forms import EchoForm
 from ..method.layouts import SuffixLayout, SuffixPart
 from ..method.network import Delta
 from ..method.plan import EchoPlan
 from ..method.rows import take_rows
 from ..method.silence import touch
+from ..method.suffixes import suffix_layout
 from .injection import Injection, Places
 from .layer_io import input_hook, input_of, like, with_input
 from .modules import forward_replaced
@@ -31,29 +35,24 @@ from .plain import PlainState
 from .setup import EchoSetup
 
 
-class SuffixEchoPass:
-    """Run the suffixes of the routed documents against the recorded keys and values of their prefixes."""
-
-    def __call__(
-        self, setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan, plain: PlainState, delta: Delta
-    ) -> tuple[Float[Tensor, "E d"], Injection]:
-        """See `EchoPass`."""
-        layout = plan.layout
-        assert isinstance(layout, SuffixLayout)
-        injection = Injection(setup.sites, delta)
-        with checkpointed(list(setup.layers)[setup.first_target :]) if layout.recompute else nullcontext():
-            hidden = [
-                _run_part(setup, inputs, plain, number, part, injection) for number, part in enumerate(layout.parts)
-            ]
-        n_real = len(hidden) - layout.n_idle
-        if n_real == 0:
-            return torch.cat(hidden), injection
-        hidden_Ed = torch.cat(hidden[:n_real])
-        if layout.order_E is not None:
-            hidden_Ed = take_rows(hidden_Ed[None], layout.order_E)
-        if layout.n_idle:
-            hidden_Ed = hidden_Ed + touch(*hidden[n_real:])
-        return hidden_Ed, injection
+def run_suffixes(
+    setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan, plain: PlainState, delta: Delta
+) -> tuple[Float[Tensor, "E d"], Injection]:
+    """Run the suffixes of the routed documents on the recorded keys and values of their prefixes; see `EchoPass`."""
+    layout = plan.layout
+    assert isinstance(layout, SuffixLayout)
+    injection = Injection(setup.sites, delta)
+    with checkpointed(list(setup.layers)[setup.first_target :]) if layout.recompute else nullcontext():
+        hidden = [_run_part(setup, inputs, plain, number, part, injection) for number, part in enumerate(layout.parts)]
+    n_real = len(hidden) - layout.n_idle
+    if n_real == 0:
+        return torch.cat(hidden), injection
+    hidden_Ed = torch.cat(hidden[:n_real])
+    if layout.order_E is not None:
+        hidden_Ed = take_rows(hidden_Ed[None], layout.order_E)
+    if layout.n_idle:
+        hidden_Ed = hidden_Ed + touch(*hidden[n_real:])
+    return hidden_Ed, injection
 
 
 def _run_part(
@@ -106,3 +105,25 @@ def _start_at(
         enter = input_hook(layers[first], lambda module, args, kwargs: with_input(args, kwargs, entry_RAd))
         stack.enter_context(enter)
         yield
+
+
+SUFFIX = EchoForm(
+    name="suffix",
+    option="suffix",
+    says="answer tokens only, on the prompt's keys and values of the plain pass",
+    lay_out=suffix_layout,
+    run=run_suffixes,
+    lighter="echo_memory='recompute', which keeps next to nothing of the echo pass for backward",
+    instead="keeps what it computes for backward from here on, since computing it again",
+    runs_suffixes=True,
+)
+"""What follows the first echo of each routed document."""
+
+RECOMPUTED = replace(
+    SUFFIX,
+    name="suffix, recomputed",
+    lay_out=partial(suffix_layout, recompute=True),
+    lighter=None,
+    recomputes=True,
+)
+"""The same, which keeps next to nothing for backward and computes it again then."""

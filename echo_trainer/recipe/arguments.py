@@ -6,7 +6,7 @@ from typing import Any, cast
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from ..config import EchoSFTConfig
-from ..options import CKA
+from ..method.depth import CKA
 from ..templates import TEMPLATES
 from .check import check_options
 from .read import named_recipe

@@ -11,7 +11,7 @@ from trl import DatasetMixtureConfig, get_peft_config, get_quantization_config
 
 from ..config import EchoSFTConfig
 from ..files import RUN_RECORD
-from ..options import CKA
+from ..method.depth import CKA
 from ..rendering.forms import RowOptions
 from ..rendering.rendering import Rendering
 from ..run.agreement import Agreement

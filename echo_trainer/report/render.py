@@ -8,7 +8,8 @@ from typing import Any
 import jinja2
 import yaml
 
-from ..adapter.check import VLLM_RANKS
+from ..adapter.engines import ENGINES, titles
+from ..adapter.rules import RULES, Verdict
 from ..resources import resource_folder
 
 TEMPLATE = "adapter.md.j2"
@@ -100,25 +101,54 @@ def usage(record: dict[str, Any]) -> dict[str, Any]:
     elif shape and shape["exact"] and any(shape["prompt"]):
         prompt, added = "Hello".join(shape["prompt"]), shape["added"]
     rank = saved["rank"] if saved else None
+    base_shell, adapter_shell = shlex.quote(base) if base else '"$BASE"', shlex.quote(adapter)
     return {
-        "base_shell": shlex.quote(base) if base else '"$BASE"',
+        "base_shell": base_shell,
         "base_python": json.dumps(base) if base else 'os.environ["BASE"]',
-        "adapter_shell": shlex.quote(adapter),
+        "adapter_shell": adapter_shell,
         "adapter_python": json.dumps(adapter),
         "name": _name(record),
         "rank": rank,
         "resized_vocabulary": record.get("resized_vocabulary"),
-        "vllm_rank": min((allowed for allowed in VLLM_RANKS if rank and allowed >= rank), default=None),
+        "engines": [
+            {
+                "title": engine.title,
+                "page": engine.page,
+                "port": engine.port,
+                "command": engine.command.format(
+                    base=base_shell, name=_name(record), adapter=adapter_shell, flags=engine.flags_for(rank)
+                ),
+            }
+            for engine in ENGINES.values()
+            if rank and engine.command is not None and engine.flags_for(rank) is not None
+        ],
+        "rank_above": {
+            engine.title: engine.ranks[-1]
+            for engine in ENGINES.values()
+            if rank and engine.ranks and rank > engine.ranks[-1]
+        },
+        "dora": _dora_in_engines(),
         "prompt": prompt,
         "request": json.dumps(
             {
                 "model": _name(record),
-                "prompt": (prompt or "Hello").removeprefix(added),  # both engines add it, and twice is another prompt
+                "prompt": (prompt or "Hello").removeprefix(added),  # engines add it, and twice is another prompt
                 "max_tokens": 64,
                 "temperature": 0,
             }
         ),
     }
+
+
+def _dora_in_engines() -> str:
+    """What the engines do with a DoRA adapter as it is, in a sentence."""
+    (rule,) = (rule for rule in RULES if rule.name == "dora")
+    found = {verdict: [name for name in ENGINES if rule.verdict(name) is verdict] for verdict in Verdict}
+    others = {Verdict.REFUSES: "refuse it", Verdict.SILENTLY_WRONG: "drop its magnitudes without a word"}
+    rest = ", ".join(f"{titles(found[verdict])} {what}" for verdict, what in others.items() if found[verdict])
+    if found[Verdict.SERVES]:
+        return f"**A DoRA adapter as it is can be served with {titles(found[Verdict.SERVES])} today**; {rest}."
+    return f"**No serving engine serves a DoRA adapter as it is today**: {rest}."
 
 
 def title(record: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..method.layouts import EchoForm
+from ..method.forms import EchoForm
 from ..method.routing import RoutingSchedule
 from ..passes.memory import explain_out_of_memory
 from ..passes.proof import ProofResult

@@ -7,8 +7,9 @@ trainer draws the routes and plans when the step is known (`batches.py`).
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..method.layouts import EchoForm
+from ..method.forms import EchoForm
 from ..method.routing import RoutingSchedule
+from ..passes.full import ROWS
 from .answers import PLAN_KEY, EchoBatch, find_answers
 from .draft import DraftPlan, draw, draw_all
 from .frozen_prefix import documents_of
@@ -34,7 +35,7 @@ class EchoCollator:
         collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
         positions: str = "answer",
         lockstep: bool = False,
-        form: EchoForm = EchoForm.ROWS,
+        form: EchoForm = ROWS,
         documents: bool = False,
     ):
         self.collator = collator

@@ -6,16 +6,17 @@ when a batch of its kind has been proved (`pass_choice.py`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..method.layouts import EchoForm, FullLayout
+from ..method.forms import EchoForm
 from ..method.plan import EchoPlan, make_plan
 from ..method.routing import RoutingSchedule
 from ..method.segments import Segments
+from ..passes.full import BATCH, ROWS
 from .answers import Answers, answers_of, mixed_inputs, other_inputs
 from .ownership import Owned
 
@@ -60,16 +61,15 @@ class DraftPlan:
 
     def plan_of(self, routed_D: Sequence[bool] | np.ndarray, form: EchoForm, **options: Any) -> EchoPlan:
         """The plan of the batch with other routes; options as for `make_plan`."""
-        owned = self.owned if form is EchoForm.ROWS else Owned({}, ())
+        owned = self.owned if form.picks_rows else Owned({}, ())
         options |= {"positions": self.positions, "position_ids": self.answers.position_ids}
         if owned is None:
-            return make_plan(self.segments, routed_D, form=EchoForm.BATCH, **options)
-        plan = make_plan(self.segments, routed_D, form=form, images=owned.images, **options)
+            return make_plan(self.segments, routed_D, form=BATCH, **options)
+        options |= {"images": owned.images, "picks": owned.picks if owned.parts else None}
+        plan = make_plan(self.segments, routed_D, form=form, **options)
         if plan.weightless and owned.parts:  # one row for the sake of other processes, which may have no image
-            return make_plan(self.segments, routed_D, form=EchoForm.BATCH, **options)
-        if not isinstance(plan.layout, FullLayout) or plan.layout.row_R is None or not owned.parts:
-            return plan
-        return replace(plan, layout=replace(plan.layout, picks=owned.picks(plan.layout.row_R.tolist())))
+            return make_plan(self.segments, routed_D, form=BATCH, **(options | {"images": (), "picks": None}))
+        return plan
 
     @property
     def owned(self) -> Owned | None:
@@ -120,7 +120,7 @@ class DraftPlan:
             return f"which tokens need {', '.join(self.other_inputs)} differs from batch to batch"
         if form.runs_suffixes and self._unusual_places:
             return f"which position a token has is up to position ids of {self.batch['position_ids'].dim()} dimensions"
-        if form is EchoForm.ROWS and self.owned is None:
+        if form.picks_rows and self.owned is None:
             what = ", ".join(self.other_inputs) or "position_ids"
             why = "every process must run the same" if self.lockstep else "that is not known"
             return f"a row can be run without the others only with its own part of {what}, and {why}"
@@ -138,7 +138,7 @@ class DraftPlan:
 
 def reachable_documents(segments: Segments, positions: str) -> torch.Tensor:
     """Documents in which an echo reaches a position that predicts an answer token, int64, in their order."""
-    plan = make_plan(segments, [True] * segments.n_documents, positions=positions)
+    plan = make_plan(segments, [True] * segments.n_documents, form=ROWS, positions=positions)
     return segments.document_N[plan.reach_E].unique()
 
 

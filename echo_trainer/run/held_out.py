@@ -15,7 +15,8 @@ import numpy as np
 from accelerate.utils import send_to_device
 
 from ..method.advantage import Advantage, advantage, differing_tokens
-from ..method.layouts import EchoForm
+from ..method.forms import EchoForm
+from ..passes.echo import AUTO, forms_for
 from ..passes.memory import explain_out_of_memory
 from ..passes.modules import base_model_of
 from ..passes.proof import ProofResult
@@ -192,7 +193,9 @@ class HeldOut:
         """By name: CE_plain, CE_echo, token and document of every position of a batch."""
         host = self.host
         if self._choice is None:  # of its own: what a run proves may not depend on when it is evaluated
-            wanted = "full" if host.args.echo_pass == "full" else "auto"
+            # Where no form that was asked for may be exact, another one is taken: nothing is trained here.
+            safe = any(form.repeats_plain for form in forms_for(host.args.echo_pass))
+            wanted = host.args.echo_pass if safe else AUTO
             name, in_step = type(base_model_of(host.model)).__name__, draft.lockstep
             self._choice = PassChoice(wanted, host.agreement, name, in_step)
         self._choice.settle([draft], self.compare, host.state.global_step)

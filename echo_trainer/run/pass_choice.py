@@ -17,18 +17,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..method.costs import ModelShape, whole_rows_cost_less
-from ..method.layouts import EchoForm
+from ..method.forms import EchoForm
 from ..method.plan import EchoPlan
+from ..passes.echo import AUTO, FORMS, form_named, forms_for
 from ..passes.proof import ProofResult
 from .agreement import Agreement
 from .draft import DraftPlan
 from .verdict import Verdict, difference, mixing_documents, no_pass, refuse_the_model, say
 
-CANDIDATES = {
-    "auto": (EchoForm.SUFFIX, EchoForm.ROWS, EchoForm.BATCH),
-    "suffix": (EchoForm.SUFFIX,),
-    "full": (EchoForm.ROWS, EchoForm.BATCH),
-}
 WHOLE_ROWS = ", where whole rows cost less"
 """Ends the name of a kind for which the full pass is tried before the suffix pass."""
 
@@ -38,7 +34,7 @@ class PassChoice:
     The verdicts of a run.
 
     Args:
-        wanted: "auto", "suffix" or "full" (`echo_pass`).
+        wanted: "auto", or one of `passes.echo.pass_options` (`echo_pass`).
         agreement: between the processes of the run.
         model_name: for messages.
         one_form: every process must run the same form in each micro-batch (see `method/silence.py`).
@@ -56,9 +52,7 @@ class PassChoice:
         recompute: bool = False,
     ):
         self.wanted = wanted
-        self.candidates = CANDIDATES[wanted]
-        if recompute and EchoForm.SUFFIX in self.candidates:
-            self.candidates = (EchoForm.RECOMPUTED, *self.candidates)
+        self.candidates = forms_for(wanted, recompute)
         self.model = model
         self.agreement = agreement
         self.model_name = model_name
@@ -74,7 +68,7 @@ class PassChoice:
             failed: by kind, the dearest form that had failed in the run that is continued (`state`).
         """
         self.verdicts = {}
-        self.failed = {kind: EchoForm(form) for kind, form in (failed or {}).items()}
+        self.failed = {kind: form_named(form) for kind, form in (failed or {}).items()}
 
     def state(self) -> dict[str, str]:
         """What a run that is continued must know: by kind, the dearest form that failed."""
@@ -112,13 +106,13 @@ class PassChoice:
         """The form of a batch's echo pass; `settle` must have seen it."""
         if self.one_form:
             forms = [verdict.form for verdict in self.verdicts.values()]
-            return max(forms, key=list(EchoForm).index, default=self.candidates[0])
+            return max(forms, key=lambda form: list(FORMS).index(form.name), default=self.candidates[0])
         verdict = self.verdicts.get(self.kind(draft))
         return verdict.form if verdict else self.candidates[0]  # without one nothing will run
 
     def kind(self, draft: DraftPlan) -> str:
         """The kind of a batch that is proved: the draft's, and whether its full pass costs less than its suffixes."""
-        if self.model is None or self.wanted != "auto" or self.one_form or draft.unprovable(EchoForm.SUFFIX):
+        if self.model is None or self.wanted != AUTO or self.one_form or draft.unprovable(self.candidates[0]):
             return draft.kind
         verdict = self.verdicts.get(draft.kind)
         if verdict is not None and not verdict.form.runs_suffixes:
@@ -148,7 +142,7 @@ class PassChoice:
 
     def _proved(self, draft: DraftPlan, kind: str) -> bool:
         verdict = self.verdicts.get(kind)
-        return verdict is not None and (draft.length <= verdict.length or verdict.form is EchoForm.BATCH)
+        return verdict is not None and (draft.length <= verdict.length or verdict.form.repeats_plain)
 
     def _decide(
         self,
@@ -179,7 +173,7 @@ class PassChoice:
                 why_not = difference(worst) + mixing_documents(self.model_name, mixing)
             against.append(f"{form}: {why_not}")
             self.failed[kind] = form
-        raise ValueError(no_pass(self.model_name, self.wanted, kind, against))
+        raise ValueError(no_pass(self.model_name, self.wanted, kind, against, self.candidates))
 
     def _candidates(self, kind: str) -> list[EchoForm]:
         """The forms to try: none that failed before."""

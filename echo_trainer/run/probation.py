@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..method.advantage import Advantage
-from ..method.layouts import FullLayout, SuffixLayout
 from ..method.plan import EchoPlan
 from .host import Host
 
@@ -146,12 +145,10 @@ class Probation:
 
 def echo_work(plan: EchoPlan, shape: tuple[int, int], depth: int, first_target: int) -> int:
     """Tokens of the echo pass of a batch of `shape`, each times the layers it goes through."""
-    if isinstance(plan.layout, SuffixLayout):
-        return sum(part.token_RA.numel() for part in plan.layout.parts) * (depth - first_target)
-    if isinstance(plan.layout, FullLayout):
-        rows = shape[0] if plan.layout.row_R is None else len(plan.layout.row_R)
-        return rows * shape[1] * depth
-    return 0
+    if plan.layout is None:
+        return 0
+    work = plan.layout.work(shape)
+    return work.tokens * (depth if work.whole_rows else depth - first_target)
 
 
 def _figure(gain: Advantage) -> str:

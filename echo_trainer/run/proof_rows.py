@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..method.layouts import EchoForm
+from ..method.forms import EchoForm
 from ..method.segments import IGNORE_INDEX, Segments, is_flat
 from ..passes.proof import ProofTask
 from .answers import Answers, backbone_inputs, find_answers

@@ -1,10 +1,12 @@
 """What was proved for a kind of batch, and in which words it is said."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..method.layouts import EchoForm
+from ..method.forms import EchoForm
+from ..passes.echo import AUTO
 from ..passes.proof import ProofResult
 
 logger = logging.getLogger(__name__)
@@ -72,15 +74,12 @@ def say(verdict: Verdict, before: Verdict | None, wanted: str) -> None:
         f"{verdict.result.states:.1e} (rounding explains {verdict.result.allowed:.1e}), logits by "
         f"{verdict.result.logits:.1e}."
     )
-    if verdict.against and wanted != "full":
+    if verdict.against and (wanted == AUTO or verdict.form.runs_suffixes):
         if before is not None and before.form is verdict.form:
             return
-        what = "runs whole sequences from here on (about twice the price of LoRA), since the cheaper one"
-        if verdict.form.runs_suffixes:
-            what = "keeps what it computes for backward from here on, since computing it again"
         logger.warning(
             "The echo pass %s is not exact for this model on %s. %s. %s",
-            what,
+            verdict.form.instead,
             verdict.kind,
             "; ".join(verdict.against),
             measured,
@@ -89,12 +88,12 @@ def say(verdict: Verdict, before: Verdict | None, wanted: str) -> None:
         logger.info("Echo pass: %s. %s", verdict.form, measured)
 
 
-def no_pass(model_name: str, wanted: str, kind: str, against: list[str]) -> str:
+def no_pass(model_name: str, wanted: str, kind: str, against: list[str], tried: Sequence[EchoForm]) -> str:
     """The error where no form of the echo pass is exact."""
     found = "; ".join(against)
-    if wanted == "suffix":
+    if not any(form.repeats_plain for form in tried):
         return (
-            f"echo_pass='suffix' is not exact for {model_name} on {kind} ({found}). Use echo_pass='auto', "
+            f"echo_pass={wanted!r} is not exact for {model_name} on {kind} ({found}). Use echo_pass='auto', "
             f"which takes the full pass where it must."
         )
     return (

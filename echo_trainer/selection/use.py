@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..config import EchoSFTConfig
-from ..options import CKA
+from ..method.depth import CKA
 from ..passes.layers import adapted_layers
 from .select import LayerSelection, select_layers
 

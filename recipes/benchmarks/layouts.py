@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from echo_trainer.method.costs import Cost, ModelShape, echo_cost
-from echo_trainer.method.layouts import EchoForm
 from echo_trainer.method.plan import make_plan
 from echo_trainer.method.segments import find_segments
+from echo_trainer.passes.echo import RECOMPUTED, ROWS, SUFFIX
 
 LLAMA_3_8B = ModelShape(
     layers=32, first_target=4, hidden=4096, weights=218_103_808, activations=75_776, queries=4096, key_values=2048,
@@ -63,10 +63,10 @@ def main() -> None:
         batch["input_ids"] = batch["labels"].clamp(min=1)
         segments = find_segments(batch)
         for title, form, n_parts in (
-            ("full", EchoForm.ROWS, None),
-            ("suffix, one pass", EchoForm.SUFFIX, 1),
-            ("suffix, stored", EchoForm.SUFFIX, None),
-            ("suffix, recomputed", EchoForm.RECOMPUTED, None),
+            ("full", ROWS, None),
+            ("suffix, one pass", SUFFIX, 1),
+            ("suffix, stored", SUFFIX, None),
+            ("suffix, recomputed", RECOMPUTED, None),
         ):
             options = {"form": form, "n_parts": n_parts, "position_ids": batch["position_ids"]}
             plan = make_plan(segments, [True] * segments.n_documents, **options)

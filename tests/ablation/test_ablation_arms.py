@@ -18,8 +18,8 @@ from echo_trainer.ablation.plan import Run, specification
 from echo_trainer.ablation.results import load_items
 from echo_trainer.ablation.run_one import Workbench, build_trainer
 from echo_trainer.ablation.schedule import matched_run
-from echo_trainer.method.layouts import EchoForm
 from echo_trainer.method.network import EchoNetworks, NetworkForm
+from echo_trainer.passes.echo import ROWS
 from echo_trainer.passes.layers import find_sites
 from echo_trainer.quiet import quiet_libraries
 
@@ -277,7 +277,7 @@ def test_flops_of_a_run_are_what_the_counter_counts(folder, adapter, arm, echo_p
 
 def test_flops_without_echo():
     model = adapted(tiny_model())
-    coefficients = count_coefficients(plain_setup(model.get_base_model()), PAPER, EchoForm.ROWS, "answer", False)
+    coefficients = count_coefficients(plain_setup(model.get_base_model()), PAPER, ROWS, "answer", False)
     batch, plan = planned_batch(random_examples(3, seed=8), suffix=True, p=0.0)
     setup = echo_setup(model)
     with FlopCounterMode(display=False) as counter:

@@ -16,9 +16,9 @@ from echo_trainer import EchoSFTTrainer, cli
 from echo_trainer.compat import checkpointing, hub_client, versions
 from echo_trainer.compat.cache import KeyValueRecord, NoCacheError, PrefixCache
 from echo_trainer.compat.trainer import _JOINTS, require_joints
-from echo_trainer.method.layouts import EchoForm
 from echo_trainer.method.plan import make_plan
 from echo_trainer.method.segments import find_segments
+from echo_trainer.passes.echo import SUFFIX
 from echo_trainer.passes.layers import decoder_layers
 
 PACKAGE = ROOT / "echo_trainer"
@@ -166,7 +166,7 @@ def test_layers_checkpointed_by_others_are_refused(tmp_path):
 
 def test_a_cache_asked_for_more_says_so():
     segments = find_segments({"labels": torch.tensor([[-100, 5, 6]])})
-    part = make_plan(segments, [True], form=EchoForm.SUFFIX).layout.parts[0]
+    part = make_plan(segments, [True], form=SUFFIX).layout.parts[0]
     record = KeyValueRecord([part], first_layer=1)
     cache = PrefixCache(part, partial(record.of, part=0))
     with pytest.raises(NoCacheError, match="layer 2 showed no keys"):

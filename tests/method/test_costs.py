@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from echo_trainer.method import grouping
 from echo_trainer.method.costs import ModelShape, echo_cost, whole_rows_cost, whole_rows_cost_less
-from echo_trainer.method.layouts import EchoForm
 from echo_trainer.method.plan import make_plan
 from echo_trainer.method.segments import find_segments
+from echo_trainer.passes.echo import SUFFIX
 from echo_trainer.passes.shape import model_shape
 
 
@@ -30,7 +30,7 @@ def suffix_plan(batch, examples=None, **options):
     return segments, make_plan(
         segments,
         [True] * segments.n_documents,
-        form=EchoForm.SUFFIX,
+        form=SUFFIX,
         position_ids=batch.get("position_ids"),
         **options,
     )

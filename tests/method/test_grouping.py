@@ -11,9 +11,9 @@ from steps import packed_example, padded_collator, padding_free_collator, random
 
 from echo_trainer.method import grouping
 from echo_trainer.method.grouping import MOST, MOST_CLASSES, group_cost, group_rows
-from echo_trainer.method.layouts import EchoForm
 from echo_trainer.method.plan import make_plan
 from echo_trainer.method.segments import find_segments
+from echo_trainer.passes.echo import SUFFIX
 
 
 def cost_of(groups, run, prefix):
@@ -90,7 +90,7 @@ def packed_layout(name):
     batch = padding_free_collator()([packed_example(examples)])
     segments = find_segments(batch, examples)
     routed = [True] * segments.n_documents
-    plan = make_plan(segments, routed, form=EchoForm.SUFFIX, position_ids=batch["position_ids"])
+    plan = make_plan(segments, routed, form=SUFFIX, position_ids=batch["position_ids"])
     return plan.layout, prompt, answer
 
 
@@ -109,7 +109,7 @@ def test_at_most_15_per_cent_is_padding(name):
 
 def test_equal_lengths_run_in_one_pass():
     segments = find_segments(padded_collator()(examples_of([256] * 64, [16] * 64)))
-    layout = make_plan(segments, [True] * 64, form=EchoForm.SUFFIX).layout
+    layout = make_plan(segments, [True] * 64, form=SUFFIX).layout
     (part,) = layout.parts
     # 15 positions predict; the largest position id has a row of its own, which is less than a column.
     assert part.token_RA.shape == (65, 15) and len(part.real_token) == 64 * 15
@@ -119,7 +119,7 @@ def test_equal_lengths_run_in_one_pass():
 def test_idle_parts_fill_up():
     """Where other processes run more passes than the rows can be split into."""
     segments = find_segments(padded_collator()(random_examples(2)))
-    plan = make_plan(segments, [True, True], form=EchoForm.SUFFIX, n_parts=5, lockstep=True)
+    plan = make_plan(segments, [True, True], form=SUFFIX, n_parts=5, lockstep=True)
     assert plan.n_parts == 5 and plan.layout.n_idle == 3 and not plan.weightless
-    weightless = make_plan(segments, [False, False], form=EchoForm.SUFFIX, n_parts=5, lockstep=True)
+    weightless = make_plan(segments, [False, False], form=SUFFIX, n_parts=5, lockstep=True)
     assert weightless.n_parts == weightless.layout.n_idle == 5 and weightless.weightless

@@ -13,10 +13,10 @@ from steps import (
     step_gradients,
 )
 
-from echo_trainer.method.layouts import EchoForm
 from echo_trainer.method.routing import RoutingSchedule
 from echo_trainer.method.silence import touch
 from echo_trainer.passes import step
+from echo_trainer.passes.echo import ROWS, SUFFIX
 from echo_trainer.run.collate import EchoCollator
 
 UNPREDICTED = [{"input_ids": [5, 6, 7], "labels": [5, -100, -100]}, {"input_ids": [8, 9], "labels": [-100, -100]}]
@@ -32,7 +32,7 @@ BATCHES = {
 def locked_batch(name: str, suffix: bool, p: float):
     """A batch in lockstep and its plan."""
     collator, examples = BATCHES[name]
-    form = EchoForm.SUFFIX if suffix else EchoForm.ROWS
+    form = SUFFIX if suffix else ROWS
     echo = EchoCollator(collator(), lockstep=True, form=form)
     echo.schedule = RoutingSchedule(0, p, p, total_steps=10, batch_size=len(examples))
     batch = echo(examples, step=0)

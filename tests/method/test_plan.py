@@ -12,9 +12,9 @@ from steps import packed_example, padded_collator, padding_free_collator, random
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from echo_trainer.method.indices import Indices
-from echo_trainer.method.layouts import EchoForm
 from echo_trainer.method.plan import make_plan
 from echo_trainer.method.segments import find_segments
+from echo_trainer.passes.echo import FORMS, ROWS, SUFFIX
 
 
 def left_padded(examples):
@@ -54,7 +54,7 @@ label_rows = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_
     collator=st.sampled_from(list(COLLATORS)),
     routes=st.integers(0, 2**12 - 1),
     positions=st.sampled_from(["answer", "predicting"]),
-    form=st.sampled_from(EchoForm),
+    form=st.sampled_from(list(FORMS.values())),
     lockstep=st.booleans(),
 )
 def test_plan_of_whole_batches_is_that_of_single_positions(
@@ -119,7 +119,7 @@ def test_a_token_predicted_by_padding_is_of_no_document(position):
     examples = [alone, routed] if position == "last" else [routed, alone]
     segments = find_segments(left_padded(examples), examples)
     assert segments.document_N.tolist().count(-1) == 1
-    plan = make_plan(segments, [True, True])
+    plan = make_plan(segments, [True, True], form=ROWS)
     assert (plan.n_routed, plan.n_routed_tokens, plan.n_unroutable) == (1, 2, 1)
     weights = dict(zip(plan.labels_N.tolist(), plan.plain_weight_N.tolist(), strict=True))
     assert weights == {12: 2, 13: 1, 14: 1, 15: 1}
@@ -131,7 +131,7 @@ def test_packed_rows_of_many_documents():
     batch = padding_free_collator()(examples)
     segments, found = find_segments(batch, examples), reference_segments(batch, examples)
     routed = (torch.arange(segments.n_documents) % 3 > 0).tolist()
-    arguments = ("answer", EchoForm.SUFFIX, batch["position_ids"], False)
+    arguments = ("answer", SUFFIX, batch["position_ids"], False)
     plan = make_plan(segments, routed, form=arguments[1], position_ids=arguments[2], probability=0.5)
     assert segments.n_documents == 480
     assert_equal_records(plan, reference_plan(found, segments, routed, *arguments))

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import packed_example, padded_collator, padding_free_collator, random_examples
 
-from echo_trainer.method.layouts import EchoForm, FullLayout, SuffixLayout
+from echo_trainer.method.layouts import FullLayout, SuffixLayout
 from echo_trainer.method.plan import make_plan
 from echo_trainer.method.segments import find_segments, has_boundary
+from echo_trainer.passes.echo import BATCH, FORMS, ROWS, SUFFIX
 
 PROMPT = -100
 
@@ -73,7 +74,7 @@ def test_labels_are_required():
 def test_plan_of_a_suffix_pass():
     examples = [example(0, 0, 1, 1, 1), example(0, 1, 1), example(0, 0, 0, 1)]
     segments = find_segments(padded_collator()(examples), examples)
-    plan = make_plan(segments, [True, False, True], form=EchoForm.SUFFIX)
+    plan = make_plan(segments, [True, False, True], form=SUFFIX)
     assert plan.predict_N.tolist() == [1, 2, 3, 5, 6, 12]
     # Row 0 is routed; its first answer token is predicted before the echo. Row 2 has a single answer token: the echo
     # comes too late for it, so it counts twice and is not run again.
@@ -92,7 +93,7 @@ def test_plan_of_a_suffix_pass():
 def test_predicting_positions_reach_the_first_answer_token():
     examples = [example(0, 0, 1, 1), example(0, 0, 0, 1)]
     segments = find_segments(padded_collator()(examples), examples)
-    plan = make_plan(segments, [True, True], form=EchoForm.SUFFIX, positions="predicting")
+    plan = make_plan(segments, [True, True], form=SUFFIX, positions="predicting")
     assert plan.plain_weight_N.tolist() == [1, 1, 1]
     (part,) = plan.layout.parts
     assert part.token_RA[:, 0].tolist() == [1, 6]
@@ -110,7 +111,7 @@ label_rows = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_s
     routes=st.integers(0, 31),
     free=st.booleans(),
     predicting=st.booleans(),
-    form=st.sampled_from(EchoForm),
+    form=st.sampled_from(list(FORMS.values())),
     n_parts=st.sampled_from([None, 1, 2, 4]),
 )
 def test_plans_of_random_batches(rows, routes, free, predicting, form, n_parts):
@@ -139,7 +140,7 @@ def test_plans_of_random_batches(rows, routes, free, predicting, form, n_parts):
     length = segments.shape[1]
     if isinstance(layout, FullLayout):
         row_R = torch.arange(segments.shape[0]) if layout.row_R is None else layout.row_R
-        assert len(row_R) == segments.shape[0] or form is EchoForm.ROWS
+        assert len(row_R) == segments.shape[0] or form is ROWS
         runs = [(layout, (row_R[:, None] * length + torch.arange(length)).flatten())]
     else:
         assert n_parts is None or len(layout.parts) == n_parts
@@ -158,7 +159,7 @@ def test_plans_of_random_batches(rows, routes, free, predicting, form, n_parts):
     order_E = getattr(layout, "order_E", None)
     outputs = outputs if order_E is None else outputs[order_E]
     assert torch.equal(outputs, plan.predict_N[plan.reach_E])
-    again = make_plan(segments, routed, positions="predicting" if predicting else "answer", form=EchoForm.BATCH)
+    again = make_plan(segments, routed, positions="predicting" if predicting else "answer", form=BATCH)
     if isinstance(layout, SuffixLayout):  # what comes after the last position that predicts is not run
         assert injected <= len(again.layout.inject_position_J)
 

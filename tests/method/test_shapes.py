@@ -15,6 +15,7 @@ from echo_trainer.method.network import EchoNetwork, NetworkForm
 from echo_trainer.method.plan import make_plan
 from echo_trainer.method.rows import take_rows
 from echo_trainer.method.segments import find_segments
+from echo_trainer.passes.full import ROWS
 from echo_trainer.passes.rounding import relative
 
 
@@ -24,7 +25,7 @@ def indices(n):
 
 def plan():
     labels = torch.tensor([[-100, -100, 3, 4], [-100, 5, 6, 7]])
-    return make_plan(find_segments({"labels": labels}), [True, True])
+    return make_plan(find_segments({"labels": labels}), [True, True], form=ROWS)
 
 
 WRONG = {

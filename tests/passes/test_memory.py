@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from echo_trainer.bench.counted import CountedBytes
 from echo_trainer.method import grouping
-from echo_trainer.method.layouts import EchoForm
+from echo_trainer.passes.echo import RECOMPUTED
 from echo_trainer.passes.memory import explain_out_of_memory
 from echo_trainer.passes.proof import prove
 from echo_trainer.passes.step import echo_step
@@ -37,7 +37,7 @@ def checkpoint_layers(model):
 
 def recomputed(plan):
     """The plan of a pass over suffixes that computes again in backward."""
-    return dataclasses.replace(plan, layout=dataclasses.replace(plan.layout, recompute=True))
+    return dataclasses.replace(plan, form=RECOMPUTED, layout=dataclasses.replace(plan.layout, recompute=True))
 
 
 def llama_7b_small(checkpointing):
@@ -112,7 +112,7 @@ def test_what_keys_do_not_need_is_found_by_trying(family, names):
     collator = EchoCollator(padding_free_collator())
     draft = collator.draft_with_all(random_examples(4, seed=2))
     with no_trace(model):
-        result = prove(setup, *proof_inputs(draft, EchoForm.RECOMPUTED, collator, "cpu"))
+        result = prove(setup, *proof_inputs(draft, RECOMPUTED, collator, "cpu"))
     assert result.agrees and result.compared
     assert setup.unneeded == names
 

@@ -21,9 +21,10 @@ from steps import (
 from transformers.utils import is_flash_attn_2_available
 
 from echo_trainer.method import grouping
-from echo_trainer.method.layouts import EchoForm, FullLayout, SuffixLayout
+from echo_trainer.method.layouts import FullLayout, SuffixLayout
 from echo_trainer.method.plan import make_plan
 from echo_trainer.method.segments import find_segments
+from echo_trainer.passes.echo import ROWS, SUFFIX
 
 # Sums of float64 in another order; most families normalise in float32 whatever the model's dtype.
 TOLERANCE = {"gpt2": 1e-9, "opt": 1e-9, "gpt_neox": 1e-9}
@@ -162,8 +163,7 @@ def test_any_lengths(documents, packed, predicting, price, n_parts):
     before, grouping.PASS = grouping.PASS, price
     try:
         full, suffix = (
-            make_plan(segments, [True] * segments.n_documents, form=form, **options)
-            for form in (EchoForm.ROWS, EchoForm.SUFFIX)
+            make_plan(segments, [True] * segments.n_documents, form=form, **options) for form in (ROWS, SUFFIX)
         )
     finally:
         grouping.PASS = before

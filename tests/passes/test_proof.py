@@ -22,8 +22,8 @@ from steps import (
 from training import DATA_FORMS, adapter, all_parameters, assert_equal, echo_trainer, losses
 
 from echo_trainer.method import costs
-from echo_trainer.method.layouts import EchoForm
 from echo_trainer.method.routing import RoutingSchedule
+from echo_trainer.passes.echo import BATCH, FORMS, ROWS, SUFFIX
 from echo_trainer.passes.proof import ProofResult, observe, prove
 from echo_trainer.run.agreement import Agreement
 from echo_trainer.run.collate import EchoCollator
@@ -44,11 +44,11 @@ def test_a_renamed_cache_argument_is_served(tmp_path):
     """Nothing knows `kv_store`, `blocks`, `to_words` or this family's rule for logits; the suffix pass is exact."""
     trainer = made_up_trainer(tmp_path, "none")
     trainer.train()
-    assert forms(trainer) == [EchoForm.SUFFIX]
+    assert forms(trainer) == [SUFFIX]
     assert trainer.echo.cache.layer == trainer.echo.cache.backbone == "kv_store"
     full = made_up_trainer(tmp_path / "full", "none", echo_pass="full")
     full.train()
-    assert forms(full) == [EchoForm.ROWS]
+    assert forms(full) == [ROWS]
     torch.testing.assert_close(losses(trainer), losses(full), rtol=1e-5, atol=0)
 
 
@@ -78,7 +78,7 @@ def test_gradients_of_a_renamed_family(checkpointing):
 def test_faults_run_the_full_pass_and_say_why(tmp_path, caplog, fault, words):
     trainer = made_up_trainer(tmp_path / "auto", fault)
     trainer.train()
-    assert forms(trainer) == [EchoForm.ROWS]
+    assert forms(trainer) == [ROWS]
     said = [r.getMessage() for r in caplog.records if "runs whole sequences" in r.getMessage()]
     assert len(said) == 1 and words in said[0]
     full = made_up_trainer(tmp_path / "full", fault, echo_pass="full")
@@ -93,7 +93,7 @@ def test_a_model_that_mixes_rows_runs_whole_batches(tmp_path):
     """Its routed rows alone are other rows; only the batch as it was is the plain pass again."""
     trainer = made_up_trainer(tmp_path, "mixes rows", max_steps=2)
     trainer.train()
-    assert forms(trainer) == [EchoForm.BATCH]
+    assert forms(trainer) == [BATCH]
     assert trainer.state.log_history[0]["echo/kd"] == pytest.approx(0, abs=1e-9)
 
 
@@ -131,13 +131,13 @@ def test_packed_documents_that_a_model_mixes(tmp_path, caplog, form):
     text = " ".join(r.getMessage() for r in caplog.records)
     assert trainer.state.log_history[0]["echo/kd"] == pytest.approx(0, abs=1e-6)
     if form == "padded":
-        assert forms(trainer) == [EchoForm.SUFFIX] and "mixes" not in text
+        assert forms(trainer) == [SUFFIX] and "mixes" not in text
     else:
-        assert forms(trainer) == [EchoForm.BATCH if trainer.pass_choice.one_form else EchoForm.ROWS]
+        assert forms(trainer) == [BATCH if trainer.pass_choice.one_form else ROWS]
         assert "OPTForCausalLM itself mixes packed documents" in text and "in plain SFT as well" in text
 
 
-def believe_everything(monkeypatch, form=EchoForm.SUFFIX):
+def believe_everything(monkeypatch, form=SUFFIX):
     """No proof from here on."""
 
     def believe(self, drafts, prove, step):
@@ -160,7 +160,7 @@ def test_the_run_does_not_notice(tmp_path, monkeypatch, form):
         return trainer
 
     proved = run(tmp_path / "proved")
-    assert forms(proved) == [EchoForm.SUFFIX]
+    assert forms(proved) == [SUFFIX]
 
     believe_everything(monkeypatch)
     blind = run(tmp_path / "blind", place=proved.echo.cache)
@@ -199,7 +199,7 @@ def test_a_longer_batch_is_proved_again(tmp_path, caplog):
     trainer = made_up_trainer(tmp_path / "auto", "wrong when long", rows=long_and_short_rows(), **IN_ORDER)
     trainer.train()
     (verdict,) = trainer.pass_choice.verdicts.values()
-    assert verdict.form is EchoForm.ROWS and verdict.length > 24 and verdict.step == 4
+    assert verdict.form is ROWS and verdict.length > 24 and verdict.step == 4
     assert "from here on" in caplog.text
     full = made_up_trainer(
         tmp_path / "full", "wrong when long", rows=long_and_short_rows(), echo_pass="full", **IN_ORDER
@@ -215,7 +215,7 @@ def test_a_form_that_failed_is_not_tried_again_after_a_resume(tmp_path):
     whole.train()
     again = made_up_trainer(tmp_path, "wrong when long", **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert forms(again) == forms(whole) == [EchoForm.ROWS]
+    assert forms(again) == forms(whole) == [ROWS]
     assert "before the run was interrupted" in again.pass_choice.records()[0]["not"][0]
     assert_equal(all_parameters(again), all_parameters(whole))
 
@@ -261,7 +261,7 @@ def test_the_proof_leaves_no_memory_of_lengths(tmp_path, monkeypatch):
         trainer = echo_trainer(tmp_path, model=tiny_model(family, rope_parameters=rope, **more), **settings)
         trainer.train()
         found.append(losses(trainer))
-        believe_everything(monkeypatch, EchoForm.ROWS)
+        believe_everything(monkeypatch, ROWS)
     assert found[0] == found[1]
 
 
@@ -281,9 +281,9 @@ def test_a_second_training_proves_anew(tmp_path):
     trainer = made_up_trainer(tmp_path, "none", max_steps=2)
     trainer.train()
     trainer.model.get_base_model().config.fault = "wrong by 1e-2"
-    assert forms(trainer) == [EchoForm.SUFFIX]
+    assert forms(trainer) == [SUFFIX]
     trainer.train()
-    assert forms(trainer) == [EchoForm.ROWS]
+    assert forms(trainer) == [ROWS]
 
 
 def test_rows_that_no_echo_reaches_prove_nothing(tmp_path):
@@ -293,7 +293,7 @@ def test_rows_that_no_echo_reaches_prove_nothing(tmp_path):
     trainer = made_up_trainer(tmp_path, "wrong by 1e-2", rows=one_token + longer, **IN_ORDER | {"max_steps": 4})
     trainer.train()
     (verdict,) = trainer.pass_choice.verdicts.values()
-    assert verdict.form is EchoForm.ROWS and verdict.step == 2
+    assert verdict.form is ROWS and verdict.step == 2
 
 
 def test_routable_rows_are_compared_wherever_they_stand(tmp_path):
@@ -303,7 +303,7 @@ def test_routable_rows_are_compared_wherever_they_stand(tmp_path):
     prompted = {"input_ids": list(range(10, 20)), "labels": [-100] * 5 + list(range(15, 20))}
     trainer = made_up_trainer(tmp_path, "wrong by 1e-2", rows=[text, short, prompted, prompted] * 4, max_steps=1)
     trainer.train()
-    assert forms(trainer) == [EchoForm.ROWS]
+    assert forms(trainer) == [ROWS]
 
 
 def test_position_ids_of_three_dimensions_belong_to_rows(tmp_path):
@@ -321,7 +321,7 @@ def test_position_ids_of_three_dimensions_belong_to_rows(tmp_path):
         max_steps=1, trainer_kwargs={"data_collator": with_planes},
     )  # fmt: skip
     trainer.train()
-    assert forms(trainer) == [EchoForm.ROWS]
+    assert forms(trainer) == [ROWS]
 
 
 def test_record_and_log_say_what_was_measured(tmp_path, caplog):
@@ -350,13 +350,13 @@ def test_layers_that_cannot_be_found_are_named_by_hand(tmp_path):
     settings["model"].config.num_hidden_layers = 10
     trainer = echo_trainer(tmp_path / "b", gradient_checkpointing=False, echo_layers="backbone.blocks", **settings)
     trainer.train()
-    assert forms(trainer) == [EchoForm.SUFFIX] and trainer.echo.source_layers == [4]
+    assert forms(trainer) == [SUFFIX] and trainer.echo.source_layers == [4]
 
 
 # What is allowed belongs to the dtype
 
 
-def proof_of(model, *, fault=None, form=EchoForm.SUFFIX, packed=False, autocast=False):
+def proof_of(model, *, fault=None, form=SUFFIX, packed=False, autocast=False):
     examples = random_examples(4, seed=2, low=8, high=14)
     collator = padded_collator()
     if packed:
@@ -474,18 +474,18 @@ def test_each_kind_is_proved_once_and_longer_ones_again():
 
     def prove(draft, form):
         asked.append((draft.length, form))
-        return measured(2.0 if form is EchoForm.SUFFIX and draft.length > 40 else 0.5)
+        return measured(2.0 if form is SUFFIX and draft.length > 40 else 0.5)
 
     short, long, longer = draft_of(3), draft_of(3, length=40), draft_of(3, length=60)
     for drafts in ([short], [short], [long], [short, long], [longer, short]):
         choice.settle(drafts, prove, step=len(asked))
-    assert [form for _, form in asked] == [EchoForm.SUFFIX, EchoForm.SUFFIX, EchoForm.ROWS, EchoForm.ROWS]
+    assert [form for _, form in asked] == [SUFFIX, SUFFIX, ROWS, ROWS]
     assert [length for length, _ in asked] == [short.length, long.length, long.length, longer.length]
-    assert choice.form(short) is choice.form(longer) is EchoForm.ROWS
+    assert choice.form(short) is choice.form(longer) is ROWS
     assert choice.state() == {"padded rows": "suffix"}
     choice.begin(choice.state())
     choice.settle([short], prove, step=9)
-    assert [form for _, form in asked[4:]] == [EchoForm.ROWS]
+    assert [form for _, form in asked[4:]] == [ROWS]
 
 
 def test_no_answer_needs_no_proof():
@@ -495,7 +495,7 @@ def test_no_answer_needs_no_proof():
     echo.schedule = RoutingSchedule(1, 1.0, 1.0, total_steps=10)
     silent = echo.draft([{"input_ids": [3, 4, 5], "labels": [-100] * 3}], 0, 0)
     choice.settle([silent], None, 0)
-    assert not choice.verdicts and choice.form(silent) is EchoForm.SUFFIX
+    assert not choice.verdicts and choice.form(silent) is SUFFIX
     choice.settle([silent, draft], lambda draft, form: measured(0.0), 1)
     assert choice.verdicts[draft.kind].step == 1
 
@@ -519,25 +519,25 @@ def test_a_process_keeps_others_company():
     forms_seen = []
     draft = draft_of(2)
     kind = "rows of several documents (packed or padding-free)"
-    others = Others(True, [[(kind, 30)], dict.fromkeys(EchoForm), (True, measured(3.0)), (True, measured(0.1))])
+    others = Others(True, [[(kind, 30)], dict.fromkeys(FORMS.values()), (True, measured(3.0)), (True, measured(0.1))])
     choice = PassChoice("auto", others, "Llama", one_form=True)
-    choice.verdicts[draft.kind] = Verdict(draft.kind, EchoForm.SUFFIX, 100, measured(0.0), 0)
+    choice.verdicts[draft.kind] = Verdict(draft.kind, SUFFIX, 100, measured(0.0), 0)
 
     def prove(draft, form):
         forms_seen.append(form)
         return measured(9.0)
 
     choice.settle([draft], prove, step=1)
-    assert forms_seen == [EchoForm.SUFFIX, EchoForm.ROWS]
-    assert choice.verdicts[kind].form is EchoForm.ROWS
+    assert forms_seen == [SUFFIX, ROWS]
+    assert choice.verdicts[kind].form is ROWS
     # where parameters are sharded, every process runs the same form from now on
-    assert choice.form(draft) is EchoForm.ROWS
+    assert choice.form(draft) is ROWS
 
 
 def test_multi_turn_rows_are_proved_like_others(tmp_path):
     trainer = echo_trainer(tmp_path, rows=conversation_rows(20), assistant_only_loss=True, max_steps=1)
     trainer.train()
-    assert forms(trainer) == [EchoForm.SUFFIX] and len(trainer.model.get_base_model().model.layers) == DEPTH
+    assert forms(trainer) == [SUFFIX] and len(trainer.model.get_base_model().model.layers) == DEPTH
 
 
 def test_whole_rows_where_they_cost_less():
@@ -554,8 +554,8 @@ def test_whole_rows_where_they_cost_less():
         return measured(0.0)
 
     choice.settle([answers, prompts], prove, 0)
-    assert asked == [EchoForm.SUFFIX, EchoForm.ROWS]
-    assert [choice.form(draft) for draft in (answers, prompts)] == [EchoForm.ROWS, EchoForm.SUFFIX]
+    assert asked == [SUFFIX, ROWS]
+    assert [choice.form(draft) for draft in (answers, prompts)] == [ROWS, SUFFIX]
     assert [plan.n_parts for plan in choice.plans([answers, prompts])] == [0, 2]
     assert {record["batches"]: record["pass"] for record in choice.records()} == {
         "rows of several documents (packed or padding-free)": "suffix",
@@ -563,8 +563,8 @@ def test_whole_rows_where_they_cost_less():
     }
     # The suffix pass is still there, should whole rows not be exact.
     choice.begin()
-    choice.settle([answers], lambda draft, form: measured(2.0 if form is EchoForm.ROWS else 0.5), 0)
-    assert choice.form(answers) is EchoForm.BATCH
+    choice.settle([answers], lambda draft, form: measured(2.0 if form is ROWS else 0.5), 0)
+    assert choice.form(answers) is BATCH
     for wanted, one_form in (("suffix", False), ("auto", True)):
         other = PassChoice(wanted, Agreement(), "Llama", one_form, LLAMA_7B)
         assert other.kind(answers) == answers.kind
@@ -581,8 +581,8 @@ def test_a_run_takes_whole_rows_where_they_cost_less(tmp_path, monkeypatch):
     }  # fmt: skip
     auto = echo_trainer(tmp_path / "auto", **settings)
     auto.train()
-    assert forms(auto) == [EchoForm.ROWS]
+    assert forms(auto) == [ROWS]
     suffix = echo_trainer(tmp_path / "suffix", echo_pass="suffix", **settings)
     suffix.train()
-    assert forms(suffix) == [EchoForm.SUFFIX]
+    assert forms(suffix) == [SUFFIX]
     torch.testing.assert_close(losses(auto), losses(suffix), rtol=1e-5, atol=0)

@@ -24,7 +24,7 @@ import echo_trainer as package
 from echo_trainer.compat.dispatch import TorchDispatchMode
 from echo_trainer.method import losses
 from echo_trainer.method.indices import together
-from echo_trainer.method.layouts import EchoForm
+from echo_trainer.passes.echo import FORMS, SUFFIX
 from echo_trainer.passes.step import echo_step
 from echo_trainer.run.agreement import Agreement
 from echo_trainer.run.metrics import EchoMetrics
@@ -119,11 +119,11 @@ class Copies(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("form", EchoForm)
+@pytest.mark.parametrize("form", FORMS.values(), ids=str)
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_plan_travels_in_one_copy(name, form):
     collator, examples = BATCHES[name]
-    _, plan = planned_batch(examples, suffix=form is EchoForm.SUFFIX, collator=collator)
+    _, plan = planned_batch(examples, suffix=form is SUFFIX, collator=collator)
     with Copies() as copies:
         away = plan.to("meta")
     assert len(copies.sent) == 1

@@ -17,8 +17,9 @@ from steps import (
     step_gradients,
 )
 
-from echo_trainer.method.layouts import EchoForm
+from echo_trainer.method.forms import EchoForm
 from echo_trainer.method.routing import RoutingSchedule
+from echo_trainer.passes.echo import SUFFIX
 from echo_trainer.passes.proof import prove
 from echo_trainer.run.agreement import Agreement
 from echo_trainer.run.collate import EchoCollator
@@ -142,7 +143,7 @@ def try_family(family: str, layout: str) -> Outcome:
 
         if step(False)[0]["objective"] != step(False)[0]["objective"]:
             model.eval()  # routers that draw random numbers in training (PhiMoE), in every pass anew
-        (full, full_gradients), (chosen, gradients) = step(False), step(form is EchoForm.SUFFIX)
+        (full, full_gradients), (chosen, gradients) = step(False), step(form is SUFFIX)
         changed = (full["ce_echo"] - full["ce_plain_routed"]).abs()
         assert changed > 1e-6, "the echo changes nothing, so the comparison would mean nothing"
         # Most families normalise and route in float32 whatever the model's dtype.

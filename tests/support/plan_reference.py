@@ -2,10 +2,12 @@
 
 import torch
 
-from echo_trainer.method import plan
-from echo_trainer.method.layouts import EchoForm
+from echo_trainer.method.forms import Reach
+from echo_trainer.method.layouts import full_layout
 from echo_trainer.method.plan import EchoPlan
 from echo_trainer.method.segments import IGNORE_INDEX
+from echo_trainer.method.suffixes import suffix_layout
+from echo_trainer.passes.echo import BATCH, RECOMPUTED, SUFFIX
 
 
 def reference_segments(batch, examples):
@@ -94,15 +96,13 @@ def reference_plan(found, segments, routed, positions, form, position_ids, locks
     reached_N = routed_N & predict_N.ge(first_D[document_N])
     reach_E = reached_N.nonzero().flatten()
     boundary_G, layout = found["boundary_S"][routed_S], None
-    if len(reach_E) and form in (EchoForm.SUFFIX, EchoForm.RECOMPUTED):
-        recompute = form is EchoForm.RECOMPUTED
-        layout = plan.suffix_layout(segments, inject_F, first_D, predict_N[reach_E], position_ids, recompute=recompute)
-    elif len(reach_E):
-        layout = plan.full_layout(
-            segments, inject_F, predict_N[reach_E], position_ids, all_rows=form is EchoForm.BATCH
-        )
-    elif lockstep:
-        layout, boundary_G = plan.weightless_layout(segments, form, position_ids)
+    reach = Reach(segments, inject_F, first_D, predict_N[reach_E], position_ids)
+    if (len(reach_E) or lockstep) and form in (SUFFIX, RECOMPUTED):
+        layout = suffix_layout(reach, recompute=form is RECOMPUTED)
+    elif len(reach_E) or lockstep:
+        layout = full_layout(reach, all_rows=form is BATCH)
+    if not len(reach_E) and lockstep:
+        boundary_G = found["start_D"][:1] if len(found["start_D"]) else torch.zeros(1, dtype=torch.int64)
     return EchoPlan(
         predict_N=predict_N,
         labels_N=found["labels_F"][predict_N],
@@ -110,6 +110,7 @@ def reference_plan(found, segments, routed, positions, form, position_ids, locks
         reach_E=reach_E,
         reach_host_E=reach_E.numpy(),
         boundary_G=boundary_G,
+        form=form,
         layout=layout,
         probability=0.5,
         n_samples=int(found["answered_D"].sum()),

@@ -4,10 +4,10 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from echo_trainer.method.depth import resolve_layers
-from echo_trainer.method.layouts import EchoForm
 from echo_trainer.method.losses import EchoLoss
 from echo_trainer.method.network import EchoNetworks, NetworkForm
 from echo_trainer.method.routing import RoutingSchedule
+from echo_trainer.passes.echo import ROWS, SUFFIX
 from echo_trainer.passes.layers import adapted_layers, decoder_layers, find_sites
 from echo_trainer.passes.proof import observe
 from echo_trainer.passes.setup import EchoSetup
@@ -75,7 +75,7 @@ def packed_example(examples):
 
 def planned_batch(examples, *, suffix, positions="answer", p=1.0, collator=None, seed=0, step=0):
     """A collated batch and its plan."""
-    form = EchoForm.SUFFIX if suffix else EchoForm.ROWS
+    form = SUFFIX if suffix else ROWS
     echo = EchoCollator(collator or padded_collator(), positions, form=form)
     echo.schedule = RoutingSchedule(seed, p, p, total_steps=10, batch_size=len(examples))
     batch = echo(examples, step=step)

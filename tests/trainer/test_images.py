@@ -11,8 +11,8 @@ from training import SETTINGS, losses, revive
 from vision import UNMARKED, PatchCollator, TokenizerOnly, idefics3, image_rows, llava, vision_tokenizer
 
 from echo_trainer import EchoSFTConfig, EchoSFTTrainer
-from echo_trainer.method.layouts import EchoForm
-from echo_trainer.passes.full import FullEchoPass
+from echo_trainer.passes import step
+from echo_trainer.passes.echo import BATCH, ROWS
 from echo_trainer.run.ownership import Ownership
 
 LORA = r".*(text_model|language_model).*(q_proj|v_proj|up_proj)"
@@ -56,14 +56,15 @@ def forms_of(trainer):
 @pytest.fixture
 def rows_run(monkeypatch):
     """Rows that each echo pass ran, of how many."""
-    found, run = [], FullEchoPass.__call__
+    found, run = [], step.run_echo_pass
 
-    def counted(self, setup, inputs, plan, plain, delta):
-        rows = plan.layout.row_R
-        found.append((len(inputs["input_ids"]) if rows is None else len(rows), len(inputs["input_ids"])))
-        return run(self, setup, inputs, plan, plain, delta)
+    def counted(setup, inputs, plan, plain, delta):
+        if plan.suffixes is None:
+            rows = plan.layout.row_R
+            found.append((len(inputs["input_ids"]) if rows is None else len(rows), len(inputs["input_ids"])))
+        return run(setup, inputs, plan, plain, delta)
 
-    monkeypatch.setattr(FullEchoPass, "__call__", counted)
+    monkeypatch.setattr(step, "run_echo_pass", counted)
     return found
 
 
@@ -75,13 +76,13 @@ def test_losses_are_those_of_all_rows(tmp_path, monkeypatch, rows_run, family, c
     some = vision_trainer(tmp_path / "some", FAMILIES[family], rows)
     revive(some)
     some.train()
-    assert forms_of(some) == {EchoForm.ROWS}
+    assert forms_of(some) == {ROWS}
     assert any(run < total for run, total in rows_run)
     monkeypatch.setattr(Ownership, "of", lambda *args: None)
     whole = vision_trainer(tmp_path / "all", FAMILIES[family], rows)
     revive(whole)
     whole.train()
-    assert forms_of(whole) == {EchoForm.BATCH}
+    assert forms_of(whole) == {BATCH}
     torch.testing.assert_close(losses(some), losses(whole), rtol=1e-5, atol=0)
     for name in ("echo/ce_echo", "echo/kd", "echo/routed"):
         left, right = ([e[name] for e in run.state.log_history if name in e] for run in (some, whole))
@@ -109,21 +110,21 @@ def test_what_is_not_known_runs_all_rows(tmp_path, rows_run, caplog):
         data_collator=collate,
     )
     trainer.train()
-    assert forms_of(trainer) == {EchoForm.BATCH}
+    assert forms_of(trainer) == {BATCH}
     assert all(run == total for run, total in rows_run)
     assert "that is not known" in caplog.text
 
 
 def test_a_row_with_an_image_comes_along(tmp_path, monkeypatch, rows_run):
     """A model may go another way where a batch has no image, so the rows of a text get one that has."""
-    seen, select = [], FullEchoPass.__call__
+    seen, select = [], step.run_echo_pass
 
-    def noted(self, setup, inputs, plan, plain, delta):
-        if plan.layout.row_R is not None and "pixel_values" in plan.layout.picks:
+    def noted(setup, inputs, plan, plain, delta):
+        if plan.suffixes is None and "pixel_values" in plan.layout.picks:
             seen.append(len(plan.layout.picks["pixel_values"].index))
-        return select(self, setup, inputs, plan, plain, delta)
+        return select(setup, inputs, plan, plain, delta)
 
-    monkeypatch.setattr(FullEchoPass, "__call__", noted)
+    monkeypatch.setattr(step, "run_echo_pass", noted)
     vision_trainer(tmp_path, llava, image_rows(36, counts=(0, 0, 1)), max_steps=10).train()
     assert seen and min(seen) >= 1
 

@@ -9,7 +9,7 @@ from models import DEPTH, adapted, tiny_model
 from second_device import ELSEWHERE, second_device
 from training import DATA_FORMS, echo_trainer, losses, revive, trainable
 
-from echo_trainer.method.layouts import EchoForm
+from echo_trainer.passes.echo import ROWS, SUFFIX
 from echo_trainer.run.validation import check_model
 
 HERE = "cpu"
@@ -54,7 +54,7 @@ def test_a_split_model_trains_as_a_whole_one(tmp_path, n_here, form, settings):
         devices = {name: parameter.device for name, parameter in parts.model.named_parameters()}
     assert parts.is_model_parallel and len(set(devices.values())) == 2
     assert {p.device.type for p in parts.echo_networks.parameters()} == {HERE}
-    expected = EchoForm.ROWS if settings.get("echo_pass") == "full" else EchoForm.SUFFIX
+    expected = ROWS if settings.get("echo_pass") == "full" else SUFFIX
     assert [verdict.form for verdict in parts.pass_choice.verdicts.values()] == [expected]
     torch.testing.assert_close(losses(parts), losses(whole), rtol=1e-5, atol=0)
     for name, value in trainable(whole).items():
