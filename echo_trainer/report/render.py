@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -28,6 +29,28 @@ def render_card(record: dict[str, Any], curves: list[str] | None = None) -> str:
     Raises:
         jinja2.UndefinedError: the record lacks something the template shows; a card is never left with a gap.
     """
+    text = (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            run=record if curves is None else {**record, "curves": curves},
+            metadata=yaml.safe_dump(metadata(record), sort_keys=False, allow_unicode=True, width=1000),
+            title=title(record),
+            method=_method(record),
+            echoed=had_echo(record),
+            seen=record["echo"].get("seen"),
+            use=usage(record),
+            evaluation=record.get("evaluation") or [],
+            several_seeds=any(len(row["seeds"] or []) > 1 for row in record.get("evaluation") or []),
+            last=last_metrics(record["metrics"], record["steps"]["adapter"]),
+        )
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    """Where templates are compiled, once for all the checkpoints of a run."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(resource_folder("model_cards")),
         undefined=jinja2.StrictUndefined,
@@ -46,19 +69,7 @@ def render_card(record: dict[str, Any], curves: list[str] | None = None) -> str:
         "seeds": _seeds,
         "dtype": lambda names: "/".join(_DTYPES.get(name) or name for name in names.split("/")),
     }
-    text = environment.get_template(TEMPLATE).render(
-        run=record if curves is None else {**record, "curves": curves},
-        metadata=yaml.safe_dump(metadata(record), sort_keys=False, allow_unicode=True, width=1000),
-        title=title(record),
-        method=_method(record),
-        echoed=had_echo(record),
-        seen=record["echo"].get("seen"),
-        use=usage(record),
-        evaluation=record.get("evaluation") or [],
-        several_seeds=any(len(row["seeds"] or []) > 1 for row in record.get("evaluation") or []),
-        last=last_metrics(record["metrics"], record["steps"]["adapter"]),
-    )
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return environment
 
 
 def metadata(record: dict[str, Any]) -> dict[str, Any]:

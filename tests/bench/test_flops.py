@@ -1,5 +1,7 @@
 """Counted floating-point operations of a training step against plain LoRA in `SFTTrainer`."""
 
+from functools import cache
+
 import pytest
 import torch
 from models import lora_config
@@ -14,6 +16,17 @@ SHAPE = {
     "vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 16,
     "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 1024,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return adapted_model()
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """FLOPs of plain LoRA on so many rows of prompt and answer tokens; each is counted once."""
+    return cache(lambda rows, prompt, answer: plain_lora_flops(model, examples(rows, prompt, answer)))
 
 
 def adapted_model():
@@ -57,22 +70,19 @@ def test_plain_count_is_at_most_that_of_sft_trainer():
     assert ours <= counter.get_total_flops()
 
 
-def test_short_answers():
+def test_short_answers(model, plain):
     """128 prompt + 8 answer tokens, every sample routed: suffix at most 1.12 x plain LoRA, full about 2 x."""
-    model = adapted_model()
-    rows = examples(8, 128, 8)
-    plain = plain_lora_flops(model, rows)
-    suffix, full = (echo_flops(model, rows, suffix)[0] / plain for suffix in (True, False))
+    rows = examples(4, 128, 8)
+    suffix, full = (echo_flops(model, rows, suffix)[0] / plain(4, 128, 8) for suffix in (True, False))
     assert 1.0 < suffix <= 1.12
     assert 1.95 < full < 2.1
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [(128, 64), (64, 128), (256, 256)])
 @pytest.mark.parametrize("p", [1.0, 0.5])
-def test_long_answers(prompt, answer, p):
+def test_long_answers(model, plain, prompt, answer, p):
     """The price of the echo is the routed share of the answers."""
-    model = adapted_model()
-    rows = examples(8, prompt, answer)
-    flops, routed = echo_flops(model, rows, True, p=p)
-    ratio = flops / plain_lora_flops(model, rows)
+    flops, routed = echo_flops(model, examples(4, prompt, answer), True, p=p)
+    assert routed == 1 if p == 1 else 0 < routed < 1
+    ratio = flops / plain(4, prompt, answer)
     assert ratio <= 1 + routed * answer / (prompt + answer) + 0.03
