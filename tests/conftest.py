@@ -10,6 +10,15 @@ check_calls()
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """By family, folders of the tiny bases that adapters are saved for; nobody changes them."""
+    import adapter_cases as make
+
+    folder = tmp_path_factory.mktemp("bases")
+    return {family: make.save_base(family, folder / family) for family in (*make.CONFIGS, *make.VARIED)}
+
+
 @pytest.fixture(scope="module")
 def hub():
     """A small Hub that answers over HTTP."""

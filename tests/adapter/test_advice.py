@@ -17,12 +17,6 @@ TABLE = {rule.name: rule for rule in (*RULES, *UNREADABLE)}
 APART = {"base-lost", "new-tokens"}
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    return {family: make.save_base(family, folder / family) for family in (*make.CONFIGS, *make.VARIED)}
-
-
 def everything():
     return [
         pytest.param(rule, case, words, id=f"{number}-{rule}-{words}".replace(" ", "-"))

@@ -19,12 +19,6 @@ ELSEWHERE = {"pickle", "loftq"}  # a test of its own below; needs a GPU
 CHANGES_VALUES = {"integers"}  # what was trained is lost, and PEFT reads what is there
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    return {family: make.save_base(family, folder / family) for family in (*make.CONFIGS, *make.VARIED)}
-
-
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ELSEWHERE])
 def test_broken_is_what_peft_does_not_load_as_it_was_trained(name, bases, tmp_path):
     family, settings, change = CASES[name]

@@ -41,12 +41,6 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    return {family: make.save_base(family, folder / family) for family in make.CONFIGS}
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_stay_equal(name, bases, tmp_path):
     base = bases["llama"]

@@ -21,12 +21,6 @@ from echo_trainer.adapter.rules import RULES, UNREADABLE
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    return {family: make.save_base(family, folder / family) for family in (*make.CONFIGS, *make.VARIED)}
-
-
-@pytest.fixture(scope="module")
 def plain(bases, tmp_path_factory):
     return make.save_adapter(bases["llama"], tmp_path_factory.mktemp("plain") / "adapter")
 

@@ -30,12 +30,6 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    return {family: make.save_base(family, folder / family) for family in make.CONFIGS}
-
-
-@pytest.fixture(scope="module")
 def dora(bases, tmp_path_factory):
     return make.save_adapter(bases["llama"], tmp_path_factory.mktemp("dora") / "a", use_dora=True, r=4)
 

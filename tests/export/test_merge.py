@@ -15,12 +15,6 @@ from echo_trainer.export.forms import export_lora, export_merged, export_portabl
 QV = ["q_proj", "v_proj"]
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    return {family: make.save_base(family, folder / family) for family in (*make.CONFIGS, *make.VARIED)}
-
-
 def logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=make.IDS % 63).logits

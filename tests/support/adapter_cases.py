@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -53,6 +54,8 @@ VARIED = {  # experts, a vision tower, and modules of other names
     ),
 }  # fmt: skip
 _TRAINED: dict[Path, torch.Tensor] = {}
+_KEPT = tempfile.TemporaryDirectory()
+_MADE: dict[str, Path] = {}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.arange(40).reshape(2, 20) * 7 % 64
 
@@ -85,9 +88,19 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Modu
 def save_adapter(
     base: Path, folder: Path, dtype: torch.dtype = torch.float32, save_embedding_layers="auto", **settings
 ) -> Path:
-    """Save an adapter whose every tensor was moved, as after training."""
-    torch.manual_seed(5)
+    """Save an adapter whose every tensor was moved, as after training; one that was made before is copied."""
     settings = {"r": 16, "lora_alpha": 32, "target_modules": list(ALL), "task_type": "CAUSAL_LM", **settings}
+    made = _MADE.setdefault(f"{base} {dtype} {save_embedding_layers} {settings}", Path(_KEPT.name, str(len(_MADE))))
+    if made not in _TRAINED:
+        _train(base, made, dtype, save_embedding_layers, settings)
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    _TRAINED[folder] = _TRAINED[made]
+    torch.manual_seed(6)  # what a test draws next does not hang on what was made before
+    return folder
+
+
+def _train(base: Path, folder: Path, dtype: torch.dtype, save_embedding_layers, settings: dict) -> None:
+    torch.manual_seed(5)
     model = get_peft_model(load_base(base), LoraConfig(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -106,7 +119,6 @@ def save_adapter(
             parameter.data = parameter.data.float()  # as PEFT loads them
         vocabulary = model.config.get_text_config().vocab_size
         _TRAINED[folder] = model.eval()(input_ids=IDS % min(63, vocabulary)).logits
-    return folder
 
 
 def trained_logits(folder: Path) -> torch.Tensor:
