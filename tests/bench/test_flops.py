@@ -45,8 +45,9 @@ def plain_lora_flops(model, rows):
     """A forward and backward of plain LoRA, the head on answer positions only, as TRL computes it on a GPU."""
     batch, plan = planned_batch(rows, suffix=True, p=0.0)
     assert plan.layout is None
+    setup = echo_setup(model)
     with FlopCounterMode(display=False) as counter:
-        step_gradients(model, echo_setup(model), batch, plan)
+        step_gradients(model, setup, batch, plan)
     return counter.get_total_flops()
 
 
