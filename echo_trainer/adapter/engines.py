@@ -38,7 +38,7 @@ class Engine:
         return self.flags.format(rank=rank) if self.flags is not None and rank > 0 else None
 
 
-ENGINES = {
+ENGINES: dict[str, Engine] = {
     "vllm": Engine(
         title="vLLM",
         page="https://docs.vllm.ai",
@@ -59,7 +59,7 @@ ENGINES = {
     "llama.cpp": Engine("llama.cpp", "https://github.com/ggml-org/llama.cpp"),
 }
 
-COLUMNS = ("vllm", "tgi", "lorax", "sglang", "llama.cpp")
+COLUMNS: tuple[str, ...] = ("vllm", "tgi", "lorax", "sglang", "llama.cpp")
 """Whose sign stands where in the rows of `rules`; a new one's stand at their end."""
 
 
