@@ -89,11 +89,15 @@ class Segments:
 def numbered_spans(n: int, start: Int[Tensor, "spans"], end: Int[Tensor, "spans"]) -> Int[Tensor, "{n}"]:
     """int64 (n,): the number of the span [start, end) that each position lies in, -1 in none; spans are disjoint."""
     length = end - start
-    number = torch.arange(len(start)).repeat_interleave(length)
-    before = length.cumsum(0) - length
     found = torch.full((n,), -1)
-    found[torch.arange(len(number)) + (start - before)[number]] = number
+    found[spans(start, length)] = torch.arange(len(start)).repeat_interleave(length)
     return found
+
+
+def spans(start: Int[Tensor, "spans"], length: Int[Tensor, "spans"]) -> Int[Tensor, "n"]:
+    """int64 (n,): the positions of spans that begin at `start`, span after span."""
+    end = length.cumsum(0)
+    return (start - end + length).repeat_interleave(length) + torch.arange(int(end[-1]) if len(end) else 0)
 
 
 def find_segments(batch: dict[str, Any], examples: Sequence[dict[str, Any]] | None = None) -> Segments:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .forms import Reach
 from .grouping import group_rows
 from .layouts import SuffixLayout, SuffixPart, first_two, position_ids_F
-from .segments import Segments
+from .segments import Segments, spans
 
 
 def suffix_layout(reach: Reach, recompute: bool = False) -> SuffixLayout:
@@ -32,27 +32,25 @@ def suffix_layout(reach: Reach, recompute: bool = False) -> SuffixLayout:
     place_F = position_ids_F(segments, reach.position_ids)
     if not len(reached):
         return _filled(SuffixLayout((), recompute=recompute), n_parts or 1, segments, place_F)
-    documents, row_E = torch.unique(segments.document_F[reached], return_inverse=True)
-    begin_R = first_D[documents]
+    document_E = torch.searchsorted(segments.start_D, reached, right=True) - 1
+    documents, count_R = torch.unique_consecutive(document_E, return_counts=True)
+    begin_R, start_R = first_D[documents], segments.start_D[documents]
     # The last answer token predicts nothing, so a suffix ends at the last position that predicts.
-    last_R = torch.zeros_like(begin_R).scatter_reduce_(0, row_E, reached, "amax")
-    start_R = segments.start_D[documents]
+    end_R = count_R.cumsum(0)
+    last_R = reached[end_R - 1]
     groups = group_rows(last_R - begin_R + 1, begin_R - start_R, n_parts)
-    if len(groups) == 1:
-        part = _part(begin_R, last_R, start_R, row_E, reached, inject_F, place_F)
-        return _filled(SuffixLayout((part,), recompute=recompute), n_parts, segments, place_F)
-
-    group_R, new_row_R = torch.empty_like(begin_R), torch.empty_like(begin_R)
-    for number, rows in enumerate(groups):
-        group_R[rows], new_row_R[rows] = number, torch.arange(len(rows))
-    group_E = group_R[row_E]
-    at_E = torch.argsort(group_E, stable=True)
+    largest = int(place_F.max())
+    # Positions are in the order of their rows, so those of a group are a few spans.
+    at_groups = [spans(end_R[rows] - count_R[rows], count_R[rows]) for rows in groups]
     parts = tuple(
-        _part(begin_R[rows], last_R[rows], start_R[rows], new_row_R[row_E[at]], reached[at], inject_F, place_F)
-        for rows, at in zip(groups, at_E.split(torch.bincount(group_E).tolist()), strict=True)
+        _part(begin_R[rows], last_R[rows], start_R[rows], count_R[rows], reached[at], inject_F, place_F, largest)
+        for rows, at in zip(groups, at_groups, strict=True)
     )
-    order_E = torch.empty_like(at_E)
-    order_E[at_E] = torch.arange(len(at_E))
+    order_E = None
+    if len(parts) > 1:
+        at_E = torch.cat(at_groups)
+        order_E = torch.empty_like(at_E)
+        order_E[at_E] = torch.arange(len(at_E))
     return _filled(SuffixLayout(parts, order_E, recompute=recompute), n_parts, segments, place_F)
 
 
@@ -60,42 +58,46 @@ def _part(
     begin_R: Int[Tensor, "R"],
     last_R: Int[Tensor, "R"],
     start_R: Int[Tensor, "R"],
-    row_E: Int[Tensor, "E"],
+    count_R: Int[Tensor, "R"],
     reached: Int[Tensor, "E"],
     inject_F: Int[Tensor, "F"],
     place_F: Int[Tensor, "F"],
+    largest: int,
 ) -> SuffixPart:
-    """One pass over the suffixes begin .. last of documents that begin at `start_R`."""
+    """One pass over the suffixes begin .. last of documents from `start_R` on, which have `count_R` of `reached`."""
     length_R, prefix_R = last_R - begin_R + 1, begin_R - start_R
     longest, n_prefix = int(length_R.max()), max(int(prefix_R.max()), 1)  # a cache of no width is a special case
     # The largest position id needs a place of padding. Where no row is shorter than the longest: a column, or a row
     # of its own where that is less.
     level = bool(length_R.eq(longest).all())
     width, spare = longest + int(level and len(length_R) <= longest), int(level and len(length_R) > longest)
+    row_R, n_keys = torch.arange(len(begin_R)), n_prefix + width
+    output_E = reached + (row_R * width - begin_R).repeat_interleave(count_R)
+    prefix_n = spans(start_R, prefix_R)
+    place_n = spans(row_R * n_keys + n_prefix - prefix_R, prefix_R)
     if spare:
         begin_R, last_R = (torch.cat([x_R, x_R[:1]]) for x_R in (begin_R, last_R))
         length_R, prefix_R = (torch.cat([x_R, x_R.new_zeros(1)]) for x_R in (length_R, prefix_R))
 
-    offset_A = torch.arange(width)
+    offset_K = torch.arange(-n_prefix, width)
+    offset_A = offset_K[n_prefix:]
     token_RA = torch.minimum(begin_R[:, None] + offset_A, last_R[:, None])
-    real_RA = offset_A.lt(length_R[:, None])
-    seen_RA = offset_A.lt(length_R[:, None].clamp(min=1))  # a token that sees nothing, not itself either, is NaN
-    real_RP = torch.arange(n_prefix).ge(n_prefix - prefix_R[:, None])
-    inject_RA = inject_F[token_RA].masked_fill(~real_RA, -1).reshape(-1)
+    padding_RA = offset_A.ge(length_R[:, None])
+    # A token that sees nothing, not itself either, is NaN.
+    mask_RK = offset_K.ge(-prefix_R[:, None]).logical_and_(offset_K.lt(length_R[:, None].clamp(min=1)))
+    inject_RA = inject_F[token_RA].masked_fill_(padding_RA, -1).view(-1)
     inject = inject_RA.ge(0).nonzero().flatten()
-    row_n = torch.arange(len(prefix_R)).repeat_interleave(prefix_R)
-    back_n = (prefix_R.cumsum(0))[row_n] - torch.arange(len(row_n))  # tokens from here to where the suffix begins
     return SuffixPart(
         token_RA=token_RA,
-        position_RA=torch.where(real_RA, place_F[token_RA], place_F.max()),
-        mask_RK=torch.cat([real_RP, seen_RA], dim=1).long(),
-        real_token=real_RA.reshape(-1).nonzero().flatten(),
-        prefix_n=begin_R[row_n] - back_n,
-        place_n=row_n * (n_prefix + width) + n_prefix - back_n,
+        position_RA=place_F[token_RA].masked_fill_(padding_RA, largest),
+        mask_RK=mask_RK.long(),
+        real_token=padding_RA.logical_not().view(-1).nonzero().flatten(),
+        prefix_n=prefix_n,
+        place_n=place_n,
         n_prefix=n_prefix,
         inject_position_J=inject,
         inject_segment_J=inject_RA[inject],
-        output_position_E=row_E * width + reached - begin_R[row_E],
+        output_position_E=output_E,
     )
 
 
