@@ -4,19 +4,17 @@ The matrix operations of a step are a linear function of a few sizes of its batc
 (`step_sizes`), the coefficients are found by counting small random batches with torch's counter
 (`count_coefficients`), and their product is the count of the run: exact, without a counter in the way of the training.
 
-Not counted are operations that are no matrix products, and what torch's counter does not know (attention kernels on a
-CPU). The head of plain LoRA is counted on the positions whose loss is taken, as TRL computes it on a GPU; on a CPU TRL
-projects every position, which would flatter the echo.
+Not counted are operations that are no matrix products. The head of plain LoRA is counted on the positions whose loss
+is taken, as TRL computes it on a GPU; on a CPU TRL projects every position, which would flatter the echo.
 """
 
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
-from ..compat.dispatch import TorchDispatchMode
+from ..compat.flops import FastFlopCounter
 from ..method.forms import EchoForm
 from ..method.losses import EchoLoss
 from ..method.network import EchoNetworks, NetworkForm
@@ -27,9 +25,9 @@ from ..passes.step import echo_step
 
 SIZES = (
     "passes", "tokens", "attention", "scored",
-    "echo_passes", "echo_tokens", "echo_attention", "echo_scored", "segments",
+    "echo_passes", "echo_tokens", "echo_attention", "echo_scored", "segments", "echo_prefix",
 )  # fmt: skip
-_BATCHES, _ECHO_BATCHES = 6, 14
+_BATCHES, _ECHO_BATCHES = 6, 16
 
 
 def plain_sizes(rows: int, length: int, scored: int) -> np.ndarray:
@@ -46,7 +44,8 @@ def step_sizes(rows: int, length: int, plan: EchoPlan) -> np.ndarray:
     if layout is None:
         return sizes
     work = layout.work((rows, length))
-    sizes[4:9] = 1, work.tokens, work.pairs, len(plan.reach_E), len(plan.boundary_G)
+    kept = work.kept  # what is computed again of the prefixes
+    sizes[4:] = 1, work.tokens, work.pairs, len(plan.reach_E), len(plan.boundary_G), kept
     return sizes
 
 
@@ -72,7 +71,7 @@ def count_coefficients(setup: EchoSetup, terms: EchoLoss, form: EchoForm, positi
             plan = plan.to(device)
             rows_of_batch, length = inputs["input_ids"].shape
             sizes = step_sizes(rows_of_batch, length, plan)
-            with _Counter() as counter:
+            with FastFlopCounter() as counter:
                 output = echo_step(setup, terms, {k: v.to(device) for k, v in inputs.items()}, plan)
                 output["objective"].backward()
             rows.append(sizes)
@@ -92,26 +91,6 @@ def plain_setup(model: PreTrainedModel) -> EchoSetup:
     # A step without an echo pass still touches the networks' parameters, so there has to be one.
     networks = EchoNetworks([], 1, 1, NetworkForm(bottleneck=1, aggregation="weighted"), seed=0)
     return EchoSetup(model, networks.to(next(model.parameters()).device), [], [])
-
-
-class _Counter(TorchDispatchMode):
-    """
-    Sums torch's own FLOP formulas over the operations that run.
-
-    `FlopCounterMode` counts by module as well, for which it wraps every module in every call: several times slower.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result)
-        return result
 
 
 def _random_examples(generator: np.random.Generator, vocabulary: int) -> list[dict[str, Any]]:

@@ -16,8 +16,6 @@ from trl import get_peft_config
 
 from .._version import __version__
 from ..files import write_json
-from ..method.forms import EchoForm
-from ..passes.full import ROWS
 from ..passes.modules import base_model_of
 from ..recipe.arguments import arguments_of
 from ..recipe.training import model_options, on_chosen_layers
@@ -171,25 +169,22 @@ def _flops(bench: Workbench, adapter: str, trainer: AblationTrainer) -> dict[str
     """Counted FLOPs of the whole training, and the sizes they were computed from."""
     args, echo = trainer.args, trainer.echo
     layers = (tuple(echo.source_layers), tuple(sorted({site.layer for site in echo.sites}))) if echo else None
-    key = (adapter, layers, args.echo_positions, args.echo_gate, args.echo_detach)
-    if key not in bench.coefficients:  # whole numbers that depend on nothing else, so counted once
-        setup = echo or plain_setup(base_model_of(trainer.model))
-        form = _form(trainer)
-        trainer.model.train()
-        terms, positions = loss_terms_of(args), args.echo_positions
-        bench.coefficients[key] = count_coefficients(setup, terms, form, positions, echo is not None)
-    coefficients, sizes = bench.coefficients[key], trainer.sizes().sum(axis=0)
+    sizes, counted = trainer.sizes(), {}
+    trainer.model.train()
+    for form in sizes:
+        key = (adapter, layers, args.echo_positions, args.echo_gate, args.echo_detach, form)
+        if key not in bench.coefficients:  # whole numbers that depend on nothing else, so counted once
+            setup = echo or plain_setup(base_model_of(trainer.model))
+            terms, positions = loss_terms_of(args), args.echo_positions
+            bench.coefficients[key] = count_coefficients(setup, terms, form, positions, echo is not None)
+        counted[form] = bench.coefficients[key]
     return {
-        "flops": float(sizes @ coefficients),
-        "flops_sizes": dict(zip(SIZES, sizes.tolist(), strict=True)),
-        "flops_coefficients": dict(zip(SIZES, coefficients.tolist(), strict=True)),
+        "flops": float(sum(sizes[form] @ counted[form] for form in sizes)),
+        "flops_sizes": dict(zip(SIZES, sum(sizes.values()).tolist(), strict=True)),
+        "flops_coefficients": {
+            str(form): dict(zip(SIZES, coefficients.tolist(), strict=True)) for form, coefficients in counted.items()
+        },
     }
-
-
-def _form(trainer: AblationTrainer) -> EchoForm:
-    """The form of the run's echo passes; whatever, where none ran."""
-    verdicts = trainer.pass_choice.verdicts if trainer.pass_choice is not None else {}
-    return next((verdict.form for verdict in verdicts.values()), ROWS)
 
 
 def _weights_hash(trainer: AblationTrainer) -> str:

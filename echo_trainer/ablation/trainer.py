@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..method.forms import EchoForm
+from ..passes.echo import ROWS
 from ..trainer import EchoSFTTrainer
 from .echoes import NETWORKS, ControlledNetworks
-from .flops import plain_sizes, step_sizes
+from .flops import SIZES, plain_sizes, step_sizes
 
 
 class AblationTrainer(EchoSFTTrainer):
@@ -21,7 +23,7 @@ class AblationTrainer(EchoSFTTrainer):
 
     def __init__(self, *args: Any, echo: str = "own", **kwargs: Any):
         self.echo_of_arm, self.networks_class = echo, NETWORKS[echo]
-        self._sizes: list[np.ndarray] = []
+        self._sizes: list[tuple[EchoForm, np.ndarray]] = []
         self._scored: list[torch.Tensor] = []
         self._checksums: list[list[torch.Tensor]] = []
         self._weight, self._positions = 0.0, 0
@@ -45,20 +47,25 @@ class AblationTrainer(EchoSFTTrainer):
         self._checksums[step].append((ids.reshape(-1) * order).sum())
         rows, length = ids.shape
         if plan is not None:
-            self._sizes.append(step_sizes(rows, length, plan))
+            form = (
+                plan.form if plan.layout is not None else ROWS
+            )  # a plain pass costs alike whatever form it stands beside
+            self._sizes.append((form, step_sizes(rows, length, plan)))
             weights_N = self.loss_terms.plain_weights(plan.plain_weight_N, plan.reach_E)
             self._weight += float(weights_N.sum()) + self.loss_terms.share * len(plan.reach_E)
             self._positions += len(plan.labels_N)
         else:
-            self._sizes.append(plain_sizes(rows, length, 0))
+            self._sizes.append((ROWS, plain_sizes(rows, length, 0)))
             self._scored.append(inputs["labels"][..., 1:].ne(-100).sum())
 
-    def sizes(self) -> np.ndarray:
-        """Sizes of every micro-batch trained on, (micro-batches, `flops.SIZES`)."""
-        sizes = np.array(self._sizes)
-        if self._scored:
-            sizes[:, 3] = [int(count) for count in self._scored]
-        return sizes
+    def sizes(self) -> dict[EchoForm, np.ndarray]:
+        """Sizes of what was trained on (`flops.SIZES`): by the form of its echo pass, the sum over micro-batches."""
+        total: dict[EchoForm, np.ndarray] = {}
+        for form, sizes in self._sizes:
+            total[form] = total.get(form, np.zeros(len(SIZES))) + sizes
+        for count in self._scored:
+            total[ROWS][SIZES.index("scored")] += int(count)
+        return total
 
     def loss_weight(self) -> float:
         """Weight of the cross-entropies of both passes in the loss, the mean over positions; 1 for LoRA."""

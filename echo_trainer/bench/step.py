@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from ..compat.building import random_model as made_at_random
+from ..compat.flops import flop_counter
 from ..config import EchoSFTConfig
 from ..run.answers import PLAN_KEY
 from ..trainer import EchoSFTTrainer
@@ -187,7 +187,7 @@ class Stepper:
         args = self.trainer.args
         constant = getattr(args, "echo_p_start", 0.0) == getattr(args, "echo_p_end", 0.0)
         rounds = 1 if constant else self.rounds
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             for round_number in range(rounds):
                 self.step(round_number)
         return counter.get_total_flops() // rounds

@@ -8,7 +8,6 @@ import torch
 from ablation_cases import do, tiny_recipe
 from models import adapted, tiny_model
 from steps import PAPER, echo_setup, planned_batch, random_examples, step_gradients
-from torch.utils.flop_counter import FlopCounterMode
 
 from echo_trainer.ablation.arms import ARMS, find_arms
 from echo_trainer.ablation.data import drawn, load_examples
@@ -18,6 +17,7 @@ from echo_trainer.ablation.plan import Run, specification
 from echo_trainer.ablation.results import load_items
 from echo_trainer.ablation.run_one import Workbench, build_trainer
 from echo_trainer.ablation.schedule import matched_run
+from echo_trainer.compat.flops import flop_counter
 from echo_trainer.method.network import EchoNetworks, NetworkForm
 from echo_trainer.passes.echo import ROWS
 from echo_trainer.passes.layers import find_sites
@@ -263,13 +263,13 @@ def test_flops_of_a_run_are_what_the_counter_counts(folder, adapter, arm, echo_p
     prove, proofs = trainer.batches.compare_passes, []
 
     def proved(*args):
-        with FlopCounterMode(display=False) as inner:
+        with flop_counter() as inner:
             result = prove(*args)
         proofs.append(inner.get_total_flops())
         return result
 
     trainer.batches.compare_passes = proved
-    with quiet_libraries(), FlopCounterMode(display=False) as counter:
+    with quiet_libraries(), flop_counter() as counter:
         trainer.train()
     result = do(recipe, folder / echo_pass, arm, bench=bench, adapter=adapter)
     assert result["flops"] == counter.get_total_flops() - sum(proofs)
@@ -280,7 +280,7 @@ def test_flops_without_echo():
     coefficients = count_coefficients(plain_setup(model.get_base_model()), PAPER, ROWS, "answer", False)
     batch, plan = planned_batch(random_examples(3, seed=8), suffix=True, p=0.0)
     setup = echo_setup(model)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         step_gradients(model, setup, batch, plan)
     assert step_sizes(*batch["input_ids"].shape, plan) @ coefficients == counter.get_total_flops()
 

@@ -7,9 +7,10 @@ import torch
 from models import lora_config
 from peft import get_peft_model
 from steps import echo_setup, padded_collator, planned_batch, step_gradients
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
+
+from echo_trainer.compat.flops import flop_counter
 
 # SmolLM2's proportions at a quarter of its width; 16 layers so that default sources and targets are several.
 SHAPE = {
@@ -46,7 +47,7 @@ def plain_lora_flops(model, rows):
     batch, plan = planned_batch(rows, suffix=True, p=0.0)
     assert plan.layout is None
     setup = echo_setup(model)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         step_gradients(model, setup, batch, plan)
     return counter.get_total_flops()
 
@@ -54,7 +55,7 @@ def plain_lora_flops(model, rows):
 def echo_flops(model, rows, suffix, p=1.0, seed=0):
     setup = echo_setup(model, bottleneck=64)
     batch, plan = planned_batch(rows, suffix=suffix, p=p, seed=seed)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         step_gradients(model, setup, batch, plan)
     return counter.get_total_flops(), plan.n_routed / len(rows)
 
@@ -66,7 +67,7 @@ def test_plain_count_is_at_most_that_of_sft_trainer():
     ours = plain_lora_flops(model, rows)
     add_fused_lm_head(model.get_base_model())
     batch = padded_collator()(rows)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         model(**batch, fused_lm_head=True, use_cache=False).loss.backward()
     assert ours <= counter.get_total_flops()
 

@@ -6,9 +6,9 @@ import pytest
 from mixes import LLAMA_7B, MIXES, examples_of
 from models import adapted, tiny_model
 from steps import echo_setup, packed_example, padded_collator, padding_free_collator, planned_batch, step_gradients
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from echo_trainer.compat.flops import flop_counter
 from echo_trainer.method import grouping
 from echo_trainer.method.costs import ModelShape, echo_cost, whole_rows_cost, whole_rows_cost_less
 from echo_trainer.method.plan import make_plan
@@ -63,7 +63,7 @@ def test_flops_are_those_that_are_counted(suffix, checkpointing, monkeypatch):
     counted = []
     for p in (0.0, 1.0):
         batch, plan = planned_batch(examples, suffix=suffix, p=p)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             step_gradients(model, setup, batch, plan)
         counted.append(counter.get_total_flops())
     segments = find_segments(padded_collator()(examples))

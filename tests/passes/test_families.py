@@ -7,8 +7,10 @@ ask for most are tried in every run; all others, and other layouts, in a long on
 
 import pytest
 from families import causal_families
-from family_cases import LAYOUTS, NotTriedError, try_family
+from family_cases import LAYOUTS, NotTriedError, try_computing_again, try_family
 from make_families import known_outcome, read
+
+from echo_trainer.passes.echo import RECOMPUTED, SUFFIX
 
 ASKED_FOR = [
     "llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "gpt2", "opt", "gpt_neox", "olmo2",
@@ -37,3 +39,18 @@ def test_family(family, layout):
     known = known_outcome(family, layout)
     assert known in (None, outcome.form), f"docs/families.md says {known!r}; make_families.py {family}"
     assert family not in ASKED_FOR or read()[family].get(layout), f"not in docs/families.md: make_families.py {family}"
+
+
+AGAIN = ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_oss", "deepseek_v3"]
+
+
+@pytest.mark.parametrize(
+    "family", [*AGAIN, *(pytest.param(f, marks=pytest.mark.long) for f in causal_families() if f not in AGAIN)]
+)
+def test_family_computed_again(family):
+    """With `echo_memory="recompute"` a family that runs suffixes has the same gradients, or says why it keeps them."""
+    if known_outcome(family, "packed") != SUFFIX.name:
+        pytest.skip("no pass over suffixes")
+    for outcome in try_computing_again(family, "packed"):
+        if outcome.form != RECOMPUTED.name:
+            assert family not in AGAIN and outcome.why.startswith(f"{RECOMPUTED}: "), outcome

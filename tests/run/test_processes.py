@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 DEADLINE = process_worker.DEADLINE + 60
 
-MORE_CASES = ["read", "parts", "strong-equal", "strong-fading", "judged"]
+MORE_CASES = ["read", "parts", "recomputed", "strong-equal", "strong-fading", "judged"]
 DDP_CASES = [
     "equal", "differs", "stream", "dispatched", "poisoned", "silent", "uneven", "whole", "resumed",
     "frozen", *MORE_CASES,
@@ -163,6 +163,16 @@ def test_passes_over_suffixes_of_many_lengths(launch, alone):
         assert any(counts != parts[0] for counts in parts)
     assert max(parts[0]) > 1
     assert_same_training(launch, alone, case)
+
+
+def test_what_the_echo_computes_again_equals_one_process_that_keeps_it(launch, alone):
+    """`echo_memory="recompute"` under checkpointing: layers run once more by themselves, in several passes."""
+    case = launch.case("recomputed")
+    ranks = launch.ranks(case)
+    assert [rank["forms"] for rank in ranks] == [["suffix, recomputed"]] * launch.world
+    assert max(ranks[0]["parts"]) > 1
+    assert_same_training(launch, alone, case)
+    assert alone(case, launch.world)[0]["forms"] == ["suffix"]
 
 
 def test_one_process_whose_rows_differ_decides_for_all(launch, alone):

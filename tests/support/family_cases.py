@@ -1,6 +1,6 @@
 """What a family must get right: the pass that the proof chooses gives the loss and the gradients of the full pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from families import family_model, vision_language_model
@@ -19,7 +19,7 @@ from steps import (
 
 from echo_trainer.method.forms import EchoForm
 from echo_trainer.method.routing import RoutingSchedule
-from echo_trainer.passes.echo import SUFFIX
+from echo_trainer.passes.echo import RECOMPUTED, ROWS
 from echo_trainer.passes.proof import prove
 from echo_trainer.run.agreement import Agreement
 from echo_trainer.run.collate import EchoCollator
@@ -92,13 +92,13 @@ def batch_of(layout: str):
     return [packed_example(examples[:2]), packed_example(examples[2:])], padding_free_collator()
 
 
-def chosen_form(model: PeftModel, setup, layout: str) -> tuple[EchoForm, list[str]]:
+def chosen_form(model: PeftModel, setup, layout: str, recompute: bool = False) -> tuple[EchoForm, list[str]]:
     """The form that the proof chooses, and why not a cheaper one."""
     examples, collator = batch_of(layout)
     echo = EchoCollator(collator)
     echo.schedule = RoutingSchedule(1, 1.0, 1.0, total_steps=10, batch_size=len(examples))
     draft = echo.draft(examples, 0, 0)
-    choice = PassChoice("auto", Agreement(), type(model.get_base_model()).__name__)
+    choice = PassChoice("auto", Agreement(), type(model.get_base_model()).__name__, recompute=recompute)
 
     def compare(draft, form):
         with no_trace(model):
@@ -129,6 +129,7 @@ def try_family(family: str, layout: str) -> Outcome:
         if "echo_layers" in str(error):
             return Outcome("name the layers in echo_layers", "the layers are not a list of num_hidden_layers")
         raise
+<<<<<<< HEAD
     examples, collator = batch_of(layout)
 
     def step(suffix):
@@ -155,4 +156,86 @@ def try_family(family: str, layout: str) -> Outcome:
         for name in ("objective", "ce_plain", "ce_echo", "kd"):
             torch.testing.assert_close(chosen[name], full[name], rtol=tolerance, atol=tolerance)
         assert_same_gradients(full_gradients, gradients, tolerance)
+||||||| parent of b76104e (FLOPs: attention on a CPU is counted, forms of an ablation's echo passes are counted each; families and processes that compute again)
+    examples, collator = batch_of(layout)
+    can_checkpoint = getattr(model.get_base_model(), "supports_gradient_checkpointing", False)
+    for checkpointing in (False, True) if can_checkpoint else (False,):
+        model.train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+
+        def step(suffix):
+            batch, plan = planned_batch(examples, suffix=suffix, collator=collator, seed=1)
+            return step_gradients(model, setup, batch, plan)
+
+        if step(False)[0]["objective"] != step(False)[0]["objective"]:
+            model.eval()  # routers that draw random numbers in training (PhiMoE), in every pass anew
+        (full, full_gradients), (chosen, gradients) = step(False), step(form is SUFFIX)
+        changed = (full["ce_echo"] - full["ce_plain_routed"]).abs()
+        assert changed > 1e-6, "the echo changes nothing, so the comparison would mean nothing"
+        # Most families normalise and route in float32 whatever the model's dtype.
+        tolerance = 2e-5 if dtype is torch.float64 else 2e-4
+        for name in ("objective", "ce_plain", "ce_echo", "kd"):
+            torch.testing.assert_close(chosen[name], full[name], rtol=tolerance, atol=tolerance)
+        assert_same_gradients(full_gradients, gradients, tolerance)
+=======
+    for checkpointing in _checkpointing(model):
+        _set_up_training(model, checkpointing)
+        _compare_with_the_full_pass(model, setup, layout, dtype, form)
+>>>>>>> b76104e (FLOPs: attention on a CPU is counted, forms of an ablation's echo passes are counted each; families and processes that compute again)
     return Outcome(str(form), "; ".join(against))
+
+
+def try_computing_again(family: str, layout: str) -> list[Outcome]:
+    """
+    As `try_family`, where the pass over suffixes may compute again what it would keep; first without checkpointing.
+
+    Raises:
+        AssertionError: the chosen pass gives another loss or other gradients than the full one.
+    """
+    model, dtype = _running_model(family)
+    setup = echo_setup(model)
+    outcomes = []
+    for checkpointing in _checkpointing(model):
+        _set_up_training(model, checkpointing)
+        setup.unneeded = None
+        form, against = chosen_form(model, setup, layout, recompute=True)
+        if form.runs_suffixes:
+            _compare_with_the_full_pass(model, setup, layout, dtype, form)
+        outcomes.append(Outcome(str(form), "; ".join(against)))
+    return outcomes
+
+
+def _checkpointing(model: PeftModel) -> tuple[bool, ...]:
+    """Whether to train with gradient checkpointing: without, and with it where the model can."""
+    return (False, True) if getattr(model.get_base_model(), "supports_gradient_checkpointing", False) else (False,)
+
+
+def _set_up_training(model: PeftModel, checkpointing: bool) -> None:
+    model.train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _compare_with_the_full_pass(model: PeftModel, setup, layout: str, dtype: torch.dtype, form: EchoForm) -> None:
+    """One step with the echo pass in `form` has the losses and the gradients of the full pass."""
+    examples, collator = batch_of(layout)
+
+    def step(form):
+        batch, plan = planned_batch(examples, suffix=form.runs_suffixes, collator=collator, seed=1)
+        if form is RECOMPUTED:
+            plan = replace(plan, form=RECOMPUTED, layout=replace(plan.layout, recompute=True))
+        return step_gradients(model, setup, batch, plan)
+
+    if step(ROWS)[0]["objective"] != step(ROWS)[0]["objective"]:
+        model.eval()  # routers that draw random numbers in training (PhiMoE), in every pass anew
+    (full, full_gradients), (chosen, gradients) = step(ROWS), step(form)
+    changed = (full["ce_echo"] - full["ce_plain_routed"]).abs()
+    assert changed > 1e-6, "the echo changes nothing, so the comparison would mean nothing"
+    # Most families normalise and route in float32 whatever the model's dtype.
+    tolerance = 2e-5 if dtype is torch.float64 else 2e-4
+    for name in ("objective", "ce_plain", "ce_echo", "kd"):
+        torch.testing.assert_close(chosen[name], full[name], rtol=tolerance, atol=tolerance)
+    assert_same_gradients(full_gradients, gradients, tolerance)

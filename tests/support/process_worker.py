@@ -92,6 +92,8 @@ def settings_of(case: str, world: int, compared: int) -> dict:
     if case.startswith("strong"):  # an echo with its graph, whose gradient reaches the plain pass
         like = settings_of(case.removeprefix("strong-"), world, compared)
         return {**like, "echo_preset": "strong"}
+    if case == "recomputed":  # as "parts"; one process keeps what it computes
+        return {**settings_of("parts", world, compared), "echo_memory": "store" if world == 1 else "recompute"}
     if case in ("equal", "parts", "differs"):
         accumulation = 1 if world == 1 else 2
         return {
@@ -172,7 +174,7 @@ def run(case: str, output: Path, world: int, compared: int | None = None, **more
     folder = output / case
     seen = {"routes": {}, "echo_passes": 0, "saves": 0, "parts": []}
     undo = _watch(seen)
-    if case == "parts":
+    if case in ("parts", "recomputed"):
         undo = _make_passes_free(undo)
     if case == "differs" and world > 1 and int(os.environ["RANK"]) == world - 1:
         undo = _disturb(undo)
