@@ -80,7 +80,9 @@ class KeyValueReplay:
         if layer_idx not in self.calls:
             raise NoCacheError(f"layer {layer_idx} was not seen in the plain pass")
         prefix_n = self.parts[part].prefix_n
-        args, kwargs = (self._at_tokens(value, prefix_n) for value in self.calls[layer_idx])
+        # A part may have no prefix, and not every layer runs on no token: on some token then, which is left out.
+        at_n = prefix_n if len(prefix_n) else self.parts[part].token_RA[0, :1]
+        args, kwargs = (self._at_tokens(value, at_n) for value in self.calls[layer_idx])
         args, kwargs = cache_given(_Offer(), self.place, args, kwargs)
         layer = self.layers[layer_idx]
         if self.unneeded is None:
@@ -89,7 +91,8 @@ class KeyValueReplay:
             for name in self.unneeded:
                 module = layer.get_submodule(name)
                 stack.enter_context(attributes(module, forward=_Constant(module, 0.0)))
-            return _keys_and_values(layer, args, kwargs)
+            keys, values = _keys_and_values(layer, args, kwargs)
+        return keys[: len(prefix_n)], values[: len(prefix_n)]
 
     def _at_tokens(self, value: Any, at_n: Tensor) -> Any:
         """Arguments of a layer for some tokens only, as one row: (1, n, ...) of (B, T, ...) and of (1, T, ...)."""

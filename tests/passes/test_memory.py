@@ -11,6 +11,7 @@ from steps import (
     assert_same_gradients,
     echo_setup,
     packed_example,
+    padded_collator,
     padding_free_collator,
     planned_batch,
     random_examples,
@@ -21,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from echo_trainer.bench.counted import CountedBytes
 from echo_trainer.method import grouping
+from echo_trainer.method.plan import make_plan
+from echo_trainer.method.segments import find_segments
 from echo_trainer.passes.echo import RECOMPUTED
 from echo_trainer.passes.memory import explain_out_of_memory
 from echo_trainer.passes.proof import prove
@@ -99,6 +102,38 @@ def test_computed_again_equals_the_full_pass(form, family, checkpointing, monkey
     assert_same_gradients(expected_gradients, gradients, 2e-6)
     for module in model.modules():
         assert not module._forward_pre_hooks and "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("prompts", [[1, 1, 1], [1, 1, 7]], ids=["no prefix", "a part without"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_parts_whose_suffixes_begin_at_the_first_token(family, prompts, monkeypatch):
+    """An echo at a boundary that is the first token: there is no prefix to compute again."""
+    monkeypatch.setattr(grouping, "PASS", 0)
+    model = adapted(tiny_model(family, dtype=torch.float64)).to(torch.float64).train()
+    checkpoint_layers(model)
+    setup = echo_setup(model)
+    examples, found = examples_of(prompts, [3, 3, 6]), []
+    for suffix in (False, True):
+        batch, plan = planned_batch(examples, suffix=suffix, positions="predicting")
+        found.append(step_gradients(model, setup, batch, recomputed(plan) if suffix else plan))
+    assert 0 in [len(part.prefix_n) for part in plan.layout.parts]
+    torch.testing.assert_close(found[1][0]["objective"], found[0][0]["objective"], rtol=2e-6, atol=2e-6)
+    assert_same_gradients(found[0][1], found[1][1], 2e-6)
+
+
+def test_parts_that_run_for_other_processes_are_computed_again():
+    """Where parameters are sharded, a process with fewer lengths runs parts of one token without a prefix."""
+    model = adapted(tiny_model(dtype=torch.float64)).to(torch.float64).train()
+    checkpoint_layers(model)
+    setup = echo_setup(model)
+    batch, plan = planned_batch(random_examples(3), suffix=True)
+    expected, gradients = step_gradients(model, setup, batch, plan)
+    segments = find_segments(padded_collator()(random_examples(3)))
+    filled = make_plan(segments, [True] * 3, form=RECOMPUTED, n_parts=5, lockstep=True)
+    assert filled.layout.n_idle >= 2
+    found, others = step_gradients(model, setup, batch, filled)
+    torch.testing.assert_close(found["objective"], expected["objective"], rtol=2e-6, atol=2e-6)
+    assert_same_gradients(gradients, others, 2e-6)
 
 
 @pytest.mark.parametrize(

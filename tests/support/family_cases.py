@@ -194,7 +194,7 @@ def try_computing_again(family: str, layout: str) -> list[Outcome]:
     Raises:
         AssertionError: the chosen pass gives another loss or other gradients than the full one.
     """
-    model, dtype = _running_model(family)
+    model, dtype = running_model(family)
     setup = echo_setup(model)
     outcomes = []
     for checkpointing in _checkpointing(model):
