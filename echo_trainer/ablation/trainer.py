@@ -47,9 +47,8 @@ class AblationTrainer(EchoSFTTrainer):
         self._checksums[step].append((ids.reshape(-1) * order).sum())
         rows, length = ids.shape
         if plan is not None:
-            form = (
-                plan.form if plan.layout is not None else ROWS
-            )  # a plain pass costs alike whatever form it stands beside
+            # A plain pass costs alike, whatever form it stands beside.
+            form = plan.form if plan.layout is not None else ROWS
             self._sizes.append((form, step_sizes(rows, length, plan)))
             weights_N = self.loss_terms.plain_weights(plan.plain_weight_N, plan.reach_E)
             self._weight += float(weights_N.sum()) + self.loss_terms.share * len(plan.reach_E)

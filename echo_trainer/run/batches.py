@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from datasets import Dataset
+
 from ..method.forms import EchoForm
 from ..method.routing import RoutingSchedule
 from ..passes.memory import explain_out_of_memory
@@ -12,6 +14,9 @@ from .collate import EchoCollator
 from .draft import DraftPlan, draw
 from .host import Host
 from .proof_rows import no_trace, proof_inputs
+
+FIRST_ROWS = 16
+"""Rows of the training set that are looked at before it is loaded."""
 
 
 class Batches:
@@ -32,6 +37,10 @@ class Batches:
             return make()
         lockstep = host.pass_choice is not None and host.pass_choice.one_form
         host.data_collator = EchoCollator(collator, lockstep=lockstep, documents=host.prefix.wanted)
+        # The batches of a stream are asked, each for itself.
+        if host.pass_choice is not None and isinstance(host.train_dataset, Dataset):
+            rows = range(min(FIRST_ROWS, len(host.train_dataset)))
+            host.data_collator.learn([host.train_dataset[row] for row in rows])
         try:
             # Left to itself, accelerate would have one process collate for all, and cut its batches up.
             with host.whole_batches():

@@ -10,7 +10,7 @@ from typing import Any
 from ..method.forms import EchoForm
 from ..method.routing import RoutingSchedule
 from ..passes.full import ROWS
-from .answers import PLAN_KEY, EchoBatch, find_answers
+from .answers import PLAN_KEY, EchoBatch, find_answers, mixed_inputs
 from .draft import DraftPlan, draw, draw_all
 from .frozen_prefix import documents_of
 from .ownership import Ownership, copy_of
@@ -45,6 +45,11 @@ class EchoCollator:
         self.documents = documents
         self.ownership = Ownership(collator)
         self.schedule: RoutingSchedule | None = None
+
+    def learn(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Learn from the first rows of the training set which part of an input belongs to which row (images)."""
+        if not self.lockstep:  # else nobody asks
+            self.ownership.learn(rows, mixed_inputs)
 
     def __call__(self, examples: Sequence[dict[str, Any]], step: int | None = None, micro_batch: int = 0) -> EchoBatch:
         """

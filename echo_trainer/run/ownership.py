@@ -3,9 +3,12 @@ Which part of each input belongs to which row: per row, per image, per token, or
 
 An input is read by what it means, not by its shape alone: with three rows and three images among them `pixel_values`
 of shape (3, ...) may be one entry for each row or one for each image. What it means is seen by collating rows alone:
-what a row has there is its own part. That is asked once for each reading that is in doubt, on the rows at hand, and
-compared value by value; afterwards counting the images of the rows is enough. An input whose parts are not found makes
-the whole batch run.
+what a row has there is its own part, compared value by value. That is asked once, on the first rows of the training
+set (`Ownership.learn`); afterwards counting the images of the rows is enough, and a batch in which two readings that
+are left differ is asked itself. An input whose parts are not found makes the whole batch run.
+
+What a batch says is kept for that batch alone. Which batches a worker of the data loader sees depends on how many
+workers there are, and a resumed run does not see the first ones: a training may depend on neither.
 
 Shapes: B rows; an input has N entries along its axis, of which row i owns n_i in the order of the rows.
 """
@@ -48,7 +51,7 @@ class Owned:
 
 class Ownership:
     """
-    What is known about the inputs of a run.
+    What is known about the inputs of a run; the same in every worker of the data loader.
 
     Args:
         collator: of the batches.
@@ -57,6 +60,29 @@ class Ownership:
     def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]):
         self.collator = collator
         self.readings: dict[str, set[str]] = {}
+
+    def learn(self, rows: Sequence[Any], names_of: Callable[[dict[str, Any]], Sequence[str]]) -> None:
+        """
+        Ask what the inputs mean, once for the run, before a batch is loaded.
+
+        Args:
+            rows: the first of the training set; a few that differ in their images are collated.
+            names_of: the inputs of a batch that are not text.
+        """
+        examples = _telling(rows)
+        if len(examples) < 2 or not any(map(_count, examples)):
+            return
+        try:
+            with _same_random_numbers():
+                batch = dict(self.collator([copy_of(example) for example in examples]))
+        except Exception:  # of the user's collator, or of rows that no batch would hold together: batches are asked
+            return
+        images, alone = tuple(map(_count, examples)), self._alone(examples)
+        if alone is None or len(batch["input_ids"]) != len(examples):
+            return
+        for name in names_of(batch):
+            if isinstance(batch[name], Tensor):
+                self.readings[name] = self._right(name, batch, images, alone)
 
     def of(self, batch: dict[str, Any], examples: Sequence[Any], names: Sequence[str]) -> Owned | None:
         """
@@ -72,28 +98,27 @@ class Ownership:
             return None
         if len(examples) == 1:
             return Owned({}, images)
-        found = {name: _readings(name, batch, images) for name in names}
-        doubtful = [name for name in names if name not in self.readings or not self._certain(name, found[name])]
-        alone = self._alone(examples) if doubtful else None
-        if not alone:
-            doubtful = []
-        for name in doubtful:
-            assert alone is not None
-            right = {r for r, part in found[name].items() if _agrees(part, batch[name], alone, name, images)}
-            self.readings[name] = self.readings.get(name, right) & right or self.readings.get(name, set())
-        parts = {name: set(self._left(name, found[name]).values()) for name in names}
-        if not all(name in self.readings and len(left) == 1 for name, left in parts.items()):
-            return None
-        certain = {name: left.pop() for name, left in parts.items()}
+        alone: list[Mapping[str, Any]] | None = None
+        certain: dict[str, Part] = {}
+        for name in names:
+            found = _readings(name, batch, images)
+            parts = {part for reading, part in found.items() if reading in self.readings.get(name, ())}
+            if len(parts) != 1:
+                alone = self._alone(examples) if alone is None else alone
+                if alone is None:
+                    return None
+                right = self._right(name, batch, images, alone)
+                parts = {found[reading] for reading in (right & self.readings.get(name, right) or right)}
+            if len(parts) != 1:
+                return None
+            certain[name] = parts.pop()
         return Owned({name: part for name, part in certain.items() if part is not None}, images)
 
-    def _certain(self, name: str, found: dict[str, Part]) -> bool:
-        """Whether all that is left of an input's readings comes to the same here."""
-        return len(set(self._left(name, found).values())) == 1
-
-    def _left(self, name: str, found: dict[str, Part]) -> dict[str, Part]:
-        """The readings of an input that nothing has spoken against."""
-        return {reading: part for reading, part in found.items() if reading in self.readings.get(name, ())}
+    @staticmethod
+    def _right(name: str, batch: dict[str, Any], images: Lengths, alone: list[Mapping[str, Any]]) -> set[str]:
+        """The readings of an input that agree with what its rows have alone."""
+        found = _readings(name, batch, images).items()
+        return {reading for reading, part in found if _agrees(part, batch[name], alone, name, images)}
 
     def _alone(self, examples: Sequence[Any]) -> list[Mapping[str, Any]] | None:
         """Each row collated alone; None where the collator cannot do that."""
@@ -102,6 +127,14 @@ class Ownership:
                 return [self.collator([copy_of(example)]) for example in examples]
         except Exception:  # of the user's collator; then all rows run, which is right for every batch
             return None
+
+
+def _telling(rows: Sequence[Any]) -> list[Any]:
+    """Up to four rows, in their order, that differ in how many images they have as far as there are such."""
+    counts = [_count(row) for row in rows]
+    first = [counts.index(count) for count in dict.fromkeys(counts)]
+    others = [i for i in range(len(rows)) if i not in first]
+    return [rows[i] for i in sorted([*first, *others][:4])]
 
 
 def copy_of(example: Any) -> Any:

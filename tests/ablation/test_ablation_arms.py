@@ -5,21 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ablation_cases import do, tiny_recipe
+from ablation_cases import do, tiny_recipe, trainer_of
 from models import adapted, tiny_model
-from steps import PAPER, echo_setup, planned_batch, random_examples, step_gradients
 
 from echo_trainer.ablation.arms import ARMS, find_arms
 from echo_trainer.ablation.data import drawn, load_examples
 from echo_trainer.ablation.echoes import NETWORKS, one_cycle
-from echo_trainer.ablation.flops import count_coefficients, plain_setup, step_sizes
 from echo_trainer.ablation.plan import Run, specification
 from echo_trainer.ablation.results import load_items
-from echo_trainer.ablation.run_one import Workbench, build_trainer
+from echo_trainer.ablation.run_one import Workbench
 from echo_trainer.ablation.schedule import matched_run
-from echo_trainer.compat.flops import flop_counter
 from echo_trainer.method.network import EchoNetworks, NetworkForm
-from echo_trainer.passes.echo import ROWS
 from echo_trainer.passes.layers import find_sites
 from echo_trainer.quiet import quiet_libraries
 
@@ -43,11 +39,6 @@ def bench(recipe):
 def results(recipe, bench, folder):
     """Every arm, trained for three steps with LoRA."""
     return {arm: do(recipe, folder / "out", arm, bench=bench) for arm in ARMS}
-
-
-def trainer_of(bench, folder, arm, adapter="lora", max_steps=None):
-    with quiet_libraries():
-        return build_trainer(bench, Run(arm, adapter, 0, 0.01, max_steps), folder, lambda *a: None)
 
 
 # what the networks see
@@ -241,48 +232,6 @@ def test_echo_networks_of_all_arms_start_alike(bench, folder):
     start = [dict(trainer_of(bench, folder, arm).echo_networks.state_dict()) for arm in ("echo", "echo-noise")]
     assert all(torch.equal(start[0][name], start[1][name]) for name in start[0])
     assert type(trainer_of(bench, folder, "echo").echo_networks) is EchoNetworks
-
-
-# FLOPs
-
-
-@pytest.mark.parametrize(
-    ("arm", "echo_pass", "adapter"),
-    [
-        ("echo", "suffix", "lora"),
-        ("strong", "suffix", "lora"),  # no gate, a gradient through z, other layers
-        pytest.param("echo-predicting", "suffix", "dora", marks=pytest.mark.long),
-        pytest.param("echo", "full", "dora", marks=pytest.mark.long),
-    ],
-)
-def test_flops_of_a_run_are_what_the_counter_counts(folder, adapter, arm, echo_pass):
-    upper = {"lora_layers": "last"} if arm == "strong" else {}
-    recipe = tiny_recipe(folder, {"echo_pass": echo_pass, "gradient_accumulation_steps": 2, **upper})
-    bench = Workbench(recipe)
-    trainer = trainer_of(bench, folder, arm, adapter)
-    prove, proofs = trainer.batches.compare_passes, []
-
-    def proved(*args):
-        with flop_counter() as inner:
-            result = prove(*args)
-        proofs.append(inner.get_total_flops())
-        return result
-
-    trainer.batches.compare_passes = proved
-    with quiet_libraries(), flop_counter() as counter:
-        trainer.train()
-    result = do(recipe, folder / echo_pass, arm, bench=bench, adapter=adapter)
-    assert result["flops"] == counter.get_total_flops() - sum(proofs)
-
-
-def test_flops_without_echo():
-    model = adapted(tiny_model())
-    coefficients = count_coefficients(plain_setup(model.get_base_model()), PAPER, ROWS, "answer", False)
-    batch, plan = planned_batch(random_examples(3, seed=8), suffix=True, p=0.0)
-    setup = echo_setup(model)
-    with flop_counter() as counter:
-        step_gradients(model, setup, batch, plan)
-    assert step_sizes(*batch["input_ids"].shape, plan) @ coefficients == counter.get_total_flops()
 
 
 def test_compute_matched_spends_the_flops_of_echo(tmp_path):

@@ -1,5 +1,6 @@
 """What belongs to which row, whatever the shapes happen to be."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,6 +71,16 @@ def test_rows_get_what_they_own_in_every_batch(batches, data):
             torch.testing.assert_close(found, expected[name], rtol=0, atol=0)
 
 
+COUNTS = ([[1], [], [1, 2]], [[2], [1], []], [[1, 1, 1], [], []], [[1], [1], [1]])
+
+
+def learned(collate, *counts):
+    """Ownership that has learned from rows of such counts of patches."""
+    ownership = Ownership(collate)
+    ownership.learn([example(i + 1, row) for i, row in enumerate(counts)], names)
+    return ownership
+
+
 def test_asked_once_and_then_counted():
     calls = []
 
@@ -77,12 +88,34 @@ def test_asked_once_and_then_counted():
         calls.append(len(examples))
         return collator(examples)
 
-    ownership = Ownership(counting)
-    for counts in ([[1], [], [1, 2]], [[2], [1], []], [[1, 1, 1], [], []], [[1], [1], [1]]):
+    ownership = learned(counting, [1], [1, 1], [], [2], [1])
+    assert calls == [4, 1, 1, 1, 1]  # one row of each number of images, and one more
+    for counts in COUNTS:
         examples = [example(i + 1, row) for i, row in enumerate(counts)]
         batch = collator(examples)
         assert ownership.of(batch, examples, names(batch)) is not None
-    assert calls == [1, 1, 1]
+    assert calls == [4, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("rows", [([1], [1, 1], []), ([1], [1]), ([], []), ([1],)], ids=str)
+def test_what_a_batch_owns_does_not_depend_on_those_before_it(rows):
+    """Workers see other batches than one process does, and a resumed run sees none of the first ones."""
+
+    def fails_without_an_image(examples):
+        if not any(example["images"] for example in examples):
+            raise ValueError("no image")
+        return collator(examples)
+
+    def owned(ownership, counts):
+        examples = [example(i + 1, row) for i, row in enumerate(counts)]
+        batch = collator(examples)
+        return ownership.of(batch, examples, names(batch))
+
+    for collate in (collator, fails_without_an_image):
+        one = learned(collate, *rows)
+        in_order = [owned(one, counts) for counts in COUNTS]
+        assert in_order == [owned(learned(collate, *rows), counts) for counts in COUNTS]
+        assert in_order == [owned(one, counts) for counts in reversed(COUNTS)][::-1]
 
 
 def test_one_image_in_every_row_says_nothing_about_the_next_batch():

@@ -7,7 +7,7 @@ from models import prompt_completion_rows, tiny_model, tiny_tokenizer
 
 from echo_trainer.ablation.plan import Run, specification
 from echo_trainer.ablation.recipe import AblationRecipe, load_recipe
-from echo_trainer.ablation.run_one import Workbench, run_one
+from echo_trainer.ablation.run_one import Workbench, build_trainer, run_one
 from echo_trainer.quiet import quiet_libraries
 
 TRAINING = {
@@ -49,3 +49,9 @@ def do(recipe, output, arm, *, bench=None, adapter="lora", seed=0, rate=0.01, ma
     run = Run(arm, adapter, seed, rate, max_steps)
     with quiet_libraries():
         return run_one(bench or Workbench(recipe), run, specification(recipe, run, {}), output, lambda *a: None)
+
+
+def trainer_of(bench, folder, arm, adapter="lora", max_steps=None):
+    """The trainer of one run, not trained yet."""
+    with quiet_libraries():
+        return build_trainer(bench, Run(arm, adapter, 0, 0.01, max_steps), folder, lambda *a: None)

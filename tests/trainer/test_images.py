@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from families import vision_language_model
 from models import conversation_rows, lora_config
-from training import SETTINGS, losses, revive
+from training import SETTINGS, assert_equal, losses, revive, trainable
 from vision import UNMARKED, PatchCollator, TokenizerOnly, idefics3, image_rows, llava, vision_tokenizer
 
 from echo_trainer import EchoSFTConfig, EchoSFTTrainer
@@ -87,6 +87,31 @@ def test_losses_are_those_of_all_rows(tmp_path, monkeypatch, rows_run, family, c
     for name in ("echo/ce_echo", "echo/kd", "echo/routed"):
         left, right = ([e[name] for e in run.state.log_history if name in e] for run in (some, whole))
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_what_runs_does_not_depend_on_the_workers(tmp_path, rows_run, workers):
+    """A collator that fails on a row without an image; some batches have one image in each row, others say more."""
+
+    class NeedsAnImage(PatchCollator):
+        def __call__(self, examples):
+            if not any(example["images"] for example in examples):
+                raise ValueError("no image")
+            return super().__call__(examples)
+
+    def make():
+        return vision_language_model("qwen2_vl"), TokenizerOnly(vision_tokenizer()), NeedsAnImage()
+
+    counts, runs = (1, 1, 1, 2, 1, 1, 2, 0, 1), []
+    for number in (0, workers):
+        found = len(rows_run)
+        settings = {"dataloader_num_workers": number, "train_sampling_strategy": "sequential"}
+        trainer = vision_trainer(tmp_path / str(number), make, image_rows(36, counts=counts), **settings)
+        revive(trainer)
+        trainer.train()
+        runs.append((losses(trainer), rows_run[found:], trainable(trainer)))
+    assert runs[0][:2] == runs[1][:2]
+    assert_equal(runs[0][2], runs[1][2])
 
 
 def test_what_is_not_known_runs_all_rows(tmp_path, rows_run, caplog):
