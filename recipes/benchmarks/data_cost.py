@@ -9,19 +9,24 @@ as it has while a device computes.
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from echo_trainer import EchoSFTConfig, EchoSFTTrainer
+from echo_trainer import EchoSFTConfig, EchoSFTTrainer, quiet
 from echo_trainer.bench.tokenizer import placeholder_tokenizer
 from echo_trainer.quiet import quiet_libraries
+
+# Also runs with the code of before, beside which it is measured (mixes.py).
+PLANNED_IN = "echo_trainer.run.draft" if (Path(quiet.__file__).parent / "run").is_dir() else "echo_trainer.collator"
 
 
 def main() -> None:
@@ -42,7 +47,18 @@ def measure(options: argparse.Namespace, workers: int) -> dict[str, float]:
     """Median milliseconds in the main process for one micro-batch, and what the batch is."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(options, workers, folder)
-        trainer.pass_choice.settle = lambda *args: None  # what the proof costs is measured by proof_cost.py
+        if hasattr(trainer, "pass_choice"):  # what the proof costs is measured by proof_cost.py
+            trainer.pass_choice.settle = lambda *args: None
+        planning, plan_s = importlib.import_module(PLANNED_IN), []
+        make_plan = planning.make_plan
+
+        def timed_plan(*args, **kwargs):
+            begin = time.thread_time()
+            plan = make_plan(*args, **kwargs)
+            plan_s.append(time.thread_time() - begin)
+            return plan
+
+        planning.make_plan = timed_plan
         trainer.state.max_steps, trainer.state.train_batch_size = 100, options.rows
         batches = iter(trainer.get_train_dataloader())
         seconds = []
@@ -57,6 +73,7 @@ def measure(options: argparse.Namespace, workers: int) -> dict[str, float]:
     return {
         "wall_ms": 1000 * statistics.median(wall for wall, _ in seconds[2:]),
         "thread_ms": 1000 * statistics.median(own for _, own in seconds[2:]),
+        "plan_ms": 1000 * statistics.median(plan_s[2:]),
         "tokens": inputs["input_ids"].numel(),
         "documents": plan.n_samples,
         "predicted": len(plan.labels_N),

@@ -65,7 +65,7 @@ class Step:
     def __init__(self, checkout: Path, case: dict):
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "mixes_step.py"), json.dumps(case)],
-            env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+            env=environment(checkout),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
 
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", default="dc086ab", help="commit to compare with")
     parser.add_argument("--rounds", type=int, default=2, help="timed steps of each variant")
-    parser.add_argument("--mixes", nargs="+", default=list(MIX_OF), choices=list(MIX_OF))
+    parser.add_argument("--mixes", nargs="*", default=list(MIX_OF), choices=list(MIX_OF))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "archive", options.before], cwd=ROOT, check=True, capture_output=True).stdout
@@ -98,6 +98,11 @@ def main() -> None:
         for name in options.mixes:
             for row in rows(MIX_OF[name], (ROOT, Path(folder)), options.rounds):
                 print(f"| {name} | {row} |", flush=True)
+        print("\n| | workers | plan, ms | fetch, collate, draw and plan, ms |\n|---|---|---|---|")
+        for workers in ("0", "2"):
+            for name, checkout in (("before", Path(folder)), ("after", ROOT)):
+                found = data_cost(checkout, workers)
+                print(f"| {name} | {workers} | {found['plan_ms']:.1f} | {found['thread_ms']:.1f} |", flush=True)
 
 
 def rows(mix: Mix, checkouts: tuple[Path, Path], rounds: int) -> list[str]:
@@ -126,6 +131,20 @@ def rows(mix: Mix, checkouts: tuple[Path, Path], rounds: int) -> list[str]:
             f"| {cpu[name]:.2f} ({cpu[name] / cpu['plain LoRA']:.2f}) "
         )
     return found
+
+
+def data_cost(checkout: Path, workers: str) -> dict[str, float]:
+    """What data_cost.py finds with the code of a checkout."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "data_cost.py"), "--workers", workers],
+        env=environment(checkout), check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment(checkout: Path) -> dict[str, str]:
+    """Variables of a process that runs the code of a checkout."""
+    return {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
 
 
 def layout_of(mix: Mix, checkout: Path, echo: dict) -> tuple[str, str]:

@@ -60,12 +60,14 @@ def test_flops_of_a_run_of_several_forms(folder, monkeypatch, memory, checkpoint
     monkeypatch.setattr(grouping, "PASS", 0)
     monkeypatch.setattr(pass_choice, "whole_rows_cost_less", lambda plan, *args: plan.n_routed % 2 == 0)
     options = {"echo_memory": memory, "gradient_checkpointing": checkpointing, "max_steps": 6}
-    recipe = tiny_recipe(folder, {**options, "echo_p_end": 1.0, "train_sampling_strategy": "sequential"})
+    recipe = tiny_recipe(folder, {**options, "echo_p_start": 0.6, "echo_p_end": 0.6})
     bench = Workbench(recipe)
     trainer = trainer_of(bench, folder, "echo")
     counted = counted_training(trainer)
     assert set(trainer.sizes()) == {ROWS, RECOMPUTED if memory == "recompute" else SUFFIX}
-    assert do(recipe, folder / f"{memory}-{checkpointing}", "echo", bench=bench)["flops"] == counted
+    found = do(recipe, folder / f"{memory}-{checkpointing}", "echo", bench=bench)["flops"]
+    # What is computed again is counted to half a per cent; everything else exactly.
+    assert found == (pytest.approx(counted, rel=0.01) if memory == "recompute" else counted)
 
 
 def test_attention_on_a_cpu_is_counted():
