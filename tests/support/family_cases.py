@@ -129,61 +129,7 @@ def try_family(family: str, layout: str) -> Outcome:
         if "echo_layers" in str(error):
             return Outcome("name the layers in echo_layers", "the layers are not a list of num_hidden_layers")
         raise
-<<<<<<< HEAD
-    examples, collator = batch_of(layout)
-
-    def step(suffix):
-        batch, plan = planned_batch(examples, suffix=suffix, collator=collator, seed=1)
-        return step_gradients(model, setup, batch, plan)
-
-    model.train()
-    full, full_gradients = step(False)
-    if full["objective"] != step(False)[0]["objective"]:
-        model.eval()  # routers that draw random numbers in training (PhiMoE), in every pass anew
-        full, full_gradients = step(False)
-    changed = (full["ce_echo"] - full["ce_plain_routed"]).abs()
-    assert changed > 1e-6, "the echo changes nothing, so the comparison would mean nothing"
-    # Most families normalise and route in float32 whatever the model's dtype.
-    tolerance = 2e-5 if dtype is torch.float64 else 2e-4
-    can_checkpoint = getattr(model.get_base_model(), "supports_gradient_checkpointing", False)
-    for checkpointing in (False, True) if can_checkpoint else (False,):
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        elif not form.runs_suffixes:
-            continue  # the same once more
-        chosen, gradients = step(form is SUFFIX)
-        for name in ("objective", "ce_plain", "ce_echo", "kd"):
-            torch.testing.assert_close(chosen[name], full[name], rtol=tolerance, atol=tolerance)
-        assert_same_gradients(full_gradients, gradients, tolerance)
-||||||| parent of b76104e (FLOPs: attention on a CPU is counted, forms of an ablation's echo passes are counted each; families and processes that compute again)
-    examples, collator = batch_of(layout)
-    can_checkpoint = getattr(model.get_base_model(), "supports_gradient_checkpointing", False)
-    for checkpointing in (False, True) if can_checkpoint else (False,):
-        model.train()
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-
-        def step(suffix):
-            batch, plan = planned_batch(examples, suffix=suffix, collator=collator, seed=1)
-            return step_gradients(model, setup, batch, plan)
-
-        if step(False)[0]["objective"] != step(False)[0]["objective"]:
-            model.eval()  # routers that draw random numbers in training (PhiMoE), in every pass anew
-        (full, full_gradients), (chosen, gradients) = step(False), step(form is SUFFIX)
-        changed = (full["ce_echo"] - full["ce_plain_routed"]).abs()
-        assert changed > 1e-6, "the echo changes nothing, so the comparison would mean nothing"
-        # Most families normalise and route in float32 whatever the model's dtype.
-        tolerance = 2e-5 if dtype is torch.float64 else 2e-4
-        for name in ("objective", "ce_plain", "ce_echo", "kd"):
-            torch.testing.assert_close(chosen[name], full[name], rtol=tolerance, atol=tolerance)
-        assert_same_gradients(full_gradients, gradients, tolerance)
-=======
-    for checkpointing in _checkpointing(model):
-        _set_up_training(model, checkpointing)
-        _compare_with_the_full_pass(model, setup, layout, dtype, form)
->>>>>>> b76104e (FLOPs: attention on a CPU is counted, forms of an ablation's echo passes are counted each; families and processes that compute again)
+    _compare_with_the_full_pass(model, setup, layout, dtype, lambda: form)
     return Outcome(str(form), "; ".join(against))
 
 
@@ -195,32 +141,20 @@ def try_computing_again(family: str, layout: str) -> list[Outcome]:
         AssertionError: the chosen pass gives another loss or other gradients than the full one.
     """
     model, dtype = running_model(family)
-    setup = echo_setup(model)
-    outcomes = []
-    for checkpointing in _checkpointing(model):
-        _set_up_training(model, checkpointing)
+    setup, outcomes = echo_setup(model), []
+
+    def choose():
         setup.unneeded = None
         form, against = chosen_form(model, setup, layout, recompute=True)
-        if form.runs_suffixes:
-            _compare_with_the_full_pass(model, setup, layout, dtype, form)
         outcomes.append(Outcome(str(form), "; ".join(against)))
+        return form
+
+    _compare_with_the_full_pass(model, setup, layout, dtype, choose)
     return outcomes
 
 
-def _checkpointing(model: PeftModel) -> tuple[bool, ...]:
-    """Whether to train with gradient checkpointing: without, and with it where the model can."""
-    return (False, True) if getattr(model.get_base_model(), "supports_gradient_checkpointing", False) else (False,)
-
-
-def _set_up_training(model: PeftModel, checkpointing: bool) -> None:
-    model.train()
-    if checkpointing:
-        model.enable_input_require_grads()
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _compare_with_the_full_pass(model: PeftModel, setup, layout: str, dtype: torch.dtype, form: EchoForm) -> None:
-    """One step with the echo pass in `form` has the losses and the gradients of the full pass."""
+def _compare_with_the_full_pass(model: PeftModel, setup, layout: str, dtype: torch.dtype, choose) -> None:
+    """A step with the form that `choose` says, without and with checkpointing, against one with the full pass."""
     examples, collator = batch_of(layout)
 
     def step(form):
@@ -229,13 +163,24 @@ def _compare_with_the_full_pass(model: PeftModel, setup, layout: str, dtype: tor
             plan = replace(plan, form=RECOMPUTED, layout=replace(plan.layout, recompute=True))
         return step_gradients(model, setup, batch, plan)
 
-    if step(ROWS)[0]["objective"] != step(ROWS)[0]["objective"]:
+    model.train()
+    full, full_gradients = step(ROWS)
+    if full["objective"] != step(ROWS)[0]["objective"]:
         model.eval()  # routers that draw random numbers in training (PhiMoE), in every pass anew
-    (full, full_gradients), (chosen, gradients) = step(ROWS), step(form)
+        full, full_gradients = step(ROWS)
     changed = (full["ce_echo"] - full["ce_plain_routed"]).abs()
     assert changed > 1e-6, "the echo changes nothing, so the comparison would mean nothing"
     # Most families normalise and route in float32 whatever the model's dtype.
     tolerance = 2e-5 if dtype is torch.float64 else 2e-4
-    for name in ("objective", "ce_plain", "ce_echo", "kd"):
-        torch.testing.assert_close(chosen[name], full[name], rtol=tolerance, atol=tolerance)
-    assert_same_gradients(full_gradients, gradients, tolerance)
+    can_checkpoint = getattr(model.get_base_model(), "supports_gradient_checkpointing", False)
+    for checkpointing in (False, True) if can_checkpoint else (False,):
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        form = choose()
+        if not checkpointing and not form.runs_suffixes:
+            continue  # the same once more
+        chosen, gradients = step(form)
+        for name in ("objective", "ce_plain", "ce_echo", "kd"):
+            torch.testing.assert_close(chosen[name], full[name], rtol=tolerance, atol=tolerance)
+        assert_same_gradients(full_gradients, gradients, tolerance)
