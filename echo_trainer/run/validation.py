@@ -19,18 +19,12 @@ from ..adapter.find_variants import unrepeated_init_of
 from ..compat.trainer import sends_batches
 from ..method.segments import has_boundary
 from ..passes.step import ECHO_MODULE
+from ..rendering.forms import FORMATS
 
 logger = logging.getLogger(__name__)
 
 STREAM_PROBE = 1000
 """Examples of a stream that are looked at for an answer after a prompt."""
-
-FORMATS = (
-    "Echo-LoRA needs one of these formats: {'prompt': ..., 'completion': ...} (text or messages); "
-    "{'messages': [...]}, whose answers are the assistant's turns; {'text': ...} with answer_marker, such as "
-    "'### Response:\\n'; or 'input_ids' with 'labels' that are -100 on the prompt. Mask a dataset before the trainer "
-    "is made, or give a collator that masks as `data_collator`."
-)
 
 OFF = "or switch the echo off with echo_p_start=0 and echo_p_end=0"
 
