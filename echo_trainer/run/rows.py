@@ -95,7 +95,8 @@ class Rows:
             self._note(ready.how, ready.form, ready.said)
         try:
             prepared = prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:  # TRL's, of a conversation without an answer
+        # What TRL and chat templates raise of a conversation without an answer.
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
             row: Any
             for number, row in enumerate(dataset if args.assistant_only_loss else ()):
                 if "messages" in row and not any(m["role"] == "assistant" for m in messages_of(row, number)):
