@@ -69,7 +69,8 @@ def handbook(folder, *more):
                 "--output_dir", str(folder / "out"), "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj",
                 "v_proj", "--max_length", "128", "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy",
                 "steps", "--save_steps", "2", "--do_eval", "--use_cpu", "--report_to", "none", "--logging_steps", "1",
-                "--per_device_train_batch_size", "2", "--chat_template", CHATML, "--dtype", "float32", *more]  # fmt: skip
+                "--per_device_train_batch_size", "2", "--chat_template", CHATML, "--dtype", "float32",
+                *more]  # fmt: skip
     script, args, model_args = TrlParser((ScriptArguments, ConfigOfTheScript, ModelConfig)).parse_args_and_config()
     last = get_last_checkpoint(args.output_dir) if (folder / "out").is_dir() else None
     dataset = load_dataset(script.dataset_name)
