@@ -195,7 +195,7 @@ def check_dataset(dataset: Any, collator: Any) -> None:
     they are not checked then; `first_step.py` looks at its batches.
 
     Raises:
-        ValueError: no example has a prompt/answer boundary.
+        ValueError: no example has a prompt/answer boundary, or they are no token ids.
     """
     if type(collator) is not TEXT_COLLATOR:
         return
@@ -203,7 +203,13 @@ def check_dataset(dataset: Any, collator: Any) -> None:
     examples = dataset if isinstance(dataset, Dataset) else itertools.islice(iter(dataset), STREAM_PROBE)
     example: Any
     for example in examples:
-        if "input_ids" not in example or ("labels" in example and has_boundary(example)):
+        if "input_ids" not in example:
+            raise ValueError(
+                f"The training dataset has the columns {sorted(example)} and no `input_ids`: it is made into tokens "
+                f"where the trainer is made, and this one was set later, or `skip_prepare_dataset` left it as it was. "
+                f"Give it to the trainer as `train_dataset`, or tokenise it before."
+            )
+        if "labels" in example and has_boundary(example):
             return
         seen += 1
     if not seen:
