@@ -73,13 +73,20 @@ class Ownership:
         if len(examples) == 1:
             return Owned({}, images)
         found = {name: _readings(name, batch, images) for name in names}
-        doubtful = [name for name in names if name not in self.readings or not self._certain(name, found[name])]
-        alone = self._alone(examples) if doubtful else None
-        if not alone:
-            doubtful = []
+        # Where nobody says how many images a row has, one for each row here may be another number in the next batch.
+        unsaid = set() if any(images) else {name for name in names if not _per_token(batch[name], batch["input_ids"])}
+        doubtful = [
+            name
+            for name in names
+            if name in unsaid or name not in self.readings or not self._certain(name, found[name])
+        ]
+        alone = self._alone(examples) if doubtful else []
+        if alone is None:
+            return None
         for name in doubtful:
-            assert alone is not None
             right = {r for r, part in found[name].items() if _agrees(part, batch[name], alone, name, images)}
+            if not right:
+                return None
             self.readings[name] = self.readings.get(name, right) & right or self.readings.get(name, set())
         parts = {name: set(self._left(name, found[name]).values()) for name in names}
         if not all(name in self.readings and len(left) == 1 for name, left in parts.items()):
@@ -107,6 +114,11 @@ class Ownership:
 def copy_of(example: Any) -> Any:
     """An example that a collator may change."""
     return dict(example) if isinstance(example, Mapping) else example
+
+
+def _per_token(value: Tensor, input_ids: Tensor) -> bool:
+    """Whether an input has an entry for each token."""
+    return value.shape[:2] == input_ids.shape
 
 
 def _count(example: Any) -> int:
