@@ -61,7 +61,7 @@ class EchoSFTConfig(EchoFields, SFTConfig):
     | `echo_learning_rate` | rate of the echo networks | > 0, None = `learning_rate` |
     | `echo_seed` | seed of routing and echo initialisation | integer >= 0, None = `seed` |
     | `assistant_only_loss` | answers are the assistant's turns | True, False, None = where rows are conversations |
-    | `answer_marker`, `prompt_marker` | what stands before answers and prompts in a text | text, None = nothing |
+    | `answer_marker`, `prompt_marker` | what stands before answers and prompts in a text | text, None = found |
     | `drop_without_marker` | what becomes of texts without the marker | True, False = an error |
     | `echo_probation` | when the echo is judged on held-out rows | share of the run < 1, steps, 0 = never |
     | `echo_held_out` | rows set aside for that | integer >= 0 |

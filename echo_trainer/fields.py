@@ -215,7 +215,8 @@ class EchoFields:
         default=None,
         metadata={
             "help": "What stands before each answer in rows of text and in what a formatting_func writes, such as "
-            "'### Response:\\n': the text before it is the prompt. \\n and \\t are read as a new line and a tab."
+            "'### Response:\\n': the text before it is the prompt. None: the words by which the chat template asks "
+            "for an answer, where it wrote the text. \\n and \\t are read as a new line and a tab."
         },
     )
     prompt_marker: str | None = field(
@@ -227,7 +228,9 @@ class EchoFields:
     )
     drop_without_marker: bool = field(
         default=False,
-        metadata={"help": "Drop texts that do not hold the answer marker; else such a row is an error."},
+        metadata={
+            "help": "Drop texts that do not hold the answer marker with an answer after it; else they are an error."
+        },
     )
 
     frozen_prefix_cache: bool = field(

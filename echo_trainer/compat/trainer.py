@@ -171,7 +171,7 @@ class JointTrainer(SFTTrainer):
         """Train with `run`, and return what it returns. With `auto_find_batch_size` it may be called again."""
         return run()
 
-    def save_state(self, folder: str, state_dict: dict) -> None:
+    def save_gathered(self, folder: str, state_dict: dict) -> None:
         """Write a model whose tensors an engine has gathered; goes through `saver.write`."""
         self._save(folder, state_dict=state_dict)
 

@@ -1,6 +1,7 @@
 """`evaluate_adapter`: from the name of an adapter or a model to its figures, in one call."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from .readers import Reader
 from .results import add_to_run
 from .run import run_evaluation
 from .tasks import load_tasks
+
+logger = logging.getLogger(__name__)
 
 Advance = Callable[[Task, int], None]
 
@@ -128,12 +131,58 @@ def evaluate_adapter(
 
 
 def row_options(model: str, answer_marker: str | None = None, prompt_marker: str | None = None) -> RowOptions:
-    """What a training run said about its rows, from the record in its folder; markers that are given come first."""
-    path = Path(model) / RUN_RECORD
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """
+    What a training run said about its rows, from the record beside its adapter; markers that are given come first.
+
+    Args:
+        model: folder, or id on the Hub; offline its cached files.
+        answer_marker, prompt_marker: in place of the record's.
+
+    Raises:
+        OSError, ValueError: there is a record, and it could not be read.
+    """
+    record = _record(model)
     markers = {"answer_marker": answer_marker, "prompt_marker": prompt_marker}
     given = {name: marker(name, value) for name, value in markers.items() if value is not None}
     return replace(RowOptions.of(record.get("rows") or {}), **given)
+
+
+def _record(model: str) -> dict[str, Any]:
+    """The record of a training run; empty where there is none."""
+    path = Path(model) / RUN_RECORD if Path(model).is_dir() else _downloaded(model)
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{RUN_RECORD} of {model} is not JSON ({error}). Restore it, or delete the file.") from error
+
+
+def _downloaded(model: str) -> Path | None:
+    """The record of a training run on the Hub; None where its repository has none."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(hf_hub_download(model, RUN_RECORD))
+    except LocalEntryNotFoundError as error:  # the Hub was not asked, or did not answer
+        known = any(
+            isinstance(try_to_load_from_cache(model, name), str) for name in ("adapter_config.json", "config.json")
+        )
+        if not known or not isinstance(error.__cause__, OfflineModeIsEnabled):
+            raise ValueError(
+                f"{RUN_RECORD} of {model} says how its rows were written in training, and the Hub could not be asked "
+                f"for it: {error.__cause__ or error}. Try again, or give the folder of a downloaded adapter."
+            ) from error
+        logger.warning(
+            "%s of %s is not among the files kept here, and the Hub is not asked (HF_HUB_OFFLINE): rows are written "
+            "as by default. If it was trained with an answer_marker, give that.",
+            RUN_RECORD,
+            model,
+        )
+        return None
+    except EntryNotFoundError:
+        return None
 
 
 def records_folder(model: str, with_echo: bool = False) -> Path:

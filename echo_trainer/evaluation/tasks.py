@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..rendering.forms import COLUMNS, Form, RowOptions, form_of
+from ..rendering.mapping import as_dataset
 from ..rendering.prompts import Parts, parts_of
-from ..rendering.rendering import Rendering, as_dataset
+from ..rendering.rendering import Rendering
 from ..templates import TEMPLATES
 from .answers import CHOICES, first_match, last_number
 from .data import folder_rows, hub_rows, instruction_row, read_rows, task_file

@@ -5,6 +5,7 @@ forward a step, whatever the step does inside.
 """
 
 import functools
+import inspect
 import types
 from typing import Any
 
@@ -58,11 +59,18 @@ def install_echo_forward(model: nn.Module, setup: EchoSetup, terms: EchoLoss) ->
         return original(*args, **kwargs)
 
     installed: Any = forward
+    installed.__signature__ = _with_self(inspect.signature(original))  # whoever reads it sees the original's
     # accelerate unwraps a model by following `__wrapped__`; it must stop here.
     del installed.__wrapped__
     installed.echo_of = (setup, terms)
     installed.echo_restores = (forward, own)
     model.forward = types.MethodType(installed, model)
+
+
+def _with_self(signature: inspect.Signature) -> inspect.Signature:
+    """That of the function of a bound method."""
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[itself, *signature.parameters.values()])
 
 
 def remove_echo_forward(model: nn.Module) -> None:

@@ -6,16 +6,21 @@ from typing import Any
 
 from trl.data_utils import is_conversational
 
-# Speakers of collections (ShareGPT), by the role that chat templates know them under.
-SPEAKERS = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "model": "assistant",
-}  # fmt: skip
-ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-RESULTS = {"observation": "tool", "function_response": "tool"}
-
 COLUMNS = ("prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs")
 """Columns that decide how a row is written, beside that of a text."""
+
+FORMATS = (
+    "Echo-LoRA needs one of these formats: {'prompt': ..., 'completion': ...} (text or messages); "
+    "{'messages': [...]}, whose answers are the assistant's turns; {'text': ...} with answer_marker, such as "
+    "'### Response:\\n'; or 'input_ids' with 'labels' that are -100 on the prompt. Mask a dataset before the trainer "
+    "is made, or give a collator that masks as `data_collator`."
+)
+
+# Columns of published data, by those that they stand for.
+RENAMED = {
+    "question": "prompt", "query": "prompt", "instruction": "prompt", "input": "prompt", "problem": "prompt",
+    "answer": "completion", "response": "completion", "output": "completion", "solution": "completion",
+}  # fmt: skip
 
 # Columns that make TRL take a conversation for a row of another kind.
 MISLEADING = ("prompt", "chosen", "rejected", "label")
@@ -77,34 +82,49 @@ def is_chat(row: dict[str, Any]) -> bool:
     return is_conversational({"prompt": row["prompt"]})
 
 
-def as_messages(turns: list[dict[str, Any]], number: int | None = None) -> list[dict[str, Any]]:
-    """
-    Messages (role, content) from turns of any of the usual spellings (from, value; human, gpt).
-
-    Args:
-        turns: of one conversation.
-        number: of its row, for the error.
-
-    Raises:
-        ValueError: a turn `from` somebody whom nobody knows.
-    """
-    messages = []
-    for turn in turns:
-        rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role")}
-        role = SPEAKERS.get(str(turn.get("role")).lower(), turn.get("role"))  # a template may know others
-        if turn.get("from") is not None:
-            known = {**ROLES, **SPEAKERS, **RESULTS}
-            role = known.get(str(turn["from"]).lower())
-            if role is None:
-                raise ValueError(
-                    f"{row_name(number)} has a turn from {turn['from']!r}, whose role is not known. Known are "
-                    f"{', '.join(known)}: rename it in the rows."
-                )
-        said = {"content": turn["value"]} if turn.get("value") is not None else {}
-        messages.append({"role": role, **rest, **said})
-    return messages
-
-
 def row_name(number: int | None) -> str:
     """How errors call a row."""
     return "A row" if number is None else f"Row {number} (the first is row 0)"
+
+
+def check_form(row: dict[str, Any], form: Form) -> None:
+    """
+    Refuse a row whose columns are none of the known ones, or do not fit together.
+
+    Args:
+        row: the first of a dataset.
+        form: of it.
+
+    Raises:
+        ValueError: it is; the message says how the columns are to be called.
+    """
+    if form is Form.PAIR and isinstance(row["prompt"], str) is not isinstance(row["completion"], str):
+        kinds = {name: "text" if isinstance(row[name], str) else "messages" for name in ("prompt", "completion")}
+        raise ValueError(
+            f"`prompt` is {kinds['prompt']} and `completion` is {kinds['completion']}. Write both as text or both as "
+            f"messages: [{{'role': 'user', 'content': ...}}] and [{{'role': 'assistant', 'content': ...}}]."
+        )
+    if form is Form.OTHER:
+        raise ValueError(
+            f"The rows have the columns {sorted(row)}, which say nothing of prompts and answers. {_renaming(row)}"
+            f"{FORMATS}"
+        )
+
+
+def _renaming(row: dict[str, Any]) -> str:
+    """The line that makes one of the known forms of a row, where its columns are those of much published data."""
+    for name, value in row.items():
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, dict) and ("role" in first or "from" in first):
+            return f"Write dataset.rename_column({name!r}, 'messages'). "
+    if "instruction" in row and "input" in row and "output" in row:
+        return (
+            "Write dataset.map(lambda row: {'prompt': f\"{row['instruction']}\\n\\n{row['input']}\\n\\n\", "
+            "'completion': row['output']}, remove_columns=dataset.column_names), or dataset_template: alpaca in a "
+            "recipe. "
+        )
+    names = {name: RENAMED.get(name, name) for name in row}
+    if sorted(name for name in names.values() if name in ("prompt", "completion")) == ["completion", "prompt"]:
+        changed = {name: new for name, new in names.items() if name != new}
+        return f"Write dataset.rename_columns({changed!r}). "
+    return ""

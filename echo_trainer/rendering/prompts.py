@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .forms import Form, RowOptions, as_messages, form_of
+from .forms import Form, form_of
 from .marker import marked_spans
+from .messages import messages_of
 from .rendering import Rendering
 from .rows import renderer
 
@@ -33,18 +34,18 @@ def parts_of(row: dict[str, Any], rendering: Rendering) -> Parts:
         ValueError: a row without both, messages without a chat template, or a chat template that writes a prompt
             differently once it is answered.
     """
-    options: RowOptions = rendering.options
-    form = form_of(row, options)
-    if form is Form.TEXT and options.answer_marker is not None:
+    form = form_of(row, rendering.options)
+    options = rendering.marked_options(row) if form is Form.TEXT else None
+    if options is not None:
         text = row[options.dataset_text_field]
-        start, end = marked_spans(text, options, getattr(rendering.processing_class, "eos_token", None))[-1]
+        start, end = marked_spans(text, options, rendering.ends)[-1]
         return Parts(text[:start], text[start:end], text[start:end], True)
     if form is Form.PAIR and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         return Parts(row["prompt"], row["completion"], row["completion"], True)
     if form is Form.PAIR and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
         return _chat(row, row["prompt"], row["completion"], rendering)
     if form is Form.CONVERSATION:
-        messages = as_messages(row["messages"] if row.get("messages") is not None else row["conversations"])
+        messages = messages_of(row)
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         if last == 0:
             raise ValueError("Its conversation has no answer of the assistant after a prompt.")

@@ -2,59 +2,35 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-import pyarrow
-from datasets import Dataset
-from trl import get_training_chat_template
-from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
+from transformers import ProcessorMixin
+from trl.chat_template_utils import is_chat_template_stop_token_trained
 from trl.trainer.utils import global_then_local_main_first
 
 from ..compat.preparation import prepare_rows
-from .forms import MISLEADING, Form, RowOptions, as_messages, form_of, is_chat
-from .rows import chat_row, check_formatted, conversation_row, has_marker, marked_row, switched_row, text_row
+from .forms import MISLEADING, Form, RowOptions, check_form, form_of, is_chat
+from .mapping import as_dataset, drop_unmarked, map_rows
+from .messages import messages_of
+from .ready import HOW, Marks, Ready, marks_of
+from .rows import (
+    chat_row,
+    check_formatted,
+    completion_row,
+    conversation_row,
+    formatted,
+    joined_pair,
+    marked_row,
+    renderer,
+    special_words,
+    switched_row,
+    text_row,
+)
+from .words import Words, words_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Ready:
-    """
-    Rows that TRL can prepare, and what to tell it.
-
-    Attributes:
-        dataset: the rows; with `input_ids` and `labels` where TRL cannot make them.
-        assistant_only_loss: whether TRL masks all but the assistant's turns.
-        chat_template: in place of the tokenizer's; None leaves that.
-        formatting_func: what TRL is to apply; None where it was applied already.
-        form: of the rows as they were given.
-        how: what their answers are, in words.
-    """
-
-    dataset: Any
-    form: Form
-    how: str
-    assistant_only_loss: bool = False
-    chat_template: str | None = None
-    formatting_func: Any = None
-
-
-@dataclass(frozen=True)
-class Marks:
-    """Whether a chat template marks the assistant's turns: itself, by a template of TRL's in its place, or not."""
-
-    known: bool
-    chat_template: str | None = None
-    how: str = "found by rendering each conversation up to its turns"
-
-
-_HOW = {
-    Form.PAIR: "the completion",
-    Form.TOKENS: "the tokens that have a label",
-    Form.TEXT: "not told from the prompts",
-}
 
 
 class Rendering:
@@ -75,19 +51,7 @@ class Rendering:
     @cached_property
     def marks(self) -> Marks:
         """How the assistant's turns are told from the rest."""
-        template = getattr(self.processing_class, "chat_template", None)
-        if template is None:
-            raise ValueError(
-                "The rows are conversations, and the tokenizer has no chat template to write them as text. Name one "
-                "in chat_template_path (a Jinja file, or a model that has one), take the tokenizer of the model's "
-                "chat variant, or use rows whose prompt and completion are text."
-            )
-        if has_generation_markers(template):
-            return Marks(True, None, "marked by the chat template")
-        try:
-            return Marks(True, get_training_chat_template(self.processing_class), "marked by TRL's training template")
-        except ValueError:  # TRL has none for this family
-            return Marks(False)
+        return marks_of(self.processing_class)
 
     def ready(self, dataset: Any, name: str = "train", num_proc: int | None = None) -> Ready:
         """
@@ -102,22 +66,80 @@ class Rendering:
             ValueError: answers cannot be told from prompts; the message names the row.
         """
         first = next(iter(dataset))
-        form = self.form(first)
-        apply = partial(_map, name=name, num_proc=num_proc)
+        form, marked = self.form(first), self.marked_options(first)
+        apply = partial(map_rows, name=name, num_proc=num_proc)
         with global_then_local_main_first():
-            if self.options.answer_marker is not None:
-                return self._marked(dataset, form, first, apply)
+            if marked is not None:
+                return self._marked(dataset, form, first, marked, apply)
+            if self.formatting_func is None:
+                check_form(first, form)
             if "chat_template_kwargs" in first and form in (Form.CONVERSATION, Form.PAIR):
                 dataset = apply(dataset, switched_row, "Reading")
             if form is Form.CONVERSATION:
                 return self._conversations(dataset, first, apply)
+            if (
+                form is Form.PAIR
+                and self._joins
+                and is_chat(first)
+                and (pair := joined_pair(first, 0)) != {name: first[name] for name in pair}
+            ):
+                dataset = apply(dataset, joined_pair, "Converting", messages=list(pair))
+            if form is Form.TOKENS and "completion_mask" in first and not {"labels", "assistant_masks"} & set(first):
+                dataset = apply(dataset, completion_row, "Masking", drop=["completion_mask"])
+                return Ready(dataset, form, "the tokens of `completion_mask`")
             if self.options.assistant_only_loss and form is not Form.TOKENS:
                 return self._pairs_of_turns(dataset, form, first, apply)
-        return Ready(dataset, form, _HOW.get(form, "not known"), formatting_func=self.formatting_func)
+        return Ready(dataset, form, HOW.get(form, "not known"), formatting_func=self.formatting_func)
+
+    @property
+    def _joins(self) -> bool:
+        """Whether messages are written as one text each; processors write parts."""
+        return not isinstance(self.processing_class, ProcessorMixin)
+
+    @cached_property
+    def words(self) -> Words | None:
+        """What the chat template writes around an answer; None where there is no template, or nothing to be found."""
+        if getattr(self.processing_class, "chat_template", None) is None:
+            return None
+        return words_of(renderer({}, self.processing_class), special_words(self.processing_class))
+
+    @property
+    def ends(self) -> list[str]:
+        """Texts that end an answer and belong to it."""
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        words, marker = self.words, self.options.answer_marker
+        own = words is not None and (marker is None or marker.strip() == words.marker.strip())
+        return [end for end in (getattr(tokenizer, "eos_token", None), words.end if words and own else None) if end]
+
+    def marked_options(self, row: dict[str, Any]) -> RowOptions | None:
+        """
+        The options by which the answers of a text are found: those of the run, or the words of the chat template where
+        the text holds them; None where no marker says what the answers are.
+
+        Args:
+            row: the first of a dataset.
+        """
+        if self.options.answer_marker is not None:
+            return self.options
+        if "input_ids" in row or self.options.assistant_only_loss or self.words is None:
+            return None
+        if self.formatting_func is not None:
+            text = formatted(row, 0, self.formatting_func)
+        elif form_of(row, self.options) is Form.TEXT:
+            text = row[self.options.dataset_text_field]
+        else:
+            return None
+        if not isinstance(text, str) or self.words.marker not in text:
+            return None
+        if form_of(row, self.options) is Form.CONVERSATION and self.formatting_func is not None:
+            messages = messages_of(row, 0, self._joins)
+            if renderer(row, self.processing_class)(messages, False).strip() == text.strip():
+                return None  # its turns are known
+        return replace(self.options, answer_marker=self.words.marker)
 
     def form(self, row: dict[str, Any]) -> Form:
         """The form of a row; one that a `formatting_func` writes as text is text where a marker finds its answers."""
-        if self.formatting_func is not None and self.options.answer_marker is not None and "input_ids" not in row:
+        if self.formatting_func is not None and "input_ids" not in row and self.marked_options(row) is not None:
             return Form.TEXT
         return form_of(row, self.options)
 
@@ -170,25 +192,27 @@ class Rendering:
 
     # The forms
 
-    def _marked(self, dataset: Any, form: Form, first: dict[str, Any], apply: Any) -> Ready:
+    def _marked(self, dataset: Any, form: Form, first: dict[str, Any], options: RowOptions, apply: Any) -> Ready:
         if form is not Form.TEXT:
             raise ValueError(
-                f"answer_marker={self.options.answer_marker!r} is looked for in text, and the rows are {form}: they "
+                f"answer_marker={options.answer_marker!r} is looked for in text, and the rows are {form}: they "
                 f"have the columns {sorted(first)}. Leave it out, name the column of the text in dataset_text_field, "
                 f"or pass a formatting_func that writes a row as text."
             )
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        field = self.options.dataset_text_field
+        field = options.dataset_text_field
         if self.formatting_func is not None:
             dataset = apply(dataset, partial(text_row, function=self.formatting_func, field=field), "Formatting")
-        if self.options.drop_without_marker:
-            before = dataset
-            marker = str(self.options.answer_marker)
-            dataset = dataset.filter(partial(has_marker, marker=marker, field=field))
-            _say_dropped(before, dataset, marker)
-        encode_row = partial(marked_row, options=self.options, tokenizer=tokenizer)
-        how = f"what follows {self.options.answer_marker!r}"
-        return Ready(apply(dataset, encode_row, "Tokenizing"), form, how)
+        if options.drop_without_marker:
+            dataset = drop_unmarked(dataset, options, tokenizer, self.ends)
+        encode_row = partial(marked_row, options=options, tokenizer=tokenizer, ends=self.ends)
+        found = self.options.answer_marker is None
+        said = (
+            f"The rows are texts that the chat template wrote, so answer_marker={options.answer_marker!r} is set: the "
+            f"answers are what follows it."
+        )
+        how = f"what follows {options.answer_marker!r}"
+        return Ready(apply(dataset, encode_row, "Tokenizing"), form, how, said=said if found else "")
 
     def _conversations(self, dataset: Any, first: dict[str, Any], apply: Any) -> Ready:
         self.require_turns()
@@ -196,9 +220,10 @@ class Rendering:
         if self.formatting_func is not None:
             check = partial(check_formatted, function=self.formatting_func, processing_class=self.processing_class)
             dataset = apply(dataset, check, "Comparing")
-        if "conversations" in first or as_messages(first["messages"]) != first["messages"]:
+        if "conversations" in first or messages_of(first, 0, self._joins) != first["messages"]:
             drop = [name for name in ("conversations",) if name in first]
-            dataset = apply(dataset, conversation_row, "Converting", drop=drop)
+            convert = partial(conversation_row, joined=self._joins)
+            dataset = apply(dataset, convert, "Converting", drop=drop, messages=["messages"])
         misleading = [name for name in MISLEADING if name in first]
         dataset = dataset.remove_columns(misleading) if misleading else dataset
         how = f"the assistant's turns, {marks.how}"
@@ -229,37 +254,3 @@ class Rendering:
                 "The chat template leaves the token that ends the assistant's turn out of {%% generation %%}, so the "
                 "model may not learn to stop. Move {%% endgeneration %%} behind that token."
             )
-
-
-def _map(dataset: Any, function: Any, doing: str, name: str, num_proc: int | None, drop: Sequence[str] = ()) -> Any:
-    """Rows changed one by one; `function` gets a row and its number."""
-    options: dict[str, Any] = {"with_indices": True, "remove_columns": list(drop) or None}
-    if isinstance(dataset, Dataset):
-        options |= {"num_proc": num_proc, "desc": f"{doing} {name} dataset"}
-    return dataset.map(function, **options)
-
-
-def _say_dropped(before: Any, after: Any, marker: str) -> None:
-    if isinstance(before, Dataset) and len(after) < len(before):
-        logger.warning(
-            "%d of %d rows do not hold the answer marker %r and are dropped.",
-            len(before) - len(after),
-            len(before),
-            marker,
-        )
-
-
-def as_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """
-    Rows as a dataset holds them: a key that one row has and another lacks is None there.
-
-    Raises:
-        ValueError: values of one column are of different kinds.
-    """
-    try:
-        return Dataset.from_list(list(rows))
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise ValueError(
-            f"The rows cannot be held in one dataset, since values of a column are of different kinds ({error}). "
-            f"Write nested values, such as `tools`, as JSON text."
-        ) from error

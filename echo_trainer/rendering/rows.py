@@ -1,24 +1,30 @@
 """What is done to one row: the functions that datasets map, at the top level so that their results are cached."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from .forms import RowOptions, as_messages, row_name
-from .marker import marked_spans
+from ..method.segments import IGNORE_INDEX
+from .forms import RowOptions, row_name
+from .marker import NoMarkerError, marked_spans
+from .messages import messages_of, with_text
 from .spans import encode
 from .turns import Render, turn_spans
 
 Formatting = Callable[[dict[str, Any]], str]
 
 
-def conversation_row(row: dict[str, Any], number: int) -> dict[str, Any]:
+def conversation_row(row: dict[str, Any], number: int, joined: bool = False) -> dict[str, Any]:
     """`messages` in the usual spelling, from `conversations` or from messages in another one."""
-    turns = row["messages"] if row.get("messages") is not None else row["conversations"]
-    return {"messages": as_messages(turns, number)}
+    return {"messages": messages_of(row, number, joined)}
+
+
+def joined_pair(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """Prompt and completion whose messages have one text each, in place of parts."""
+    return {name: [with_text(message) for message in row[name]] for name in ("prompt", "completion")}
 
 
 def switched_row(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -40,22 +46,54 @@ def formatted(row: dict[str, Any], number: int, function: Formatting) -> str:
     """
     text = function(row)
     if not isinstance(text, str):
+        instead = (
+            "Rows with other columns are made by dataset.map(formatting_func)."
+            if isinstance(text, dict)
+            else "Rows in a format of TRL (prompt and completion, messages) need none."
+        )
         raise ValueError(
             f"`formatting_func` returned a {type(text).__name__} for row {number}. It is called with one row and must "
-            f"return its text; rows in a format of TRL (prompt and completion, messages) need none."
+            f"return its text. {instead}"
         )
     return text
 
 
-def has_marker(row: dict[str, Any], marker: str, field: str) -> bool:
-    """Whether the text of a row holds the answer marker."""
-    return marker in row[field]
+def has_marker(row: dict[str, Any], options: RowOptions, tokenizer: Any, ends: Sequence[str]) -> bool:
+    """Whether the text of a row holds the answer marker, and an answer after it."""
+    text = row[options.dataset_text_field]
+    if text is None:
+        return False
+    try:
+        marked_spans(with_end(text, tokenizer), options, ends)
+    except NoMarkerError:
+        return False
+    except ValueError:  # said with the row's number when it is tokenised
+        return True
+    return True
 
 
-def marked_row(row: dict[str, Any], number: int, options: RowOptions, tokenizer: Any) -> dict[str, list[int]]:
+def marked_row(
+    row: dict[str, Any], number: int, options: RowOptions, tokenizer: Any, ends: Sequence[str]
+) -> dict[str, list[int]]:
     """Token ids and labels of a text with a marker; an end token is appended, as TRL does."""
-    text = with_end(row[options.dataset_text_field], tokenizer)
-    return encode(text, marked_spans(text, options, tokenizer.eos_token, number), tokenizer)
+    given = row[options.dataset_text_field]
+    if not isinstance(given, str):
+        raise ValueError(
+            f"{row_name(number)} has {given!r} in `{options.dataset_text_field}` where a text is needed. Drop such "
+            f"rows, or set drop_without_marker=True."
+        )
+    text = with_end(given, tokenizer)
+    return encode(text, marked_spans(text, options, ends, number), tokenizer)
+
+
+def completion_row(row: dict[str, Any], number: int) -> dict[str, list[int]]:
+    """Labels of token ids whose completion is marked by `completion_mask`."""
+    ids, mask = row["input_ids"], row["completion_mask"]
+    if len(ids) != len(mask):
+        raise ValueError(
+            f"{row_name(number)} has {len(ids)} `input_ids` and {len(mask)} numbers in `completion_mask`."
+        )
+    return {"labels": [token if counts else IGNORE_INDEX for token, counts in zip(ids, mask, strict=True)]}
 
 
 def with_end(text: str, tokenizer: Any) -> str:
@@ -67,7 +105,7 @@ def with_end(text: str, tokenizer: Any) -> str:
 def chat_row(row: dict[str, Any], number: int, processing_class: Any) -> dict[str, list[int]]:
     """Token ids and labels of a conversation, or of prompt and completion, whose template marks no turns."""
     prompt = row["prompt"] if "completion" in row else []
-    messages = [*prompt, *row["completion"]] if "completion" in row else row["messages"]
+    messages = [*prompt, *row["completion"]] if "completion" in row else messages_of(row, number)
     text, spans = turn_spans(messages, renderer(row, processing_class), special_words(processing_class), number)
     return encode_chat(text, spans[_turns(prompt) :], processing_class)
 

@@ -7,8 +7,9 @@ from typing import Any
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from .forms import Form, RowOptions, as_messages
+from .forms import Form, RowOptions
 from .marker import marked_spans
+from .messages import messages_of
 from .rendering import Rendering
 from .rows import renderer, special_words
 from .turns import turn_spans
@@ -82,11 +83,10 @@ class AnswerCollator:
         images = list(example["images"]) if example.get("images") is not None else [example["image"]]
         if self.options.answer_marker is not None and self.options.dataset_text_field in example:
             text = example[self.options.dataset_text_field]
-            spans = marked_spans(text, self.options, processor.tokenizer.eos_token)
+            spans = marked_spans(text, self.options, [processor.tokenizer.eos_token])
             pictures = [{"type": "image", "image": image} for image in images]
         else:
-            turns = example["messages"] if example.get("messages") is not None else example["conversations"]
-            messages = prepare_multimodal_messages(_with_places(as_messages(turns), processor), images=images)
+            messages = prepare_multimodal_messages(_with_places(messages_of(example), processor), images=images)
             text, spans = turn_spans(messages, renderer(example, processor), special_words(processor))
             contents = [part for message in messages for part in message.get("content") or []]
             pictures = [part for part in contents if part["type"] != "text"]

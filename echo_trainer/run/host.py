@@ -121,7 +121,7 @@ class Host(Protocol):
         """Save the model, then push it."""
         ...
 
-    def save_state(self, folder: str, state_dict: dict) -> None:
+    def save_gathered(self, folder: str, state_dict: dict) -> None:
         """See `compat.trainer.JointTrainer`."""
         ...
 

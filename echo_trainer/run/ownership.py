@@ -103,7 +103,9 @@ class Ownership:
         for name in names:
             found = _readings(name, batch, images)
             parts = {part for reading, part in found.items() if reading in self.readings.get(name, ())}
-            if len(parts) != 1:
+            # Where nobody says how many images a row has, one for each here may be another number in the next batch.
+            unsaid = not any(images) and not _per_token(batch[name], batch["input_ids"])
+            if unsaid or len(parts) != 1:
                 alone = self._alone(examples) if alone is None else alone
                 if alone is None:
                     return None
@@ -140,6 +142,11 @@ def _telling(rows: Sequence[Any]) -> list[Any]:
 def copy_of(example: Any) -> Any:
     """An example that a collator may change."""
     return dict(example) if isinstance(example, Mapping) else example
+
+
+def _per_token(value: Tensor, input_ids: Tensor) -> bool:
+    """Whether an input has an entry for each token."""
+    return value.shape[:2] == input_ids.shape
 
 
 def _count(example: Any) -> int:

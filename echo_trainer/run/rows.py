@@ -12,6 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..config import EchoSFTConfig
 from ..rendering.forms import Form, RowOptions
+from ..rendering.messages import messages_of
 from ..rendering.rendering import Rendering
 from ..rendering.turns import no_answer
 from ..rendering.vision import COLUMNS, mark_answers
@@ -91,15 +92,15 @@ class Rows:
             host.chat_template = ready.chat_template
             args = copy.copy(args)
             args.assistant_only_loss = ready.assistant_only_loss
-            self._note(ready.how, ready.form)
+            self._note(ready.how, ready.form, ready.said)
         try:
             prepared = prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        except RuntimeError as error:  # TRL's, of a conversation without an answer
+        # What TRL and chat templates raise of a conversation without an answer.
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
             row: Any
             for number, row in enumerate(dataset if args.assistant_only_loss else ()):
-                messages = row.get("messages") or []
-                if messages and not any(message["role"] == "assistant" for message in messages):
-                    raise no_answer(messages, number) from error
+                if "messages" in row and not any(m["role"] == "assistant" for m in messages_of(row, number)):
+                    raise no_answer(row["messages"], number) from error
             raise
         if not packing and isinstance(dataset, Dataset):
             warn_of_lost_answers(dataset_name, len(dataset), len(prepared), args.max_length)
@@ -124,11 +125,13 @@ class Rows:
             self.rendering = Rendering(self.options, processing_class, self.formatting_func)
         return self.rendering
 
-    def _note(self, how: str, form: Form) -> None:
+    def _note(self, how: str, form: Form, said: str = "") -> None:
         """Note what the answers of the first dataset are, and say where an option was switched on for it."""
         if self.how is not None:
             return
         self.how = how
+        if said:
+            logger.warning("%s", said)
         if form is Form.CONVERSATION and self.options.assistant_only_loss is None:
             self.config.switch_on_assistant_only_loss()
             logger.warning(

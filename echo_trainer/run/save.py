@@ -55,7 +55,7 @@ class Saver:
         if not host.is_fsdp_enabled or host.echo is None or (keeps_shards(host) and is_checkpoint(folder)):
             save(output_dir, _internal_call)
             return
-        host.save_state(folder, whole_trainable_state(host.model))
+        host.save_gathered(folder, whole_trainable_state(host.model))
         if host.args.push_to_hub and not _internal_call:
             host.push_to_hub(commit_message="Model save", revision=host.args.hub_revision)
 

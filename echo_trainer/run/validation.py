@@ -19,18 +19,12 @@ from ..adapter.find_variants import unrepeated_init_of
 from ..compat.trainer import sends_batches
 from ..method.segments import has_boundary
 from ..passes.step import ECHO_MODULE
+from ..rendering.forms import FORMATS
 
 logger = logging.getLogger(__name__)
 
 STREAM_PROBE = 1000
 """Examples of a stream that are looked at for an answer after a prompt."""
-
-FORMATS = (
-    "Echo-LoRA needs one of these formats: {'prompt': ..., 'completion': ...} (text or messages); "
-    "{'messages': [...]}, whose answers are the assistant's turns; {'text': ...} with answer_marker, such as "
-    "'### Response:\\n'; or 'input_ids' with 'labels' that are -100 on the prompt. Mask a dataset before the trainer "
-    "is made, or give a collator that masks as `data_collator`."
-)
 
 OFF = "or switch the echo off with echo_p_start=0 and echo_p_end=0"
 
@@ -201,7 +195,7 @@ def check_dataset(dataset: Any, collator: Any) -> None:
     they are not checked then; `first_step.py` looks at its batches.
 
     Raises:
-        ValueError: no example has a prompt/answer boundary.
+        ValueError: no example has a prompt/answer boundary, or they are no token ids.
     """
     if type(collator) is not TEXT_COLLATOR:
         return
@@ -209,7 +203,13 @@ def check_dataset(dataset: Any, collator: Any) -> None:
     examples = dataset if isinstance(dataset, Dataset) else itertools.islice(iter(dataset), STREAM_PROBE)
     example: Any
     for example in examples:
-        if "input_ids" not in example or ("labels" in example and has_boundary(example)):
+        if "input_ids" not in example:
+            raise ValueError(
+                f"The training dataset has the columns {sorted(example)} and no `input_ids`: it is made into tokens "
+                f"where the trainer is made, and this one was set later, or `skip_prepare_dataset` left it as it was. "
+                f"Give it to the trainer as `train_dataset`, or tokenise it before."
+            )
+        if "labels" in example and has_boundary(example):
             return
         seen += 1
     if not seen:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from trl.data_utils import prepare_multimodal_messages
 
-from ..rendering.forms import as_messages
+from ..rendering.messages import messages_of
 from ..rendering.rendering import Rendering
 from ..rendering.rows import renderer
 
@@ -132,10 +132,8 @@ def _images(row: Mapping) -> list[Any]:
 
 def _text(row: Mapping, processing_class: Any, images: list[Any]) -> tuple[str, str | None, bool]:
     """Text, second text of an encoder's pair, and whether a chat template wrote it."""
-    if row.get("messages") is not None:
-        messages = as_messages(row["messages"])
-    elif row.get("conversations") is not None:
-        messages = as_messages(row["conversations"])
+    if row.get("messages") is not None or row.get("conversations") is not None:
+        messages = messages_of(dict(row))
     elif row.get("prompt") is not None and row.get("completion") is not None:
         if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
             return row["prompt"] + row["completion"], None, False

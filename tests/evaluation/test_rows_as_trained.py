@@ -36,6 +36,18 @@ def called(i):
     ]
 
 
+def from_and_value(messages):
+    """The same in the spelling of ShareGPT, whose calls are turns of their own."""
+    speakers = {"user": "human", "assistant": "gpt", "tool": "observation"}
+    return [
+        {"from": "function_call", "value": json.dumps(message["tool_calls"][0]["function"])}
+        if "tool_calls" in message
+        else {"from": speakers[message["role"]], "value": message["content"]}
+        for message in messages
+    ]
+
+
+CHATML_TEXT = "<|im_start|>user\nask {i}<|im_end|>\n<|im_start|>assistant\nsay {i}<|im_end|>\n"
 SHARED = {"tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
 MARK = "### Response:\n"
 FORMS = {
@@ -49,6 +61,13 @@ FORMS = {
         lambda i: {"conversations": [{"from": "human", "value": f"h {i}"}, {"from": "gpt", "value": f"g {i}"}]},
         {},
     ),
+    "sharegpt with calls": (lambda i: {"conversations": from_and_value(called(i)), "tools": json.dumps(TOOLS)}, {}),
+    "messages as json": (lambda i: {"messages": json.dumps(talk(i))}, {}),
+    "contents in parts": (
+        lambda i: {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in talk(i)]},
+        {},
+    ),
+    "text of the template": (lambda i: {"text": CHATML_TEXT.format(i=i)}, {}),
     "text with a marker": (lambda i: {"text": f"ask {i}\n{MARK}say {i}"}, {"answer_marker": MARK}),
     "text of several turns": (
         lambda i: {"text": f"[Q] a{i} [A] b{i} [Q] c [A] d"},
@@ -101,7 +120,10 @@ def test_the_nll_of_rows_is_their_training_loss(tmp_path, form, written):
     assert trainer.state.log_history[0]["echo/ce_plain"] == pytest.approx(mean, rel=1e-5)
 
 
-@pytest.mark.parametrize("form", ["tools and switches", "text with a marker", "conversations"])
+@pytest.mark.parametrize(
+    "form",
+    ["tools and switches", "text with a marker", "text of the template", "conversations", "sharegpt with calls"],
+)
 def test_the_figures_of_a_saved_adapter(tmp_path, form):
     make, settings = FORMS[form]
     rows = [make(i) for i in range(6)]

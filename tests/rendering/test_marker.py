@@ -16,7 +16,7 @@ ONE = "### Instruction:\nq\n\n### Response:\n"
 
 
 def marked(text, options=ALPACA, end="<end>"):
-    return [text[start:stop] for start, stop in marked_spans(text, options, end, 4)]
+    return [text[start:stop] for start, stop in marked_spans(text, options, [end], 4)]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,8 @@ def marked(text, options=ALPACA, end="<end>"):
     [
         (ONE + "a<end>", ["a<end>"]),
         (ONE + "\n\na\nb", ["\n\na\nb"]),
-        (ONE, [""]),
+        (ONE + "a<end>\n" + ONE, ["a<end>"]),  # rendered with the words that ask for the next answer
+        (ONE + "\n" + ONE + "b<end>", ["b<end>"]),
         (ONE + "a\n\n" + ONE + "b<end>", ["a\n\n", "b<end>"]),
         (ONE + "a<end>\n" + ONE + "b<end>", ["a<end>", "b<end>"]),
         (ONE + "a<end>" + ONE + "b\n### Instruction:\nand then?", ["a<end>", "b\n"]),
@@ -52,13 +53,19 @@ def test_a_text_without_the_marker_is_named():
         marked("hello")
 
 
+@pytest.mark.parametrize("rest", ["", "\n", "<end>", "\n <end>"])
+def test_a_marker_that_nothing_follows(rest):
+    with pytest.raises(NoMarkerError, match=r"Row 4 .*'### Response:\\n'.*no answer follows it.*drop_without_marker"):
+        marked(ONE + rest)
+
+
 @pytest.mark.parametrize("prompt", ["q\n\n### Response:\n", "#\n### Response:\n", "aa### Response:\n"])
 @pytest.mark.parametrize("answer", ["\nb", "\n\nb", "b", "# b", " w", "é"])
 def test_the_marker_is_found_whatever_tokens_it_falls_into(prompt, answer):
     """With ":\\n" and "\\n\\n" as tokens the end of the marker is another one before every other answer."""
     options = RowOptions(answer_marker="### Response:\n")
     tokenizer = byte_tokenizer()
-    row = marked_row({"text": prompt + answer}, 0, options, tokenizer)
+    row = marked_row({"text": prompt + answer}, 0, options, tokenizer, ["<|im_end|>"])
     text = prompt + answer + "<|im_end|>"
     assert row["input_ids"] == tokenizer(text)["input_ids"]
     # A token that holds characters of both is the answer's.
@@ -69,9 +76,13 @@ def test_the_marker_is_found_whatever_tokens_it_falls_into(prompt, answer):
 def test_the_same_labels_as_prompt_and_completion():
     """Word by word, where no token holds characters of both."""
     tokenizer = tiny_tokenizer()
-    row = marked_row({"text": "w1 w2 assistant : w3 w4"}, 0, RowOptions(answer_marker="assistant :"), tokenizer)
+    row = marked_row(
+        {"text": "w1 w2 assistant : w3 w4"}, 0, RowOptions(answer_marker="assistant :"), tokenizer, ["</s>"]
+    )
     assert row["labels"] == [-100] * 4 + tokenizer("w3 w4</s>")["input_ids"]
-    tail = marked_row({"text": "w1 assistant : w3 </s>"}, 0, RowOptions(answer_marker="assistant :"), tokenizer)
+    tail = marked_row(
+        {"text": "w1 assistant : w3 </s>"}, 0, RowOptions(answer_marker="assistant :"), tokenizer, ["</s>"]
+    )
     assert tail["labels"] == [-100] * 3 + tokenizer("w3 </s>")["input_ids"]
 
 

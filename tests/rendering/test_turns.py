@@ -3,7 +3,7 @@
 import pytest
 from chat import CHATML, TEMPLATES, answers, byte_tokenizer, template
 
-from echo_trainer.rendering.forms import as_messages
+from echo_trainer.rendering.messages import as_messages
 from echo_trainer.rendering.rows import chat_row, renderer, special_words
 from echo_trainer.rendering.turns import turn_spans
 

@@ -129,6 +129,35 @@ def sft(folder: str, base: str, token: str, **options: object) -> dict:
     return {"status": cli.main(["sft", *(str(word) for name, v in settings.items() for word in (f"--{name}", v))])}
 
 
+def row_options(model: str, offline: bool = False) -> dict:
+    """What `echo-trainer evaluate` finds out about the rows of an adapter."""
+    from dataclasses import asdict
+
+    from huggingface_hub import constants
+
+    from echo_trainer.evaluation.adapter import row_options
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, offline
+    try:
+        return asdict(row_options(model))
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def fetch(model: str, name: str) -> dict:
+    """Have a file of a repository among those that are kept."""
+    from huggingface_hub import hf_hub_download
+
+    return {"path": hf_hub_download(model, name)}
+
+
+def evaluate(model: str, data: str, base: str, out: str) -> dict:
+    """`echo-trainer evaluate` of an adapter on the Hub; what it returned."""
+    from echo_trainer.evaluation.adapter import evaluate_adapter
+
+    return evaluate_adapter(model, [data], base=base, mode="nll", output=out)
+
+
 class Watch:
     """While it is entered, collects the functions that are called in threads that push, as "file:function"."""
 

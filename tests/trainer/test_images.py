@@ -8,6 +8,7 @@ from datasets import Dataset
 from families import vision_language_model
 from models import conversation_rows, lora_config
 from training import SETTINGS, assert_equal, losses, revive, trainable
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from vision import UNMARKED, PatchCollator, TokenizerOnly, idefics3, image_rows, llava, vision_tokenizer
 
 from echo_trainer import EchoSFTConfig, EchoSFTTrainer
@@ -138,6 +139,62 @@ def test_what_is_not_known_runs_all_rows(tmp_path, rows_run, caplog):
     assert forms_of(trainer) == {BATCH}
     assert all(run == total for run, total in rows_run)
     assert "that is not known" in caplog.text
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 1), (0, 1, 2), (0, 2, 1)], ids=str)
+def test_images_that_only_the_collator_knows(tmp_path, monkeypatch, counts):
+    """The first batches have one image a row, so as many as rows; later ones have as many again, and not one each."""
+    inner = None
+
+    def collate(examples):
+        return inner([{"messages": example["messages"], "images": example["pictures"]} for example in examples])
+
+    rows = [*image_rows(6, counts=(1,)), *image_rows(18, counts=counts, seed=5)]
+    rows = [{"messages": row["messages"], "pictures": row["images"]} for row in rows]
+    runs = []
+    for known in (True, False):
+        model, processor = llava()
+        inner = DataCollatorForVisionLanguageModeling(processor=processor, max_length=None, assistant_only_loss=True)
+        if not known:
+            monkeypatch.setattr(Ownership, "of", lambda *args: None)
+        settings = {
+            **SETTINGS, "per_device_train_batch_size": 3, "max_steps": 8, "max_length": None, "echo_p_start": 0.5,
+            "echo_p_end": 0.5, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False,
+            "train_sampling_strategy": "sequential",
+        }  # fmt: skip
+        trainer = EchoSFTTrainer(
+            model=model,
+            args=EchoSFTConfig(output_dir=str(tmp_path), **settings),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=processor,
+            peft_config=lora_config(target_modules=LORA),
+            data_collator=collate,
+        )
+        revive(trainer)
+        trainer.train()
+        runs.append([entry["echo/ce_echo"] for entry in trainer.state.log_history if "echo/ce_echo" in entry])
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 1), (0, 1, 2)], ids=str)
+def test_one_image_for_each_row_is_no_rule(counts):
+    """What was seen of earlier batches is asked again of each, where no column says how many images a row has."""
+
+    def collate(examples):
+        pixels = torch.tensor([value for example in examples for value in example["pictures"]])
+        return {
+            "input_ids": torch.ones(len(examples), 4),
+            "pixel_values": pixels,
+            "kind": torch.ones(len(examples), 4),
+        }
+
+    ownership = Ownership(collate)
+    one_each = [{"pictures": [float(i)]} for i in range(3)]
+    some = [{"pictures": [float(10 * i + j) for j in range(count)]} for i, count in enumerate(counts)]
+    for _ in range(2):
+        owned = ownership.of(collate(one_each), one_each, ["kind", "pixel_values"])
+        assert owned.parts == {"kind": (0, (1, 1, 1)), "pixel_values": (0, (1, 1, 1))}
+        assert ownership.of(collate(some), some, ["kind", "pixel_values"]) is None
 
 
 def test_a_row_with_an_image_comes_along(tmp_path, monkeypatch, rows_run):

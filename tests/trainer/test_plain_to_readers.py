@@ -1,5 +1,7 @@
 """Whoever reads the model sees the plain adapted model: before, while and after it trains with an echo."""
 
+import inspect
+
 import pytest
 import torch
 from datasets import Dataset
@@ -25,6 +27,7 @@ def sight(model) -> dict:
         "state": list(model.state_dict()),
         "counts": model.get_nb_trainable_parameters(),
         "text": repr(model),
+        "takes": str(inspect.signature(model.forward)),
         "own forward": "forward" in vars(model),
     }
 

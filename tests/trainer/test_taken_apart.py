@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from datasets import Dataset
-from models import lora_config, prompt_completion_rows, tiny_model, tiny_tokenizer
+from models import conversation_rows, lora_config, prompt_completion_rows, tiny_model, tiny_tokenizer
 from peft import get_peft_model
 from steps import padded_collator
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
@@ -433,6 +433,18 @@ def test_data_masked_after_construction(tmp_path):
         trainer.train()
     trainer.train_dataset = trainer.train_dataset.select([])
     with pytest.raises(ValueError, match="no rows left"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [prompt_completion_rows(8), conversation_rows(8), [{"text": "w1 w2"}] * 8, [{"conversations": []}] * 8],
+    ids=["pair", "messages", "text", "conversations"],
+)
+def test_data_that_is_set_later_and_no_tokens(tmp_path, rows):
+    trainer = build(EchoSFTTrainer, tmp_path)
+    trainer.train_dataset = Dataset.from_list(rows)
+    with pytest.raises(ValueError, match=r"no `input_ids`.*set later.*Give it to the trainer as `train_dataset`"):
         trainer.train()
 
 
