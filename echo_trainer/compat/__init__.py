@@ -19,5 +19,6 @@ name of another library (`tests/compat/test_compat.py` searches for them).
 | `peft` | peft | which modules a LoRA configuration is about | error by name |
 | `hub_client` | huggingface_hub | the factory of its HTTP clients | the class of its client |
 | `dispatch` | torch | a mode that sees every operation, for counting | error by name |
+| `flops` | torch | its formulas by operation; names of attention on a CPU | error by name |
 | `versions` | | which releases were tested, and which are installed | |
 """
