@@ -247,7 +247,7 @@ def observe(setup: EchoSetup, tiny_ids: Int[Tensor, "2 n"]) -> tuple[str | None,
     """
     observer = CacheObserver(setup.layers)
     backbone = setup.backbone
-    setup.cache, setup.unneeded, why = None, None, None
+    setup.cache, why = None, None
     try:
         with observer.watching():
             outputs = backbone(input_ids=tiny_ids, use_cache=True)
