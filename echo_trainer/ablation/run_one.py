@@ -17,6 +17,7 @@ from trl import get_peft_config
 from .._version import __version__
 from ..files import write_json
 from ..passes.modules import base_model_of
+from ..passes.setup import plain_setup
 from ..recipe.arguments import arguments_of
 from ..recipe.training import model_options, on_chosen_layers
 from ..rendering.forms import Form, form_of
@@ -26,7 +27,7 @@ from .arms import ARMS
 from .data import drawn, held_out_task, load_examples, load_tests, row_options
 from .evaluating import Report, evaluate_run
 from .files import ITEMS, RESULT
-from .flops import SIZES, count_coefficients, plain_setup
+from .flops import SIZES, count_coefficients
 from .plan import Run, digest, run_folder
 from .recipe import AblationRecipe
 from .trainer import AblationTrainer
