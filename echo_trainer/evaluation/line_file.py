@@ -50,6 +50,8 @@ class LineFile:
 
     def keep(self, count: int) -> None:
         """Take all lines away but the first `count` (and the one that says what they belong to)."""
+        if count >= len(self.lines):
+            return
         lines = self.path.read_bytes().splitlines(keepends=True)
         self._cut(sum(map(len, lines[: count + 1])))
         self.lines = self.lines[:count]

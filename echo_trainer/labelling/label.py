@@ -65,6 +65,7 @@ def label(
     options: DistillOptions,
     seed: int,
     advance: Callable[[int], None] | None = None,
+    processes: int = 1,
 ) -> list[Label]:
     """
     Answer every prompt.
@@ -76,12 +77,14 @@ def label(
         options: how they are answered; what is about training is not looked at.
         seed: of samples.
         advance: called with the number of prompts answered, those in the file included, for a progress bar.
+        processes: that this is called in. Several can read finished labels, and not make them.
 
     Returns:
         A label for each prompt, in their order.
 
     Raises:
-        ValueError: the file holds labels of another teacher, other prompts or options.
+        ValueError: the file holds labels of another teacher, other prompts or options, or several processes would
+            label.
     """
     identity = _identity(teacher, prompts, options, seed)
     advice = "Name another output folder, or delete that file to label anew."
@@ -92,6 +95,11 @@ def label(
     whole = 0  # batches; of one that was cut off nothing is kept
     while whole < len(batches) and len(file.lines) >= sum(map(len, batches[: whole + 1])):
         whole += 1
+    if processes > 1 and whole < len(batches):
+        raise ValueError(
+            f"{len(prompts)} prompts are to be answered in one process, and there are {processes}. Label with "
+            f"`echo-trainer distill RUN --label_only true ...` in one process; several may train on finished labels."
+        )
     file.keep(sum(map(len, batches[:whole])))
     found = [Label(**line) for line in file.lines]
     if advance is not None:
@@ -115,12 +123,14 @@ def counts(labels: Sequence[Label], min_confidence: float) -> dict[str, int]:
     }
 
 
-def examples(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[dict[str, list[int]]]:
-    """`input_ids` and `labels` of answered prompts, as training makes them."""
+def examples(
+    rows: Sequence[dict[str, Any]], tokenizer: Any, options: RowOptions | None = None
+) -> list[dict[str, list[int]]]:
+    """`input_ids` and `labels` of rows, as training makes them; without options, of answered prompts."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return Rendering(RowOptions(), tokenizer).examples(rows)
+        return Rendering(options or RowOptions(), tokenizer).examples(rows)
     finally:
         if shown:
             datasets.enable_progress_bars()

@@ -45,7 +45,7 @@ def taught_rows(labels: Sequence[Label], tokens: Sequence[dict[str, list[int]]],
 
 def batches_for(epochs: float, n_taught: int, batch_size: int, parts: tuple[int, int]) -> int:
     """Batches in which every taught row is seen `epochs` times."""
-    return max(1, math.ceil(epochs * n_taught / _of_each(batch_size, parts)[1]))
+    return max(1, math.ceil(epochs * n_taught / of_each(batch_size, parts)[1]))
 
 
 def mixture(
@@ -65,7 +65,7 @@ def mixture(
     Raises:
         ValueError: the batch size is no multiple of the parts, or rows of a kind are missing.
     """
-    n_labelled, n_taught = _of_each(batch_size, parts)
+    n_labelled, n_taught = of_each(batch_size, parts)
     if n_labelled and not labelled:
         raise ValueError(
             f"The ratio {parts[0]}:{parts[1]} asks for labelled rows, and there are none. Give the training data, or "
@@ -83,7 +83,13 @@ def mixture(
     return concatenate_datasets([kept, taught]).select(order.ravel())
 
 
-def _of_each(batch_size: int, parts: tuple[int, int]) -> tuple[int, int]:
+def of_each(batch_size: int, parts: tuple[int, int]) -> tuple[int, int]:
+    """
+    Labelled and taught rows of a batch.
+
+    Raises:
+        ValueError: the batch size is no multiple of the parts.
+    """
     whole = sum(parts)
     if batch_size % whole:
         raise ValueError(

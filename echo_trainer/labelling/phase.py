@@ -15,7 +15,7 @@ from transformers import set_seed
 from ..config import EchoSFTConfig
 from ..files import write_json
 from .label import LABELS, Label, counts, examples, label
-from .mixture import batches_for, mixture, taught_rows
+from .mixture import batches_for, mixture, of_each, taught_rows
 from .options import DistillOptions
 from .prompts import read_prompts
 from .teacher import Teacher
@@ -70,11 +70,12 @@ def distill(
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     given = {"output_dir": str(Path(trainer.args.output_dir) / FOLDER), **training}
     config = second_config(trainer.args, given)
+    of_each(config.per_device_train_batch_size, options.parts)
     teacher = Teacher(trainer.model, tokenizer, options.teacher, trainer.echo, trainer.args.echo_positions)
     rendering = trainer.rows.renders(trainer.processing_class)
     prompts = read_prompts(list(trainer.unlabeled_dataset), rendering)
-    require_one_process(config, "trainer.distill()")
-    labels = label(teacher, prompts, Path(config.output_dir) / LABELS, options, config.seed, advance)
+    path = Path(config.output_dir) / LABELS
+    labels = label(teacher, prompts, path, options, config.seed, advance, processes=config.world_size)
     model, peft_config = student_model(trainer.model, options.start, config.seed)
     if options.start == "fresh":  # the trained adapter is off the model, and the echo with it
         trainer.echo = trainer.pass_choice = None
@@ -116,20 +117,6 @@ def second_config(config: EchoSFTConfig, changes: dict[str, Any]) -> EchoSFTConf
         )
     second.check()
     return second
-
-
-def require_one_process(config: EchoSFTConfig, what: str) -> None:
-    """
-    Refuse to label in several processes.
-
-    Raises:
-        ValueError: there are several.
-    """
-    if config.world_size > 1:
-        raise ValueError(
-            f"{what} answers prompts in one process, and there are {config.world_size}. Label with `echo-trainer "
-            f"distill RUN --label_only true ...` in one process; the training on the finished labels may take several."
-        )
 
 
 def student_model(model: Any, start: str, seed: int) -> tuple[Any, Any]:

@@ -92,7 +92,7 @@ class Teacher:
         max_new_tokens: int,
         n_samples: int = 1,
         temperature: float = 1.0,
-        seed: int,
+        seed: int = 0,
     ) -> list[list[Written]]:
         """
         Answers to each prompt of a batch: one, greedily, or several samples.
