@@ -16,28 +16,11 @@ from echo_trainer.cli.distill import help_text
 
 ROWS = prompt_completion_rows(16, seed=1)
 PROMPTS = [{"prompt": row["prompt"]} for row in prompt_completion_rows(9, seed=8)]
-TRAINING = [
-    "--max_steps",
-    "4",
-    "--learning_rate",
-    "1e-3",
-    "--per_device_train_batch_size",
-    "4",
-    "--use_cpu",
-    "true",
-    "--bf16",
-    "false",
-    "--max_new_tokens",
-    "8",
-    "--label_batch_size",
-    "4",
-    "--save_steps",
-    "2",
-    "--seed",
-    "3",
-    "--gradient_checkpointing",
-    "false",
-]
+SETTINGS = {
+    "max_steps": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False,
+    "max_new_tokens": 8, "label_batch_size": 4, "save_steps": 2, "seed": 3, "gradient_checkpointing": False,
+}  # fmt: skip
+TRAINING = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
 def write(path, rows):
@@ -76,14 +59,13 @@ def there(place, tmp_path, monkeypatch):
 
 def distill(*words, out="out", mixed=True):
     rows = ["--dataset_name", "train.jsonl", "--ratio", "1:3"] if mixed else ["--ratio", "0:1"]
-    return cli.main(
-        ["distill", *words[:1], "--prompts", "prompts.jsonl", "--output_dir", out, *rows, *TRAINING, *words[1:]]
-    )
+    places = ["--prompts", "prompts.jsonl", "--output_dir", out]
+    return cli.main(["distill", *words[:1], *places, *rows, *TRAINING, *words[1:]])
 
 
-@pytest.mark.parametrize(
-    ("run", "teacher"), [("run", "echo"), ("run/checkpoint-1", "plain"), ("lora", "plain"), ("run", "base")]
-)
+@pytest.mark.parametrize(("run", "teacher"), [
+    ("run", "echo"), ("run/checkpoint-1", "plain"), ("lora", "plain"), ("run", "base"),
+])  # fmt: skip
 def test_from_a_run_to_a_taught_adapter(there, run, teacher, capsys):
     assert distill(run, "--teacher", teacher) == 0
     assert "of 9 prompts have an answer to train on" in capsys.readouterr().out
@@ -92,9 +74,8 @@ def test_from_a_run_to_a_taught_adapter(there, run, teacher, capsys):
     assert record["rows"] == json.loads(Path(run.split("/")[0], "echo_run.json").read_text())["rows"]
     assert len(Path("out/labels.jsonl").read_text().splitlines()) == 10
     model = PeftModel.from_pretrained(tiny_model(), "out")
-    assert model.active_adapter == "default" and not any(
-        "echo" in name for name in load_file("out/adapter_model.safetensors")
-    )
+    assert model.active_adapter == "default"
+    assert not any("echo" in name for name in load_file("out/adapter_model.safetensors"))
     assert cli.main(["evaluate", "out", "--tasks", "train.jsonl", "--mode", "nll", "--base", "base"]) == 0
     assert distill(run, "--teacher", teacher) == 2  # finished
     assert "overwrite_output_dir" in capsys.readouterr().err
@@ -145,7 +126,7 @@ def test_columns_and_templates(there):
     (["distill"], "RUN, the folder of a run, is missing"),
     (["distill", "run"], "--prompts FILE, rows with `prompt` only, is missing"),
     (["distill", "run", "--prompts", "prompts.jsonl"], "No --output_dir"),
-    (["distill", "run", "--prompts", "prompts.jsonl", "--output_dir", "out"], "mixes labelled rows in, and there are none"),
+    (["distill", "run", "--prompts", "prompts.jsonl", "--output_dir", "out"], "mixes labelled rows in"),
     (["distill", "lora"], "neither a checkpoint with echo networks nor the folder of a run"),
     (["distill", "nowhere"], "neither a checkpoint with echo networks nor the folder of a run"),
     (["distill", "nowhere/at/all", "--teacher", "plain"], "There is no folder nowhere/at/all"),
