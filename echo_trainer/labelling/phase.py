@@ -36,11 +36,13 @@ class Distillation:
         record: for the run's record: options and counts; no text.
         labelled: rows that may be shown on the card; None where there are none.
         rows: what the first run said about its rows, for whoever evaluates; None where it is not known.
+        taught: the labels that are trained on.
     """
 
     record: dict[str, Any]
     labelled: Dataset | None
     rows: dict[str, Any] | None
+    taught: Sequence[Label] = ()
 
 
 def distill(
@@ -200,7 +202,7 @@ def second_trainer(
         "n_labelled": settings["labelled"],
         "n_taught": len(taught),
     }
-    student.distillation = Distillation(record, labelled, rows)
+    student.distillation = Distillation(record, labelled, rows, kept)
     logger.warning(
         "%d of %d prompts have an answer to train on (%d empty, %d cut off, %d less sure than %g).", found["kept"],
         found["prompts"], found["empty"], found["unfinished"], found["unsure"], options.min_confidence,
