@@ -91,6 +91,6 @@ def load_rows_by_split(name: str, config: str | None = None, streaming: bool = F
     if builder is None or path.is_dir():
         return load_dataset(name, name=config, streaming=streaming)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {name}: looked for it at {path.resolve()}.")
+        raise FileNotFoundError(f"{name} is named as a file of rows, and there is none at {path.resolve()}.")
     options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
     return load_dataset(builder, data_files={"train": str(path)}, streaming=streaming, **options)
