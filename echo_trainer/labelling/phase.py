@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import set_seed
 
 from ..config import EchoSFTConfig
@@ -18,7 +19,7 @@ from .label import LABELS, Label, counts, examples, label
 from .mixture import batches_for, mixture, of_each, taught_rows
 from .options import DistillOptions
 from .prompts import read_prompts
-from .teacher import Teacher
+from .teacher import Teacher, refuse_useless_echo
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +46,7 @@ class Distillation:
     taught: Sequence[Label] = ()
 
 
-def distill(
-    trainer: Any,
-    options: DistillOptions,
-    resume: str | bool | None = None,
-    advance: Callable[[int], None] | None = None,
-    **training: Any,
-) -> Any:
+def distill(trainer: Any, options: DistillOptions, resume: str | bool | None = None, **training: Any) -> Any:
     """
     What `EchoSFTTrainer.distill` does; see there.
 
@@ -59,7 +54,6 @@ def distill(
         trainer: the trainer of the first training.
         options: of labelling and mixing.
         resume: `resume_from_checkpoint` of the second training.
-        advance: called with a number of prompts answered, for a progress bar.
         training: options of `EchoSFTConfig` that differ in the second training.
     """
     if trainer.unlabeled_dataset is None:
@@ -70,21 +64,24 @@ def distill(
     if options.parts[0]:
         _check_labelled(trainer)
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    given = {"output_dir": str(Path(trainer.args.output_dir) / FOLDER), **training}
+    given = {"output_dir": str(Path(trainer.args.output_dir) / FOLDER), "push_to_hub": False, **training}
     config = second_config(trainer.args, given)
     of_each(config.per_device_train_batch_size, options.parts)
+    if options.teacher == "echo":
+        refuse_useless_echo(trainer.probation.record())
     teacher = Teacher(trainer.model, tokenizer, options.teacher, trainer.echo, trainer.args.echo_positions)
     rendering = trainer.rows.renders(trainer.processing_class)
     prompts = read_prompts(list(trainer.unlabeled_dataset), rendering)
     path = Path(config.output_dir) / LABELS
-    labels = label(teacher, prompts, path, options, config.seed, advance, processes=config.world_size)
+    with tqdm(total=len(prompts), desc=f"answering ({teacher.kind})", disable=config.disable_tqdm) as bar:
+        labels = label(teacher, prompts, path, options, config.seed, bar.update, processes=config.world_size)
     model, peft_config = student_model(trainer.model, options.start, config.seed)
     if options.start == "fresh":  # the trained adapter is off the model, and the echo with it
         trainer.echo = trainer.pass_choice = None
     student = second_trainer(
         type(trainer), model, trainer.processing_class, config, options, labels,
         labelled=trainer.train_dataset if options.parts[0] else None, rows=trainer.rows.record(),
-        peft_config=peft_config, resume=resume,
+        eval_dataset=trainer.eval_dataset, peft_config=peft_config, resume=resume,
     )  # fmt: skip
     trainer.model = student.model
     student.train(resume_from_checkpoint=resume)
@@ -151,6 +148,7 @@ def second_trainer(
     *,
     labelled: Dataset | None,
     rows: dict[str, Any] | None,
+    eval_dataset: Any = None,
     peft_config: Any = None,
     resume: str | bool | None = None,
 ) -> Any:
@@ -167,6 +165,7 @@ def second_trainer(
         labels: from `label`.
         labelled: prepared rows with answers; None where the ratio asks for none.
         rows: what the first run said about its rows.
+        eval_dataset: prepared rows to evaluate on, if any.
         resume: whether a training is gone on with.
 
     Raises:
@@ -192,8 +191,9 @@ def second_trainer(
     _keep_settings(Path(config.output_dir), settings, resume)
     config.max_steps, config.num_train_epochs = steps, 1.0
     student = make(
-        model=model, args=config, train_dataset=dataset, processing_class=processing_class, peft_config=peft_config
-    )
+        model=model, args=config, train_dataset=dataset, eval_dataset=eval_dataset, peft_config=peft_config,
+        processing_class=processing_class,
+    )  # fmt: skip
     student.soft.temperature = options.soft_temperature
     record = {
         **{name: settings[name] for name in ("teacher", "labels", "n_samples", "min_confidence", "ratio", "start")},

@@ -41,6 +41,8 @@ class SoftCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch."""
+        if TOP_TOKENS not in rows[0]:  # of an evaluation
+            return self.collate(rows)
         rest = [{name: row[name] for name in row if name not in (TOP_TOKENS, TOP_LOGS)} for row in rows]
         return {**self.collate(rest), **self._distributions(rows)}
 

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, N positions that predict a token of an answer, K token
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from ..passes.setup import EchoSetup, plain_setup
 from .prompts import Prompt
 from .vote import Written
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -39,6 +42,31 @@ class Judged:
     n_tokens: int
     top: list[list[int]]
     logs: list[list[float]]
+
+
+def refuse_useless_echo(verdict: dict[str, Any] | None) -> None:
+    """
+    Say what a run found about its echo on held-out rows, before it teaches.
+
+    Args:
+        verdict: `Probation.record` of the run; None where it was not judged.
+
+    Raises:
+        ValueError: the run went on without its echo, so the echo belongs to an earlier adapter.
+    """
+    if not verdict or not verdict["useless"]:
+        return
+    if verdict["stopped"]:
+        raise ValueError(
+            f"The echo was found to predict held-out answers no better than the plain pass at step {verdict['step']}, "
+            f"and the run went on without it (echo_when_useless='stop'): its networks belong to the adapter of then. "
+            f"Take teacher='plain'."
+        )
+    logger.warning(
+        "At step %d the echo predicted held-out answers no better than the plain pass: labels of teacher='plain' are "
+        "likely as good, and cheaper.",
+        verdict["step"],
+    )
 
 
 class Teacher:

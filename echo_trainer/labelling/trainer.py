@@ -1,6 +1,5 @@
 """`DistillingTrainer`: what a trainer needs to have prompts labelled and to learn from the labels."""
 
-from collections.abc import Callable
 from typing import Any, Self
 
 from ..compat.trainer import JointTrainer
@@ -27,7 +26,6 @@ class DistillingTrainer(JointTrainer):
         self,
         options: DistillOptions | None = None,
         resume_from_checkpoint: str | bool | None = None,
-        advance: Callable[[int], None] | None = None,
         **training: Any,
     ) -> Self:
         """
@@ -47,8 +45,8 @@ class DistillingTrainer(JointTrainer):
         Args:
             options: who answers, how, and how answers are mixed with labelled rows; None is the default of each.
             resume_from_checkpoint: of the second training, as for `train`.
-            advance: called with a number of prompts answered, for a progress bar.
-            training: options of `EchoSFTConfig` that differ in the second training. With `max_steps` above 0 so many
+            training: options of `EchoSFTConfig` that differ in the second training; `push_to_hub` is off unless it is
+                among them. With `max_steps` above 0 so many
                 steps, else `num_train_epochs` times through the taught rows.
 
         Returns:
@@ -60,7 +58,7 @@ class DistillingTrainer(JointTrainer):
             ValueError: there are no prompts or a row of them has an answer; no answer can be trained on; an option
                 cannot work; labels of another teacher are in the folder.
         """
-        return distill(self, options or DistillOptions(), resume_from_checkpoint, advance, **training)
+        return distill(self, options or DistillOptions(), resume_from_checkpoint, **training)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -20,7 +20,7 @@ from ..labelling.mixture import of_each
 from ..labelling.options import DistillOptions
 from ..labelling.phase import cut, second_config, second_trainer, student_model
 from ..labelling.prompts import Prompt, read_prompts
-from ..labelling.teacher import Teacher
+from ..labelling.teacher import Teacher, refuse_useless_echo
 from ..rendering.forms import RowOptions
 from ..rendering.rendering import Rendering
 from ..run.agreement import Agreement
@@ -90,10 +90,13 @@ def distill_run(
     if config.output_dir == "trainer_output":
         raise ValueError("No --output_dir: name a folder for labels and adapter, another one than that of the run.")
     mixes = not which.label_only and options.parts[0] > 0
-    if mixes and not data.dataset_name:
+    evaluates = not which.label_only and config.eval_strategy != "no"
+    if (mixes or evaluates) and not data.dataset_name:
         raise ValueError(
             f"The ratio {options.ratio} mixes labelled rows in, and there are none. Give the run's training data, "
             f"--dataset_name FILE, or write --ratio 0:1 to train on taught rows alone."
+            if mixes
+            else f"eval_strategy={config.eval_strategy} evaluates on labelled rows. Give them: --dataset_name FILE."
         )
     second = second_config(config, {})
     of_each(second.per_device_train_batch_size, options.parts)
@@ -103,9 +106,14 @@ def distill_run(
         raise ValueError(f"--output_dir {config.output_dir} is the folder of the run itself. Name another one.")
     Agreement().decide(lambda: refuse_finished(config, data.overwrite_output_dir))
     said = row_options(str(folder))
+    record = _record(folder)
+    if options.teacher == "echo":
+        refuse_useless_echo((record.get("echo") or {}).get("probation"))
     tokenizer = load_tokenizer(name, which.base, config.trust_remote_code)
     prompts = read_prompts(_prompt_rows(which.prompts, data), Rendering(said, tokenizer))
-    labelled = _labelled(data, said, tokenizer, second) if mixes else None
+    splits = load_data(data, DatasetMixtureConfig()) if mixes or evaluates else {}
+    labelled = _tokens(splits, data.dataset_train_split, said, tokenizer, second) if mixes else None
+    held_out = _tokens(splits, data.dataset_test_split, said, tokenizer, second) if evaluates else None
     loaded = load_for_evaluation(name, which.base, which.dtype, str(config.device), config.trust_remote_code)
     if loaded.adapter is None:
         raise ValueError(f"{name} is a whole model, and the second training goes on with an adapter. Name a run.")
@@ -117,7 +125,7 @@ def distill_run(
     found = counts(labels, options.min_confidence)
     if which.label_only:
         return Outcome(path, found, None)
-    return Outcome(path, found, _train(loaded, second, options, labels, labelled, _rows_of(folder)))
+    return Outcome(path, found, _train(loaded, second, options, labels, labelled, held_out, record.get("rows")))
 
 
 def _train(
@@ -126,13 +134,14 @@ def _train(
     options: DistillOptions,
     labels: list[Label],
     labelled: Dataset | None,
+    held_out: Dataset | None,
     rows: dict[str, Any] | None,
 ) -> EchoSFTTrainer:
     model, peft_config = student_model(loaded.model, options.start, config.seed)
     resume = config.resume_from_checkpoint or (last_whole_checkpoint(config.output_dir)[0] is not None or None)
     student = second_trainer(
         EchoSFTTrainer, model, loaded.tokenizer, config, options, labels, labelled=labelled, rows=rows,
-        peft_config=peft_config, resume=resume,
+        eval_dataset=held_out, peft_config=peft_config, resume=resume,
     )  # fmt: skip
     student.train(resume_from_checkpoint=resume)
     finish(student)
@@ -180,12 +189,11 @@ def _templated(row: dict[str, Any], template: str) -> dict[str, Any]:
     return row
 
 
-def _labelled(data: DataArguments, said: RowOptions, tokenizer: Any, config: EchoSFTConfig) -> Dataset:
-    """Labelled rows as token ids, as the run was trained on them."""
-    splits = load_data(data, DatasetMixtureConfig())
-    if data.dataset_train_split not in splits:
-        raise ValueError(f"The dataset has no split {data.dataset_train_split!r}; it has {sorted(splits)}.")
-    rows = splits[data.dataset_train_split]
+def _tokens(splits: Any, split: str, said: RowOptions, tokenizer: Any, config: EchoSFTConfig) -> Dataset:
+    """Labelled rows of a split as token ids, as the run was trained on them."""
+    if split not in splits:
+        raise ValueError(f"The dataset has no split {split!r}; it has {sorted(splits)}.")
+    rows = splits[split]
     if not isinstance(rows, Dataset):
         raise ValueError("dataset_streaming=True cannot be mixed row by row. Load the labelled rows as a whole.")
     tokens = examples(rows.to_list(), tokenizer, said)
@@ -193,6 +201,7 @@ def _labelled(data: DataArguments, said: RowOptions, tokenizer: Any, config: Ech
     return cut(Dataset.from_dict(found), config)
 
 
-def _rows_of(folder: Path) -> dict[str, Any] | None:
+def _record(folder: Path) -> dict[str, Any]:
+    """The record of a run, as far as there is one."""
     path = folder / RUN_RECORD
-    return json.loads(path.read_text(encoding="utf-8")).get("rows") if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -109,6 +109,15 @@ def test_taught_rows_alone_samples_and_a_fresh_adapter(there):
     assert record["data"]["n_train"] is None
 
 
+def test_evaluated_on_a_split(there):
+    (there / "data").mkdir()
+    for split, rows in (("train", ROWS), ("test", ROWS[:5])):
+        write(there / "data" / f"{split}.jsonl", rows)
+    assert distill("run", "--dataset_name", "data", "--eval_strategy", "steps", "--eval_steps", "2") == 0
+    record = json.loads(Path("out/echo_run.json").read_text())
+    assert sum("eval_loss" in entry for entry in record["metrics"]) == 2 and record["data"]["n_eval"] == 5
+
+
 def test_columns_and_templates(there):
     write(there / "prompts.jsonl.new", [{"question": row["prompt"], "answer": "w1"} for row in PROMPTS])
     (there / "prompts.jsonl").unlink()
@@ -137,6 +146,7 @@ def test_columns_and_templates(there):
     (["distill", "run", "--prompts", "missing.jsonl"], "missing.jsonl"),
     (["distill", "run", "--prompt_column", "question"], "has no column 'question'"),
     (["distill", "run", "--dataset_train_split", "dev"], "has no split 'dev'"),
+    (["distill", "run", "--eval_strategy", "steps"], "has no split 'test'"),
     (["distill", "run", "--min_confidence", "1.5"], "from 0 (keep every answer) to 1"),
     (["distill", "run", "--min_confidence", "1"], "can be trained on"),
     (["distill", "run", "--packing", "true"], "kept by counting rows"),

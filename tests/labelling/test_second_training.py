@@ -152,6 +152,18 @@ def test_resumed_it_ends_in_the_same_bits(tmp_path, labels):
         distilled(trained(tmp_path / "b"), folder, labels=labels, training=saving, ratio="1:1")
 
 
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_it_is_evaluated_as_the_first_was(tmp_path, labels):
+    held_out = Dataset.from_list(prompt_completion_rows(6, seed=5))
+    datasets = {"unlabeled_dataset": Dataset.from_list(PROMPTS), "eval_dataset": held_out}
+    trainer = trained(tmp_path, trainer_kwargs=datasets, eval_strategy="steps", eval_steps=2)
+    student = distilled(trainer, labels=labels)
+    found = [entry["eval_loss"] for entry in student.state.log_history if "eval_loss" in entry]
+    assert len(found) == 2 and found[-1] == pytest.approx(student.evaluate()["eval_loss"])
+    again = trainer.evaluate()  # of the same model, with a collator that knows no distributions
+    assert again["eval_loss"] == pytest.approx(found[-1], rel=1e-5)
+
+
 def test_epochs_are_passes_through_the_taught_rows(tmp_path):
     student = distilled(trained(tmp_path), training={"max_steps": -1, "num_train_epochs": 2.0})
     n = student.distillation.record["n_taught"]
@@ -198,6 +210,22 @@ def test_no_prompts(tmp_path):
 def test_no_echo_to_teach(tmp_path):
     with pytest.raises(ValueError, match="needs echo networks, and there are none"):
         distilled(trained(tmp_path, echo=False))
+
+
+def test_an_echo_that_was_found_useless(tmp_path, caplog):
+    """A run that went on without it has no teacher any more; one that kept it is told."""
+    datasets = {
+        "unlabeled_dataset": Dataset.from_list(PROMPTS),
+        "eval_dataset": Dataset.from_list(prompt_completion_rows(6, seed=5)),
+    }
+    judged = {"trainer_kwargs": datasets, "echo_probation": 1, "echo_learning_rate": 1e-9}  # it learns nothing
+    with pytest.raises(ValueError, match=r"at step 1, and the run went on without it .echo_when_useless='stop'."):
+        distilled(trained(tmp_path / "stop", echo_when_useless="stop", **judged))
+    kept = trained(tmp_path / "say", **judged)
+    caplog.clear()
+    distilled(kept)
+    assert "At step 1 the echo predicted held-out answers no better" in caplog.text
+    assert distilled(trained(tmp_path / "plain", echo_when_useless="stop", **judged), teacher="plain").echo is None
 
 
 @pytest.mark.parametrize(("given", "message"), [
