@@ -93,6 +93,7 @@ class SoftLabels:
             "packing": args.packing,
             "padding_free": host.padding_free,
             "echo_p_start": args.echo_enabled,
+            "frozen_prefix_cache": args.frozen_prefix_cache,
             "label_smoothing_factor": args.label_smoothing_factor,
             "loss_type": args.loss_type != "nll",
         }

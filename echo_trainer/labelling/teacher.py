@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..evaluation.generation import NEUTRAL, end_tokens, pad_token_id
-from ..method.layouts import EchoForm
 from ..method.plan import make_plan
 from ..method.segments import IGNORE_INDEX, find_segments
+from ..passes.full import ROWS
 from ..passes.generating import writing_with_echo
 from ..passes.modules import base_model_of
 from ..passes.score import read_distributions
@@ -186,7 +186,7 @@ class Teacher:
         batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
         segments = find_segments(batch)
         routed = [self.echo is not None] * segments.n_documents
-        plan = make_plan(segments, routed, positions=self.positions, form=EchoForm.ROWS)
+        plan = make_plan(segments, routed, positions=self.positions, form=ROWS)
         device = self.setup.model.device
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         with self._at_work():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from models import conversation_rows, prompt_completion_rows, tiny_model, tiny_tokenizer
+from models import conversation_rows, lora_config, prompt_completion_rows, tiny_model, tiny_tokenizer
 from training import adapter, assert_equal, echo_trainer, losses
 
 from echo_trainer import DistillOptions
@@ -210,6 +210,20 @@ def test_no_prompts(tmp_path):
 def test_no_echo_to_teach(tmp_path):
     with pytest.raises(ValueError, match="needs echo networks, and there are none"):
         distilled(trained(tmp_path, echo=False))
+
+
+def test_frozen_prefixes_are_kept_in_the_second_training_too(tmp_path):
+    upper = {
+        "lora": lora_config(init_lora_weights=True, target_modules=["q_proj", "v_proj"], layers_to_transform=[3, 4])
+    }
+    upper |= {"echo_source_layers": [4], "echo_target_layers": [3]}
+    found = {}
+    for keep in (False, True):
+        trainer = trained(tmp_path / str(keep), frozen_prefix_cache=keep, **upper)
+        found[keep] = losses(distilled(trainer))
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
+    with pytest.raises(ValueError, match="`frozen_prefix_cache=True` does not go together with"):
+        distilled(trainer, labels="soft", training={"output_dir": str(tmp_path / "soft")})
 
 
 def test_an_echo_that_was_found_useless(tmp_path, caplog):
