@@ -64,7 +64,7 @@ def label(
     path: Path,
     options: DistillOptions,
     seed: int,
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[int], Any] | None = None,
     processes: int = 1,
 ) -> list[Label]:
     """
