@@ -143,7 +143,8 @@ class Teacher:
         ).to(model.device)
         batch.pop("token_type_ids", None)
         ends = end_tokens(model, tokenizer)
-        options = {**NEUTRAL, "pad_token_id": pad_token_id(tokenizer), "eos_token_id": ends}
+        # Gradient checkpointing leaves a model that asks for no cache.
+        options = {**NEUTRAL, "pad_token_id": pad_token_id(tokenizer), "eos_token_id": ends, "use_cache": True}
         if n_samples > 1:
             options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": n_samples}
         generate: Any = model.generate
