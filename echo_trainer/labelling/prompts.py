@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..rendering.forms import as_messages, row_name
+from ..rendering.forms import row_name
+from ..rendering.messages import as_messages
 from ..rendering.rendering import Rendering
 from ..rendering.rows import renderer
 
