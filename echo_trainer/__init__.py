@@ -17,10 +17,12 @@ One training step, top to bottom; the file of each stage in brackets:
     backward, guarded against NaN                     [run.guard]
     checkpoints, whole or not at all                  [run.checkpoints, run.checkpoint_files, run.resume]
     the final adapter, its card, its way to the Hub   [run.save, adapter, report, run.pushes, hub]
+    prompts without answers, answered by the echo     [labelling]
 
 Around it, each a package whose docstring names its files: [selection] of layers by CKA, [recipe], [evaluation],
 [export], [ablation], [bench], [quickstart], and the commands in [cli]. Imports go one way: method < compat < passes <
-adapter < report < hub < selection < run < trainer < recipe < evaluation, export < ablation, bench < quickstart < cli.
+adapter < report < hub < selection < run < evaluation < labelling < trainer < recipe < export < ablation, bench <
+quickstart < cli.
 What is not public of other libraries is used in [compat] alone.
 
 Symbols: S source layers, M target layers, m a LoRA module of a target layer with output size o_m, d hidden size,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from .evaluation.adapter import evaluate_adapter
     from .export.adapter import export_adapter
     from .hub.push import push_adapter
+    from .labelling.options import DistillOptions
     from .run.collate import EchoCollator
     from .selection.select import select_layers
     from .trainer import EchoSFTTrainer
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 # Loaded on first use: importing the package itself must not import torch.
 _LAZY = {
     "AdapterError": "adapter.folder",
+    "DistillOptions": "labelling.options",
     "EchoCollator": "run.collate",
     "EchoSFTConfig": "config",
     "EchoSFTTrainer": "trainer",
@@ -60,6 +64,7 @@ _LAZY = {
 
 __all__ = [
     "AdapterError",
+    "DistillOptions",
     "EchoCollator",
     "EchoSFTConfig",
     "EchoSFTTrainer",

@@ -13,7 +13,8 @@ The only subclass of TRL's trainer with behaviour of its own. It computes the lo
 | `create_optimizer` | | a learning rate of their own for the echo networks |
 | `log` | `run.metrics` | the echo's metrics beside TRL's |
 
-Private joints of TRL and transformers (checkpoints, resuming) are handed over in `compat.trainer`.
+Private joints of TRL and transformers (checkpoints, resuming) are handed over in `compat.trainer`; `labelling.trainer`
+adds `distill` and the loss on a teacher's distributions.
 """
 
 import inspect
@@ -25,10 +26,12 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
-from .compat.trainer import JointTrainer, require_joints, with_signature
+from .compat.trainer import require_joints, with_signature
 from .compat.versions import warn_of_newer
 from .config import EchoSFTConfig, as_echo_config, router_loss_weight
 from .hub.push import Pushed
+from .labelling.soft import SoftLabels
+from .labelling.trainer import DistillingTrainer
 from .method.losses import shown_as
 from .method.network import EchoNetworks
 from .passes.memory import now_running
@@ -57,7 +60,7 @@ from .run.save import Saver
 from .run.validation import check_arguments
 
 
-class EchoSFTTrainer(JointTrainer):
+class EchoSFTTrainer(DistillingTrainer):
     """
     Supervised fine-tuning with Echo-LoRA; a drop-in replacement for `trl.SFTTrainer`.
 
@@ -74,7 +77,8 @@ class EchoSFTTrainer(JointTrainer):
     trainer.save_model()
     ```
 
-    Arguments are those of `SFTTrainer`; `args` is an [`EchoSFTConfig`] (an `SFTConfig` is turned into one). The saved
+    Arguments are those of `SFTTrainer`; `args` is an [`EchoSFTConfig`] (an `SFTConfig` is turned into one), and
+    `unlabeled_dataset` holds rows with `prompt` only, which `distill()` has answered and learns from. The saved
     adapter is an ordinary PEFT adapter: the echo networks exist during training only.
 
     Raises:
@@ -91,7 +95,8 @@ class EchoSFTTrainer(JointTrainer):
     pushes: Pushes
 
     @with_signature(SFTTrainer.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, unlabeled_dataset: Any = None, **kwargs: Any):
+        self.unlabeled_dataset, self.soft = unlabeled_dataset, SoftLabels(self)
         call = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         call.pop("self")
         require_joints()
@@ -113,7 +118,8 @@ class EchoSFTTrainer(JointTrainer):
         with rows.kept_from_trl(call):
             super().__init__(**call)
         if call.get("data_collator") is None:
-            self.data_collator = rows.collator(self.data_collator, self.processing_class, self.train_dataset)
+            collator = rows.collator(self.data_collator, self.processing_class, self.train_dataset)
+            self.data_collator = self.soft.collator(collator)
         self.base_fingerprint = base_fingerprint(self.model)
         if config.echo_enabled:
             self.held_out.set_aside(config.echo_held_out)

@@ -21,6 +21,7 @@ class Arm:
         family: arms that share a choice of learning rate.
         flops_of: the arm whose counted FLOPs this one spends on more steps; None: the recipe's number of steps.
         length: factor on the recipe's number of steps.
+        teacher: who answers prompts for a second training (`labels` of the recipe); None: there is none.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Arm:
     echo: str = "own"
     flops_of: str | None = None
     length: float = 1.0
+    teacher: str | None = None
 
 
 _ARMS = (
@@ -103,6 +105,28 @@ _ARMS = (
         "lora",
         _NO_ECHO,
         flops_of="strong",
+    ),
+    Arm(
+        "strong-labels",
+        "`strong`, then plain training on labelled rows and on prompts that its echo pass has answered",
+        "strong",
+        _STRONG,
+        teacher="echo",
+    ),
+    Arm(
+        "strong-plain-labels",
+        "the same with the plain pass of the same weights as labeller",
+        "strong",
+        _STRONG,
+        teacher="plain",
+    ),
+    Arm(
+        "self-training",
+        "`lora-longer`, then plain training on labelled rows and on prompts that it has answered itself",
+        "lora-longer",
+        _NO_ECHO,
+        length=1.5,
+        teacher="plain",
     ),
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}

@@ -28,6 +28,10 @@ CONTRASTS = (
     ("strong", "strong-noise", "a strong echo instead of noise"),
     ("strong", "lora-longer", "the strong echo instead of half as many steps again"),
     ("strong", "lora-strong-matched", "the same compute spent on more steps"),
+    ("strong-labels", "strong-plain-labels", "answers of the echo pass instead of the plain pass of the same weights"),
+    ("strong-labels", "self-training", "answers of the echo pass instead of LoRA's own"),
+    ("strong-labels", "strong", "the second training, on answers of the echo pass"),
+    ("self-training", "lora-longer", "the second training, on its own answers"),
 )
 
 

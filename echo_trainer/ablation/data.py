@@ -61,8 +61,12 @@ def drawn(recipe: AblationRecipe, pool: list[dict[str, Any]], seed: int) -> list
     """The training examples of a seed, out of those of `load_examples`."""
     if recipe.train_draw == "once":
         return pool
-    order = np.random.default_rng([_SPLIT_SEED, seed]).permutation(len(pool))
-    return [pool[i] for i in order[: recipe.train_limit]]
+    return [pool[i] for i in order_of(pool, seed)[: recipe.train_limit]]
+
+
+def order_of(pool: list[dict[str, Any]], seed: int) -> list[int]:
+    """The order in which a seed draws examples out of those of `load_examples`."""
+    return np.random.default_rng([_SPLIT_SEED, seed]).permutation(len(pool)).tolist()
 
 
 def row_options(recipe: AblationRecipe) -> RowOptions:

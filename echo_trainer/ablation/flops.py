@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from ..compat.flops import FastFlopCounter
 from ..method.forms import EchoForm
 from ..method.losses import EchoLoss
-from ..method.network import EchoNetworks, NetworkForm
 from ..method.plan import EchoPlan, make_plan
 from ..method.segments import find_segments
 from ..passes.setup import EchoSetup
@@ -84,13 +82,6 @@ def count_coefficients(setup: EchoSetup, terms: EchoLoss, form: EchoForm, positi
     scale = matrix.max(axis=0).clip(min=1)
     solution, *_ = np.linalg.lstsq(matrix / scale, np.array(counts, float), rcond=1e-12)
     return np.round(solution / scale)  # whole numbers up to float noise
-
-
-def plain_setup(model: PreTrainedModel) -> EchoSetup:
-    """What `echo_step` needs of a model without an echo."""
-    # A step without an echo pass still touches the networks' parameters, so there has to be one.
-    networks = EchoNetworks([], 1, 1, NetworkForm(bottleneck=1, aggregation="weighted"), seed=0)
-    return EchoSetup(model, networks.to(next(model.parameters()).device), [], [])
 
 
 def _random_examples(generator: np.random.Generator, vocabulary: int) -> list[dict[str, Any]]:

@@ -88,10 +88,12 @@ def specification(recipe: AblationRecipe, run: Run, fingerprints: dict[str, str]
     fixed = {key: value for key, value in asdict(recipe).items() if key not in _NOT_SPEC}
     if recipe.train_draw == "once":  # as results say that know no other
         del fixed["train_draw"]
+    arm_labels = fixed.pop("labels")  # results of other arms do not depend on it
     fixed["training"] = {key: value for key, value in sorted(recipe.training.items()) if key not in _NO_MATTER}
     fixed["tests"] = [{key: value for key, value in test.items() if key != "file"} for test in recipe.tests]
     arms = {"settings": arm.settings, "echo": arm.echo, **({"length": arm.length} if arm.length != 1 else {})}
-    return {**asdict(run), **arms, **fixed, "fingerprints": fingerprints}
+    second = {"teacher": arm.teacher, "labels": arm_labels} if arm.teacher else {}
+    return {**asdict(run), **arms, **second, **fixed, "fingerprints": fingerprints}
 
 
 def digest(spec: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..labelling.options import DistillOptions
 from ..method.depth import CKA
 from ..recipe.read import read_recipe
 from .arms import ADAPTERS, ARMS
@@ -46,6 +47,8 @@ class AblationRecipe:
         train_limit: use so many training examples; None: all.
         train_draw: "once" (the same ones in all runs) or "seed" (each seed draws its own, the same for all arms).
         evaluation_batch_size: test items at a time.
+        labels: of the arms that have a teacher: `prompts` (how many of the pool a seed did not draw are answered),
+            `steps` and `learning_rate` of the second training, and fields of `labelling.options.DistillOptions`.
     """
 
     training: dict[str, Any]
@@ -61,6 +64,7 @@ class AblationRecipe:
     train_limit: int | None = None
     train_draw: str = "once"
     evaluation_batch_size: int = 64
+    labels: dict[str, Any] | None = None
 
     def __post_init__(self):
         for name, known in (("arms", ARMS), ("adapters", ADAPTERS)):
@@ -90,6 +94,7 @@ class AblationRecipe:
             value = getattr(self, name)
             if not _whole(value, 1) and not (name == "train_limit" and value is None):
                 raise ValueError(f"`{name}` is {value!r}; write a whole number of at least 1.")
+        _check_labels(self)
         if "model_name_or_path" not in self.training:
             raise ValueError("No model: give `model_name_or_path` (an id on the Hub or a local folder) in the recipe.")
         taken = [f"`{key}` ({_SET_BY_US[key]} decides)" for key in self.training if key in _SET_BY_US]
@@ -127,12 +132,42 @@ def load_recipe(path: Path, **overrides: Any) -> AblationRecipe:
     if unknown:
         raise ValueError(f"The ablation section has unknown keys {unknown}. Known are: {sorted(known)}.")
     section |= {name: value for name, value in overrides.items() if value is not None}
-    section = {"arms": [*ARMS], "adapters": ["lora"], "seeds": "0-4", **section}
+    every = [arm.name for arm in ARMS.values() if arm.teacher is None or section.get("labels")]
+    section = {"arms": every, "adapters": ["lora"], "seeds": "0-4", **section}
     section["seeds"] = parse_seeds(section["seeds"])
     section["learning_rates"] = _as_list(section.get("learning_rates", []))
     for name in ("train", "tests", "arms", "adapters"):
         section[name] = _as_list(section.get(name, []))
     return AblationRecipe(training=content, **section)
+
+
+def _check_labels(recipe: AblationRecipe) -> None:
+    """Refuse arms with a teacher without a section that says what it answers, and a section that cannot work."""
+    taught = [name for name in recipe.arms if ARMS[name].teacher]
+    if recipe.labels is None:
+        if taught:
+            raise ValueError(
+                f"The arms {', '.join(taught)} have prompts labelled. Add `labels: {{prompts: 800, steps: 150, "
+                f"learning_rate: 2.0e-3, ratio: '1:2'}}` to the ablation section, or leave them out."
+            )
+        return
+    section = dict(recipe.labels) if isinstance(recipe.labels, dict) else {}
+    needed = {"prompts": _whole, "steps": _whole, "learning_rate": lambda value, _: _positive(value)}
+    wrong = [name for name, good in needed.items() if not good(section.pop(name, None), 1)]
+    taken = {"teacher", "label_batch_size"} & section.keys()
+    if wrong or taken:
+        raise ValueError(
+            f"`labels` is {recipe.labels!r}. It needs `prompts` and `steps`, whole numbers of at least 1, and a "
+            f"`learning_rate`; who answers is a matter of the arm."
+        )
+    if recipe.train_draw != "seed" or recipe.train_limit is None:
+        raise ValueError(
+            "`labels` answers the examples that a seed does not draw. Write `train_draw: seed` and a `train_limit`."
+        )
+    try:
+        DistillOptions(**section)
+    except TypeError as error:
+        raise ValueError(f"`labels` of the ablation section: {error}. It knows fields of DistillOptions.") from None
 
 
 def parse_seeds(value: Any) -> list[int]:

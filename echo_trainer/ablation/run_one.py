@@ -17,6 +17,7 @@ from trl import get_peft_config
 from .._version import __version__
 from ..files import write_json
 from ..passes.modules import base_model_of
+from ..passes.setup import plain_setup
 from ..recipe.arguments import arguments_of
 from ..recipe.training import model_options, on_chosen_layers
 from ..rendering.forms import Form, form_of
@@ -26,7 +27,8 @@ from .arms import ARMS
 from .data import drawn, held_out_task, load_examples, load_tests, row_options
 from .evaluating import Report, evaluate_run
 from .files import ITEMS, RESULT
-from .flops import SIZES, count_coefficients, plain_setup
+from .flops import SIZES, count_coefficients
+from .labels import train_on_labels
 from .plan import Run, digest, run_folder
 from .recipe import AblationRecipe
 from .trainer import AblationTrainer
@@ -83,6 +85,9 @@ def run_one(bench: Workbench, run: Run, spec: dict[str, Any], output: Path, repo
         memory.reset()
         begin, begin_cpu = time.perf_counter(), time.process_time()
         trainer.train()
+        student, taught = trainer, None
+        if ARMS[run.arm].teacher:
+            student, taught = train_on_labels(bench.recipe, bench.train, run, trainer, Path(scratch))
         result["training_seconds"] = time.perf_counter() - begin
         result["training_cpu_seconds"] = time.process_time() - begin_cpu
         result["peak_memory"] = memory.peak()
@@ -90,13 +95,17 @@ def run_one(bench: Workbench, run: Run, spec: dict[str, Any], output: Path, repo
         result["losses"] = _final_losses(trainer)
         result["batches"], result["loss_weight"] = trainer.batch_checksums(), trainer.loss_weight()
         result |= _flops(bench, run.adapter, trainer)
-        tasks, items = evaluate_run(bench, trainer, report)
+        if taught is not None:
+            second = _flops(bench, run.adapter, student)
+            result |= {"steps": result["steps"] + student.state.global_step, "labels": taught}
+            result |= {"flops": result["flops"] + second["flops"], "second": second | _final_losses(student)}
+        tasks, items = evaluate_run(bench, student, report)
         result["tasks"], result["held_out_nll"] = tasks, tasks.pop(bench.held_out.name)["nll"]
         result["device"] = torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else "CPU"
     folder = run_folder(output, run)
     write_json(folder / ITEMS, items)
     write_json(folder / RESULT, result)
-    del trainer
+    del trainer, student
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ _COMMANDS = {
     "quickstart": ("..quickstart", "fine-tune the embedded base with LoRA and with Echo-LoRA, offline, in minutes"),
     "sft": (".sft", "fine-tune a model from a recipe or from options"),
     "evaluate": (".evaluate", "measure a model or an adapter: commonsense tasks, GSM8K, or your own prompts"),
+    "distill": (".distill", "have the echo of a run answer prompts, and train its adapter on the answers as well"),
     "bench": (".bench", "measure what an echo step costs beside plain LoRA"),
     "select-layers": (".select_layers", "choose the layers worth adapting, by CKA on your model and data"),
     "check": (".serving", "say whether serving engines will serve an adapter as it was trained"),
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if name in ("check", "export"):
             return serving_command(name, rest)
-        if name in ("sft", "select-layers"):  # a wrong name and broken YAML are said before torch is loaded
+        if name in ("sft", "select-layers", "distill"):  # a wrong name and broken YAML are said before torch is loaded
             named_recipe(rest)
         return importlib.import_module(_COMMANDS[name][0], __name__).main(rest)
     except KeyboardInterrupt:

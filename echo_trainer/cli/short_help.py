@@ -60,18 +60,35 @@ _SAID = {  # where TRL's help says less, or much more, than fits a line
 
 def short_help(width: int | None = None) -> str:
     """The text, `width` columns wide; None takes the terminal's."""
+    classes = (DataArguments, EchoSFTConfig, AdapterArguments)
+    echo = [f.name for cls in classes for f in dataclasses.fields(cls) if f.name.startswith("echo_")]
+    groups = {"echo": echo, **{group: names.split() for group, names in OPTIONS.items()}}
+    return on_a_screen(HEAD, groups, FOOT, classes, width)
+
+
+def on_a_screen(
+    head: str, groups: dict[str, list[str]], foot: str, classes: tuple[type, ...], width: int | None = None
+) -> str:
+    """
+    Help with a line for each option.
+
+    Args:
+        head, foot: what stands before and after the options.
+        groups: names of options under their headings.
+        classes: the dataclasses that declare them.
+        width: columns; None takes the terminal's.
+    """
     width = width or shutil.get_terminal_size().columns
-    declared = {f.name: f for cls in (DataArguments, EchoSFTConfig, AdapterArguments) for f in dataclasses.fields(cls)}
-    echo = [name for name in declared if name.startswith("echo_")]
-    lines = [HEAD]
-    for group, names in {"echo": echo, **{group: names.split() for group, names in OPTIONS.items()}}.items():
+    declared = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
+    lines = [head]
+    for group, names in groups.items():
         lines.append(f"{group}:")
         for name in names:
             start = f"  --{name:29}{default_of(declared[name]):11}"
             lines.append(
                 start + shorten(first_sentence(declared[name]), max(width - len(start), 30), placeholder=" ...")
             )
-    return "\n".join([*lines, "", FOOT])
+    return "\n".join([*lines, "", foot])
 
 
 def default_of(option: Any) -> str:

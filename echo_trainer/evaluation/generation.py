@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-# A model's own generation_config may ask for sampling or penalties; an answer must not depend on it.
-_NEUTRAL: dict[str, Any] = {
+NEUTRAL: dict[str, Any] = {
     "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0, "length_penalty": 1.0, "min_length": 0, "num_return_sequences": 1,
 }  # fmt: skip
+"""A model's own generation_config may ask for sampling or penalties; an answer must not depend on it."""
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def greedy_answers(
         criteria = [_StopAtText(tokenizer, width, stop)] if stop is not None and num_beams == 1 else None
         output = cast(Any, model).generate(
             **batch,
-            **_NEUTRAL,
+            **NEUTRAL,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             pad_token_id=pad_token_id(tokenizer),

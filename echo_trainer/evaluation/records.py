@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from .evaluate import Record, Task
+from .line_file import LineFile
 
 
 class RecordFile:
@@ -25,43 +25,13 @@ class RecordFile:
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], notes: Sequence[str] = ()):
-        self.path, self.identity, self.notes = path, identity, set(notes)
-        self.done: dict[int, Record] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and path.stat().st_size:
-            self._read()
-        else:
-            self._append([{"identity": identity}])
+        advice = "Give another --output, or --restart to delete them."
+        self.file = LineFile(path, identity, notes, what="records", job="evaluation", advice=advice)
+        self.done: dict[int, Record] = read_records(path)[1]
 
     def save(self, records: Sequence[Record]) -> None:
         """Append the records of a batch; they are on the disk when this returns."""
-        self._append([_record_entry(record) for record in records])
-
-    def _append(self, entries: list[dict[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _read(self) -> None:
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # killed while it wrote: that line is computed again
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        if not whole:
-            self._append([{"identity": self.identity}])
-            return
-        found, self.done = read_records(self.path)
-        changed = sorted(
-            key for key in {*found, *self.identity} if _plain(found.get(key)) != _plain(self.identity.get(key))
-        )
-        if set(changed) - self.notes:
-            was = ", ".join(f"{key} {found.get(key)!r} (now {self.identity.get(key)!r})" for key in changed)
-            raise ValueError(
-                f"{self.path} holds records of another evaluation: {was}. They are not mixed. Give another --output, "
-                f"or --restart to delete them."
-            )
+        self.file.append([_record_entry(record) for record in records])
 
 
 def read_records(path: Path) -> tuple[dict[str, Any], dict[int, Record]]:
@@ -94,8 +64,3 @@ def _record_entry(record: Record) -> dict[str, Any]:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON would give it back."""
-    return json.loads(json.dumps(value))

@@ -1,6 +1,7 @@
 """Cross-entropies of both passes position by position, without a gradient: how good a teacher the echo is.
 
-Shapes: N positions that predict an answer token, E of them that the echo reaches, d hidden size, V vocabulary.
+Shapes: N positions that predict an answer token, E of them that the echo reaches, d hidden size, V vocabulary, K
+tokens that are kept of it.
 """
 
 from typing import Any, NamedTuple
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from ..method.losses import CHUNK_LOGITS, cross_entropy
 from ..method.plan import EchoPlan
+from ..method.soft_labels import most_likely
 from .echo import run_echo_pass
 from .head import LanguageModelHead, with_head
-from .plain import run_plain_pass
+from .plain import PlainState, run_plain_pass
 from .setup import EchoSetup
 
 
@@ -42,11 +44,7 @@ def score_passes(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> Sc
         inputs: keyword arguments of the backbone, without labels.
         plan: of the batch, on the model's device.
     """
-    plain = run_plain_pass(setup, inputs, plan)
-    echo_Ed = None
-    if plan.layout is not None:
-        delta, _ = setup.networks(plain.source_SGd, weightless=plan.weightless)
-        echo_Ed, _ = run_echo_pass(setup, inputs, plan, plain, delta)
+    plain, echo_Ed = _run(setup, inputs, plan)
 
     def score(head: LanguageModelHead) -> Scores:
         ce_plain_N, top_plain_N = _score(head, plain.hidden_Nd, plan.labels_N)
@@ -57,6 +55,61 @@ def score_passes(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> Sc
         return Scores(ce_plain_N, ce_echo_N, top_plain_N, top_echo_N)
 
     return with_head(setup.model, setup.backbone, plain.outputs, score)
+
+
+class Reading(NamedTuple):
+    """
+    What the pass of a teacher says at the positions of a plan: the echo pass where it reaches, else the plain one.
+
+    Attributes:
+        ce_N: cross-entropies in nats.
+        top_NK: the K most likely tokens, the most likely first.
+        log_NK1: their log-probabilities at the temperature that was asked for, and that of all other tokens together.
+    """
+
+    ce_N: Float[Tensor, "N"]
+    top_NK: Int[Tensor, "N K"]
+    log_NK1: Float[Tensor, "N K1"]
+
+
+@torch.no_grad()
+def read_distributions(
+    setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan, top: int, temperature: float
+) -> Reading:
+    """
+    Cross-entropies of a teacher, and its distributions over the most likely tokens.
+
+    Args:
+        setup, inputs, plan: as for `score_passes`.
+        top: K, at most V - 1; 0 for none.
+        temperature: that the logits are divided by.
+    """
+    plain, echo_Ed = _run(setup, inputs, plan)
+    hidden_Nd = plain.hidden_Nd
+    if echo_Ed is not None and not plan.weightless:
+        hidden_Nd = hidden_Nd.index_copy(0, plan.reach_E, echo_Ed.to(hidden_Nd.dtype))
+
+    def read(head: LanguageModelHead) -> Reading:
+        count = min(top, head.vocabulary - 1)
+        chunk = max(1, CHUNK_LOGITS // head.vocabulary)
+        parts = []
+        for start in range(0, len(plan.labels_N), chunk):
+            span = slice(start, start + chunk)
+            logits_NV = head.logits(hidden_Nd[span])
+            parts.append((cross_entropy(logits_NV, plan.labels_N[span]), *most_likely(logits_NV, count, temperature)))
+        return Reading(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    return with_head(setup.model, setup.backbone, plain.outputs, read)
+
+
+def _run(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> tuple[PlainState, Tensor | None]:
+    """The plain pass, and hidden states of the echo pass (E, d) where one runs."""
+    plain = run_plain_pass(setup, inputs, plan)
+    if plan.layout is None:
+        return plain, None
+    delta, _ = setup.networks(plain.source_SGd, weightless=plan.weightless)
+    echo_Ed, _ = run_echo_pass(setup, inputs, plan, plain, delta)
+    return plain, echo_Ed
 
 
 def _score(

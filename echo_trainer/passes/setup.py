@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..compat.cache import CachePlace
-from ..method.network import EchoNetworks
+from ..method.network import EchoNetworks, NetworkForm
 from ..method.sites import EchoSite
 from .layers import backbone, decoder_layers
 
@@ -52,3 +52,10 @@ class EchoSetup:
     def first_target(self) -> int:
         """Index of the lowest target layer; below it both passes are the same."""
         return min(site.layer for site in self.sites)
+
+
+def plain_setup(model: PreTrainedModel) -> EchoSetup:
+    """What a pass needs of a model without an echo."""
+    # A step without an echo pass still touches the networks' parameters, so there has to be one.
+    networks = EchoNetworks([], 1, 1, NetworkForm(bottleneck=1, aggregation="weighted"), seed=0)
+    return EchoSetup(model, networks.to(next(model.parameters()).device), [], [])

@@ -32,7 +32,7 @@ def load_data(data: DataArguments, mixture: DatasetMixtureConfig) -> Any:
     if mixture.datasets:
         dataset = get_dataset(mixture)
     elif data.dataset_name:
-        dataset = _load_named(data)
+        dataset = load_rows_by_split(data.dataset_name, data.dataset_config, bool(data.dataset_streaming))
     else:
         raise ValueError("No dataset: give `dataset_name` (a file, a folder or an id on the Hub) or `datasets`.")
     make, name = _maker(data)
@@ -66,8 +66,22 @@ def _maker(data: DataArguments) -> tuple[Any, Any]:
     return from_columns(prompt, completion), (prompt, completion)
 
 
-def _load_named(data: DataArguments) -> Any:
-    name, streaming = str(data.dataset_name), bool(data.dataset_streaming)
+def load_rows(name: str) -> Dataset:
+    """
+    The rows of a file, a folder or a dataset with one split, whatever their columns are.
+
+    Raises:
+        FileNotFoundError: a file is named that is not there.
+        ValueError: there are several splits.
+    """
+    found = load_rows_by_split(name)
+    if len(found) != 1:
+        raise ValueError(f"{name} has the splits {', '.join(map(str, found))}. Name a file with one of them.")
+    return next(iter(found.values()))
+
+
+def load_rows_by_split(name: str, config: str | None = None, streaming: bool = False) -> Any:
+    """Rows by split, whatever their columns are; arguments and errors are those of `load_data`."""
     path = Path(name)
     if (path / "dataset_dict.json").is_file():
         return load_from_disk(name)
@@ -75,8 +89,8 @@ def _load_named(data: DataArguments) -> Any:
         return DatasetDict([("train", cast(Dataset, load_from_disk(name)))])
     builder = BUILDERS.get(path.suffix.lower())
     if builder is None or path.is_dir():
-        return load_dataset(name, name=data.dataset_config, streaming=streaming)
+        return load_dataset(name, name=config, streaming=streaming)
     if not path.is_file():
-        raise FileNotFoundError(f"`dataset_name` names the file {name}, and there is none at {path.resolve()}.")
+        raise FileNotFoundError(f"{name} is named as a file of rows, and there is none at {path.resolve()}.")
     options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
     return load_dataset(builder, data_files={"train": str(path)}, streaming=streaming, **options)

@@ -61,6 +61,13 @@ def run(
     )
     trainer.dataset_name = None if data.dataset_name and Path(data.dataset_name).exists() else data.dataset_name
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    finish(trainer)
+    return trainer
+
+
+def finish(trainer: EchoSFTTrainer) -> None:
+    """Save and, if asked, push what was trained, say where it is, and end what was begun."""
+    config = trainer.args
     if not config.push_to_hub:
         trainer.save_model(config.output_dir)
     elif not trainer.pushes.final:  # with hub_strategy="end" training has pushed, and so saved, it already
@@ -70,7 +77,6 @@ def run(
         f"take it, `echo-trainer evaluate {config.output_dir} --tasks FILE.jsonl` measures it."
     )
     trainer.end()
-    return trainer
 
 
 def refuse_finished(config: EchoSFTConfig, overwrite: bool) -> None:

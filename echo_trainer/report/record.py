@@ -38,7 +38,9 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
         trainer: an `EchoSFTTrainer`.
         dataset_name: public id of the training data, if the caller knows it.
     """
-    args, data = trainer.args, (trainer.train_dataset, trainer.processing_class)
+    args, second = trainer.args, trainer.distillation
+    # What a teacher wrote, and prompts nobody answered, are not shown: of a second training the labelled rows are.
+    data = (trainer.train_dataset if second is None else second.labelled, trainer.processing_class)
     configs = getattr(trainer.model, "peft_config", {})
     peft_config = configs.get(trainer.model.active_adapters[0]) if configs else None
     return {
@@ -58,14 +60,15 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
         "hyperparameters": hyperparameters(args),
         "data": {
             "dataset": None if is_local(dataset_name) else dataset_name,
-            "n_train": _length(trainer.train_dataset),
+            "n_train": _length(data[0]),
             "n_eval": _length(trainer.eval_dataset),
             "n_held_out": _length(trainer.held_out.rows),
             "max_length": args.max_length,
             "fingerprint": fingerprint_of(trainer.train_dataset),
             "revision": _data_revision(trainer.train_dataset),
         },
-        "rows": trainer.rows.record(),
+        "distillation": second.record if second is not None else None,
+        "rows": (second.rows if second is not None else None) or trainer.rows.record(),
         "prompt_format": None if args.card_prompt == "none" else prompt_format(*data),
         "example": example(*data) if args.card_prompt == "example" else None,
         "steps": {

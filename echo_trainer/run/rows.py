@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..config import EchoSFTConfig
+from ..method.soft_labels import TOP_LOGS, TOP_TOKENS
 from ..rendering.forms import Form, RowOptions
 from ..rendering.messages import messages_of
 from ..rendering.rendering import Rendering
@@ -38,6 +39,7 @@ class Rows:
         self.rendering: Rendering | None = None
         self.how: str | None = None
         self.columns = (*COLUMNS, "conversations", config.dataset_text_field) if self.ours else ()
+        self.columns += (TOP_TOKENS, TOP_LOGS)
 
     @property
     def ours(self) -> bool:
@@ -87,7 +89,7 @@ class Rows:
             dataset, processing_class, args, packing, formatting_func, dataset_name: as TRL gives them.
         """
         if self.ours and not (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
-            ready = self._renders(processing_class).ready(dataset, dataset_name, args.dataset_num_proc)
+            ready = self.renders(processing_class).ready(dataset, dataset_name, args.dataset_num_proc)
             dataset, formatting_func = ready.dataset, ready.formatting_func
             host.chat_template = ready.chat_template
             args = copy.copy(args)
@@ -114,13 +116,14 @@ class Rows:
         """The collator of a run whose rows hold images: TRL's, which writes and tokenises them, told their answers."""
         if not self.ours or not isinstance(collator, DataCollatorForVisionLanguageModeling):
             return collator
-        rendering, row = self._renders(processing_class), next(iter(dataset))
+        rendering, row = self.renders(processing_class), next(iter(dataset))
         ready = mark_answers(collator, rendering, row)
         if rendering.form(row) is Form.CONVERSATION:
             self._note(f"the assistant's turns, {rendering.marks.how}", Form.CONVERSATION)
         return ready
 
-    def _renders(self, processing_class: Any) -> Rendering:
+    def renders(self, processing_class: Any) -> Rendering:
+        """How rows are written with a tokenizer or processor."""
         if self.rendering is None or self.rendering.processing_class is not processing_class:
             self.rendering = Rendering(self.options, processing_class, self.formatting_func)
         return self.rendering

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ablation_cases import do, tiny_recipe, trainer_of
+from ablation_cases import UNTAUGHT, do, tiny_recipe, trainer_of
 from models import adapted, tiny_model
 
 from echo_trainer.ablation.arms import ARMS, find_arms
@@ -38,7 +38,7 @@ def bench(recipe):
 @pytest.fixture(scope="module")
 def results(recipe, bench, folder):
     """Every arm, trained for three steps with LoRA."""
-    return {arm: do(recipe, folder / "out", arm, bench=bench) for arm in ARMS}
+    return {arm: do(recipe, folder / "out", arm, bench=bench) for arm in UNTAUGHT}
 
 
 # what the networks see
@@ -157,7 +157,7 @@ def test_arms_differ(results):
 def test_weight_of_the_loss(results):
     """1 where nothing is routed or routed samples count once; 1 + p where they count twice."""
     weight = {arm: result["loss_weight"] for arm, result in results.items()}
-    once = [arm for arm in ARMS if arm.startswith(("lora", "strong"))]
+    once = [arm for arm in UNTAUGHT if arm.startswith(("lora", "strong"))]
     assert {weight[arm] for arm in once} == {1.0}
     assert weight["echo-no-routing"] == weight["echo-zero-no-routing"] == 2.0
     assert 1.2 < weight["echo"] == weight["echo-zero"] == weight["echo-predicting"] < 2.0
@@ -165,7 +165,7 @@ def test_weight_of_the_loss(results):
 
 def test_the_echo_pass_is_evaluated_where_an_arm_has_its_own(results, folder):
     with_echo = {arm for arm, result in results.items() if "echo_nll" in result["tasks"]["words"]}
-    assert with_echo == {arm for arm in ARMS if ARMS[arm].echo == "own" and not arm.startswith("lora")}
+    assert with_echo == {arm for arm in UNTAUGHT if ARMS[arm].echo == "own" and not arm.startswith("lora")}
     task = results["strong"]["tasks"]["words"]
     assert task["echo_nll"] != pytest.approx(task["nll"], rel=1e-4)
     items = load_items(folder / "out", Run("strong", "lora", 0, 0.01))["words"]
@@ -289,6 +289,6 @@ def test_each_seed_may_draw_its_own_examples(tmp_path):
 def test_what_an_arm_is_measured_against_is_added():
     assert [arm.name for arm in find_arms(["lora-compute-matched"])] == ["lora", "lora-compute-matched", "echo"]
     assert [arm.name for arm in find_arms(["lora-strong-matched"])] == ["lora", "strong", "lora-strong-matched"]
-    assert len(ARMS) == 19
+    assert len(ARMS) == 22 and len(UNTAUGHT) == 19
     with pytest.raises(ValueError, match="echo-typo"):
         find_arms(["echo-typo"])

@@ -6,11 +6,12 @@ from models import adapted, tiny_model
 from steps import PAPER, echo_setup, planned_batch, random_examples, step_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
-from echo_trainer.ablation.flops import count_coefficients, plain_setup, step_sizes
+from echo_trainer.ablation.flops import count_coefficients, step_sizes
 from echo_trainer.ablation.run_one import Workbench
 from echo_trainer.compat.flops import flop_counter
 from echo_trainer.method import grouping
 from echo_trainer.passes.echo import RECOMPUTED, ROWS, SUFFIX
+from echo_trainer.passes.setup import plain_setup
 from echo_trainer.quiet import quiet_libraries
 from echo_trainer.run import pass_choice
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ablation_cases import tiny_recipe, write_workplace
+from ablation_cases import LABELS, tiny_recipe, write_workplace
 
 from echo_trainer import cli
 from echo_trainer.ablation.arms import ARMS
@@ -72,9 +72,19 @@ def test_the_strong_recipe(tmp_path, monkeypatch):
     assert len(trainer.echo.sites) == 7 and trainer.args.max_steps == 200
 
 
+def test_the_labels_recipe(monkeypatch):
+    """The first training of strong.yaml, on other seeds, and a second one in the ratio of the plan."""
+    monkeypatch.setenv("DATA", "data")
+    recipe, strong = (load_recipe(recipe_path(f"ablation/{name}")) for name in ("labels", "strong"))
+    assert recipe.training == strong.training and recipe.train_limit == strong.train_limit == 384
+    assert recipe.seeds == list(range(400, 408)) and not set(recipe.seeds) & set(strong.seeds)
+    assert recipe.labels == {"prompts": 800, "steps": 150, "learning_rate": 2e-3, "ratio": "4:8", "max_new_tokens": 12}
+    assert {"strong-labels", "strong-plain-labels", "self-training", "lora-longer"} <= set(recipe.arms)
+
+
 def test_shipped_recipes_say_what_they_need():
     names = [name for name in available_recipes() if name.startswith("ablation/")]
-    assert set(names) == {"ablation/embedded", "ablation/smollm2", "ablation/strong"}
+    assert set(names) == {f"ablation/{name}" for name in ("depth", "embedded", "labels", "smollm2", "strong")}
     for name in names:
         text = recipe_path(name).read_text()
         assert re.match(r"# .*\n(#.*\n)*# Needs: .*\n(#.*\n)*# Expect: ", text)
@@ -105,6 +115,13 @@ def test_the_gpu_command_is_a_script():
         ({"train_draw": "twice"}, {}, "'once', 'seed'"),
         ({}, {"echo_held_out": 5}, "validation_items"),
         ({"train": []}, {}, "at least one file"),
+        ({"arms": ["strong-labels"]}, {}, "Add `labels: {prompts: 800"),
+        ({**LABELS, "labels": {"prompts": 5, "steps": 2}}, {}, "whole numbers of at least 1, and a `learning_rate`"),
+        ({**LABELS, "labels": {**LABELS["labels"], "teacher": "echo"}}, {}, "who answers is a matter of the arm"),
+        ({**LABELS, "labels": {**LABELS["labels"], "rat": 1}}, {}, "unexpected keyword argument 'rat'"),
+        ({**LABELS, "labels": {**LABELS["labels"], "ratio": "2"}}, {}, "as A:B"),
+        ({**LABELS, "labels": 800}, {}, "It needs `prompts` and `steps`"),
+        ({**LABELS, "train_draw": "once"}, {}, "Write `train_draw: seed` and a `train_limit`"),
         ({"epochs": 3}, {}, "unknown keys"),
         ({"train": ["nowhere.jsonl"]}, {}, "nowhere.jsonl"),
         ({"tests": [{"name": "x", "file": "nowhere.jsonl"}]}, {}, "nowhere.jsonl"),

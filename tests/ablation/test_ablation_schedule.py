@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ablation_cases import do, tiny_recipe, write_workplace
+from ablation_cases import LABELS, do, tiny_recipe, write_workplace
 
 from echo_trainer import cli
 from echo_trainer.ablation.arms import ARMS
@@ -227,18 +227,20 @@ def test_fingerprints_follow_the_content_not_the_path(tmp_path):
 
 
 def test_every_run_is_planned_once_and_named_by_what_it_is(tmp_path):
-    recipe = tiny_recipe(tmp_path, arms=[*ARMS], adapters=["lora", "dora"], seeds="0-4", learning_rates=[1e-3, 1e-2])
+    recipe = tiny_recipe(
+        tmp_path, arms=[*ARMS], **LABELS, adapters=["lora", "dora"], seeds="0-4", learning_rates=[1e-3, 1e-2]
+    )
     rates = {adapter: dict.fromkeys(ARMS, 1e-3) for adapter in ("lora", "dora")}
     runs = final_runs(recipe, rates)
     assert len(runs) == len({run.id for run in runs}) == len(ARMS) * 2 * 5
     assert {run.seed for run in runs[:24]} == {0}  # whole pairs first
     assert len(selection_runs(recipe)) == 5 * 2 * 2 * 3  # families, adapters, rates, the first three seeds
     assert {run.arm for run in selection_runs(recipe)} == {"lora", "lora-unmasked", "lora-longer", "echo", "strong"}
-    every = tiny_recipe(tmp_path, arms=[*ARMS], learning_rates=[1e-3, 1e-2], learning_rate_choice="arm")
+    every = tiny_recipe(tmp_path, arms=[*ARMS], **LABELS, learning_rates=[1e-3, 1e-2], learning_rate_choice="arm")
     n_seeds = len(every.seeds[: every.learning_rate_seeds])
     matched = sum(arm.flops_of is not None for arm in ARMS.values())  # they have no rate of their own
     assert len(selection_runs(every)) == (len(ARMS) - matched) * 2 * n_seeds
-    shared = tiny_recipe(tmp_path, arms=[*ARMS], learning_rates=[1e-3, 1e-2], learning_rate_choice="shared")
+    shared = tiny_recipe(tmp_path, arms=[*ARMS], **LABELS, learning_rates=[1e-3, 1e-2], learning_rate_choice="shared")
     assert {run.arm for run in selection_runs(shared)} == {"lora"}
 
 

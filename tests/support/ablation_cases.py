@@ -5,6 +5,7 @@ import json
 import yaml
 from models import prompt_completion_rows, tiny_model, tiny_tokenizer
 
+from echo_trainer.ablation.arms import ARMS
 from echo_trainer.ablation.plan import Run, specification
 from echo_trainer.ablation.recipe import AblationRecipe, load_recipe
 from echo_trainer.ablation.run_one import Workbench, build_trainer, run_one
@@ -14,6 +15,15 @@ TRAINING = {
     "max_steps": 3, "per_device_train_batch_size": 4, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
     "warmup_steps": 1, "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "logging_steps": 1,
 }  # fmt: skip
+
+UNTAUGHT = [name for name, arm in ARMS.items() if arm.teacher is None]
+"""Arms without a second training."""
+LABELS = {
+    "labels": {"prompts": 9, "steps": 2, "learning_rate": 0.005, "ratio": "1:3", "max_new_tokens": 6},
+    "train_draw": "seed",
+    "train_limit": 20,
+}
+"""Of a recipe with arms that have one."""
 
 
 def write_workplace(folder, training=None, **section):

@@ -4,7 +4,7 @@ from typing import Literal, assert_type
 
 from datasets import Dataset
 
-from echo_trainer import EchoSFTConfig, EchoSFTTrainer
+from echo_trainer import DistillOptions, EchoSFTConfig, EchoSFTTrainer
 
 
 def by_depth(dataset: Dataset) -> EchoSFTTrainer:
@@ -25,3 +25,8 @@ def refused(dataset: Dataset) -> None:
     EchoSFTConfig("out", echo_source_layers="last")  # pyright: ignore[reportArgumentType]  no such choice
     EchoSFTConfig("out", echo_target_layers=[0.5])  # pyright: ignore[reportArgumentType]  no index
     EchoSFTTrainer("model", data=dataset)  # pyright: ignore[reportCallIssue]  no such argument
+
+
+def carried_over(trainer: EchoSFTTrainer, prompts: Dataset) -> EchoSFTTrainer:
+    trainer.unlabeled_dataset = prompts
+    return assert_type(trainer.distill(DistillOptions(ratio="1:2"), max_steps=150), EchoSFTTrainer)
