@@ -82,10 +82,9 @@ def _costs(found: Preview) -> Table:
     plain = found.costs["plain"]
     table.add_row("plain LoRA", *_figures(plain.flops, plain.saved_bytes, plain, found.per_step))
     mean = found.schedule[3]
-    for name in ("suffix", "full"):
-        if name in found.costs:
-            echo = found.costs[name]
-            shares = {1.0: "all routed", mean: f"mean p = {mean:.2g}" if mean < 1 else "all routed"}
+    shares = {1.0: "all routed", mean: f"mean p = {mean:.2g}" if mean < 1 else "all routed"}
+    for name, echo in found.costs.items():
+        if name != "plain":
             for share, label in shares.items():
                 flops = plain.flops + share * echo.flops
                 table.add_row(

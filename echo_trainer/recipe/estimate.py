@@ -7,7 +7,7 @@ from accelerate import PartialState
 
 from ..config import EchoSFTConfig
 from ..method.costs import Cost, echo_cost, whole_rows_cost
-from ..method.layouts import EchoForm
+from ..passes.echo import forms_for
 from ..passes.setup import EchoSetup
 from ..passes.shape import model_shape
 from ..rendering.inference import IGNORED
@@ -56,20 +56,18 @@ def costs_of(
         mean = sum(len(example["input_ids"]) for example in examples) / len(examples)
         size = max(1, round(size * config.max_length / mean))
     tokens = config.per_device_train_batch_size * (config.max_length or 1024)
-    form = EchoForm.SUFFIX
-    if config.echo_enabled and computes_again(config.echo_memory, setup, shape, tokens):
-        form = EchoForm.RECOMPUTED
+    again = config.echo_enabled and computes_again(config.echo_memory, setup, shape, tokens)
+    tried = forms_for(config.echo_pass, again) if config.echo_enabled else ()
+    forms = [form for place, form in enumerate(tried) if form.option not in {other.option for other in tried[:place]}]
     found: dict[str, list[Cost]] = {}
     for first in range(0, max(1, len(examples) - size + 1), size):
         draft = collator.draft_with_all(examples[first : first + size])
         segments = draft.segments
         found.setdefault("plain", []).append(whole_rows_cost(segments.shape[0], segments, shape))
-        layout = draft.plan(form).layout
-        if not config.echo_enabled or layout is None:
-            continue
-        if config.echo_pass != "full":
-            found.setdefault("suffix", []).append(echo_cost(layout, segments, shape))
-        found.setdefault("full", []).append(whole_rows_cost(segments.shape[0], segments, shape))
+        for form in forms:
+            layout = draft.plan(form).layout
+            if layout is not None:
+                found.setdefault(form.option, []).append(echo_cost(layout, segments, shape))
     return {name: _mean(costs) for name, costs in found.items()}
 
 

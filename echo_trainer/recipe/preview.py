@@ -17,12 +17,14 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..compat.building import empty_model
 from ..config import EchoSFTConfig
+from ..method.aggregation import AGGREGATIONS
 from ..method.costs import Cost
 from ..method.depth import resolve_layers
 from ..method.network import EchoNetworks, NetworkForm
 from ..method.routing import RoutingSchedule
 from ..method.sites import EchoSite
 from ..options import CKA, PRESETS
+from ..passes.echo import forms_for
 from ..passes.layers import adapted_layers, decoder_layers, find_sites
 from ..passes.setup import EchoSetup
 from ..rendering.forms import RowOptions
@@ -60,7 +62,7 @@ class Preview:
         rows, lost, tokens: training rows, the share of those looked at that lose their answer, mean tokens of a row.
         steps, batch, per_step: optimizer steps, rows of a global batch, micro-batches a step and process.
         schedule: routing probability at the first, the middle and the last step, and the mean over all.
-        costs: of a mean micro-batch by pass: "plain", and with an echo "suffix" and "full", all samples routed.
+        costs: of a mean micro-batch by pass: "plain", and with an echo each that may run, all samples routed.
         proved: what the proof at the first step compares, in words; None without an echo.
         examples: the first rows as the model sees them.
         warnings: what the template check has found.
@@ -155,7 +157,8 @@ def network_parameters(sites: Sequence[EchoSite], model: Any, form: NetworkForm,
     hidden, width = model.config.get_text_config().hidden_size, form.bottleneck
     gated = form.gate == "sigmoid"
     each = [(1 + gated) * width * (hidden + site.out_features) + gated * site.out_features + 1 for site in sites]
-    return sum(each) + (n_sources if form.aggregation == "weighted" else 0)
+    start = AGGREGATIONS[form.aggregation].start
+    return sum(each) + (start(n_sources, hidden).numel() if start is not None else 0)
 
 
 def _form(config: EchoSFTConfig) -> NetworkForm:
@@ -210,14 +213,13 @@ def _echo(base: Any, config: EchoSFTConfig, notes: list[str]) -> tuple[EchoSetup
 
 
 def _proved(config: EchoSFTConfig) -> str:
-    begin = "Before the first step at most two rows of the first batch go through both passes with an echo of zero"
-    if config.echo_pass == "full":
-        return f"{begin}, without gradients. The full pass must agree up to rounding, or the run stops."
-    if config.echo_pass == "suffix":
-        return f"{begin}, without gradients. The suffix pass must agree up to rounding, or the run stops."
+    names = list(dict.fromkeys(form.option for form in forms_for(str(config.echo_pass))))
+    first, *others = names
+    otherwise = f"else the {others[0]} pass, proved alike" if others else "else the run stops"
     return (
-        f"{begin}, without gradients. Where the suffix pass agrees up to rounding it runs; else the full pass, proved "
-        f"alike. The log, echo_run.json and the card say which."
+        f"Before the first step at most two rows of the first batch go through both passes with an echo of zero, "
+        f"without gradients. Where the {first} pass agrees up to rounding it runs; {otherwise}. The log, "
+        f"echo_run.json and the card say which."
     )
 
 
