@@ -44,3 +44,7 @@ def test_pages_of_the_site_are_there():
     assert len(menu) == len(set(menu)) > 15
     assert all((ROOT / "docs" / name).is_file() or (ROOT / name).is_file() for name in menu)
     assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(menu)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
