@@ -202,7 +202,8 @@ def _echo(base: Any, config: EchoSFTConfig, notes: list[str]) -> tuple[EchoSetup
         named.append(value)
     adapted = adapted_layers(base, config.echo_layers)
     if config.echo_enabled:
-        sources, targets = resolve_layers(*named, len(decoder_layers(base, config.echo_layers)), adapted)
+        wanted, given = named
+        sources, targets = resolve_layers(wanted, given, len(decoder_layers(base, config.echo_layers)), adapted)
     else:
         sources, targets = [], adapted[:1]
     # Its size is counted (`network_parameters`): made here it would take memory, and only a step needs it.

@@ -38,7 +38,7 @@ class Rows:
         self.formatting_func = formatting_func
         self.rendering: Rendering | None = None
         self.how: str | None = None
-        self.first: dict[str, Any] | None = None  # raw row of the training data, until it was looked at
+        self.first: Any = None  # raw row of the training data, until it was looked at
         self.columns = (*COLUMNS, "conversations", config.dataset_text_field) if self.ours else ()
 
     @property
