@@ -10,12 +10,18 @@ DASHES = ("-", "--", "-.", ":")
 DPI = 140
 
 
-def figure(width: float, height: float) -> Any:
-    """An empty figure, in inches, on white whatever page it is put on."""
+def figure(width: float, height: float, layout: str | None = "constrained") -> Any:
+    """
+    An empty figure on white, whatever page it is put on.
+
+    Args:
+        width, height: in inches.
+        layout: of matplotlib; None leaves the margins to the caller. Looking for them draws everything three times.
+    """
     # Imported here: matplotlib takes a while, and only who draws should wait for it.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    return Figure(figsize=(width, height), layout=layout, facecolor="white")
 
 
 def tidy(axis: Any, grid: str = "y") -> None:

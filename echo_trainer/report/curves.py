@@ -16,7 +16,9 @@ def write_curves(history: list[dict[str, Any]], folder: Path) -> list[str]:
     if len(steps) < 2:
         return []
     echo = any("echo/ce_echo" in entry for entry in steps)
-    drawn = figure(13.5 if echo else 6, 4)
+    width = 13.5 if echo else 6
+    drawn = figure(width, 4, layout=None)  # drawn at every checkpoint, so the margins are set by hand
+    drawn.subplots_adjust(left=0.75 / width, right=1 - 0.1 / width, bottom=0.29, top=0.93, wspace=0.28)
     axes = drawn.subplots(1, 3 if echo else 1, squeeze=False)[0]
     if echo:
         # Of the same samples: those without an echo pass would make a gap between the curves that is no effect.
