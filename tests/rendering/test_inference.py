@@ -74,7 +74,8 @@ def test_an_end_that_is_not_learned(row):
 
 
 def test_an_end_outside_of_the_marks():
-    template = CHAT_TEMPLATE.replace(" </s>' }}{% endgeneration %}", " ' }}{% endgeneration %}{{ '</s>' }}")
+    template = CHAT_TEMPLATE.replace(" + ' </s>' }}{% endgeneration %}", " }}{% endgeneration %}{{ ' </s>' }}")
+    assert template != CHAT_TEMPLATE
     assert any("may not learn to stop" in message for message in said(CHAT, template))
 
 
