@@ -1,7 +1,7 @@
 """One style for all plots: legible at the size of a model card, for colour-blind readers and in print."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 PLAIN, ECHO, THIRD, FOURTH, GREY = "#1f6f8b", "#c8581a", "#7b5aa6", "#3c8d5a", "#8a979e"
 """Colours of what is drawn; they differ in lightness too, and lines differ in their dashes as well."""
@@ -10,7 +10,7 @@ DASHES = ("-", "--", "-.", ":")
 DPI = 140
 
 
-def figure(width: float, height: float, layout: str | None = "constrained") -> Any:
+def figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
     """
     An empty figure on white, whatever page it is put on.
 
