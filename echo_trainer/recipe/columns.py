@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..rendering.forms import SPEAKERS
+from ..rendering.messages import SPEAKERS
 from ..templates import COLUMNS
 
 FORMATS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}, {"input_ids"})
@@ -102,7 +102,7 @@ def refuse_empty_answers(rows: Any, split: str) -> None:
 
 def _says_nothing(value: Any, column: str) -> bool:
     """Whether a completion, or a turn of the assistant, is empty."""
-    if value is None or isinstance(value, str):
+    if value is None or isinstance(value, str):  # messages may be JSON text, which is read later
         return not (value or "").strip()
     turns = [turn for turn in value if column == "completion" or _of_the_assistant(turn)]
     return any(not _words(turn) and not turn.get("tool_calls") for turn in turns) or (not value)

@@ -6,8 +6,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..quiet import quiet_libraries
-from .forms import Form, as_messages, is_chat
+from .forms import Form, is_chat
 from .marker import marked_spans
+from .messages import messages_of
 from .rendering import Rendering
 from .rows import renderer
 
@@ -31,6 +32,8 @@ def disagreements(row: dict[str, Any], rendering: Rendering, stops: Collection[i
     """
     form = rendering.form(row)
     if form in (Form.TOKENS, Form.OTHER) or (form is Form.TEXT and rendering.options.answer_marker is None):
+        return []
+    if rendering.formatting_func is not None:  # what writes the prompt in use is not known
         return []
     with quiet_libraries():  # what is to be said of the rows was said when they were prepared
         (example,) = rendering.examples([row])
@@ -75,14 +78,14 @@ def _asked(row: dict[str, Any], form: Form, rendering: Rendering, tokenizer: Any
     options = rendering.options
     if form is Form.TEXT:
         text = row[options.dataset_text_field]
-        start, _ = marked_spans(text, options, tokenizer.eos_token)[-1]
+        start, _ = marked_spans(text, options, rendering.ends)[-1]
         return tokenizer(text[:start])["input_ids"]
     if form is Form.PAIR and not is_chat(row):
         return tokenizer(row["prompt"])["input_ids"]
     if form is Form.PAIR:
         turns = [*row["prompt"], *row["completion"]] if options.assistant_only_loss else row["prompt"]
     else:
-        turns = as_messages(row["messages"] if row.get("messages") is not None else row["conversations"])
+        turns = messages_of(row)
     if form is not Form.PAIR or options.assistant_only_loss:
         turns = turns[: max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")]
     text = renderer(row, rendering.processing_class)(turns, True)

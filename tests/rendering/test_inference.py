@@ -99,6 +99,14 @@ def test_the_trainer_says_it_once_before_training(tmp_path, caplog, echo):
     assert len(found) == echo
 
 
+def test_what_a_formatting_func_writes_is_not_compared(tmp_path):
+    rows = [{"question": f"w{n} w2", "answer": "w3"} for n in range(8)]
+    kwargs = {"formatting_func": lambda row: f"{row['question']} : {row['answer']}"}
+    trainer = echo_trainer(tmp_path, rows=rows, max_steps=1, answer_marker=": ", trainer_kwargs=kwargs)
+    trainer.train()
+    assert trainer.state.log_history[0]["echo/routed"] > 0
+
+
 def test_a_usual_run_says_nothing(tmp_path, caplog):
     trainer = echo_trainer(tmp_path, rows=prompt_completion_rows(8), max_steps=1)
     with caplog.at_level(logging.WARNING):
