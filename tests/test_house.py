@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "echo_trainer"
 
 ORDER = (
-    ("_version", "files", "quiet", "resources"),
+    ("_version", "files", "quiet", "resources", "plots"),
     ("manifest", "method"),
     ("compat",),
     ("passes",),

@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 
 from ..recipe.find import available_recipes
 from ..recipe.read import named_recipe
@@ -23,6 +24,12 @@ _COMMANDS = {
     "recipes": ("..recipe.find", "list the recipes that ship with the package"),
     "env": (".env", "print versions, device and kernels: the first thing to paste into a report"),
 }
+
+PASSING_WARNINGS = (
+    r"`(is_)?gradient_checkpointing` is deprecated",  # TRL's default, under its older name
+    r"'pin_memory' argument is set as true but no accelerator",
+)
+"""Beginnings of what other libraries say of each other, and a user of the command line can do nothing about."""
 
 _USAGE = """usage: echo-trainer COMMAND [options]
 
@@ -46,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"echo-trainer {__version__}")
         return 0
+    for passing in PASSING_WARNINGS:
+        warnings.filterwarnings("ignore", message=passing)
     name, *rest = arguments
     if name not in _COMMANDS:
         print(f"echo-trainer: {name!r} is no command.\n\n{usage()}", file=sys.stderr)

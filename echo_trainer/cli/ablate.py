@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -108,6 +109,8 @@ class _Bar:
 
     def start(self, total: int) -> None:
         self.all = self.progress.add_task("runs", total=total)
+        self.total, self.done, self.begin = total, 0, time.monotonic()
+        self._say(f"{total} runs, one line for each that ends")
 
     def update(self, run: str, what: str, done: int, total: int) -> None:
         if run not in self.lines:
@@ -119,3 +122,12 @@ class _Bar:
             self.progress.remove_task(self.lines.pop(run))
         if how != "failed":
             self.progress.advance(self.all)
+        self.done += 1
+        minutes = (time.monotonic() - self.begin) / 60
+        left = minutes / self.done * (self.total - self.done)
+        self._say(f"{run}: {how}; {self.done} of {self.total} after {minutes:.1f} minutes, about {left:.0f} left")
+
+    def _say(self, line: str) -> None:
+        """A plain line where the output is no terminal, in which bars are not seen."""
+        if not self.progress.console.is_terminal:
+            self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..plots import ECHO, INK, PLAIN, figure, tidy, write
 from ..quiet import quiet_libraries
 
 TABLE_WIDTH = 140
@@ -120,20 +121,18 @@ def _ratio(value: float | None) -> str:
 
 def plot(result: dict[str, Any], path: str) -> None:
     """Bars of the time and FLOP ratios to plain LoRA."""
-    from matplotlib.figure import Figure
-
     rows = result["variants"]
-    figure = Figure(figsize=(7, 0.6 + 0.6 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    for offset, (key, label) in zip((-0.2, 0.2), (("mean_time_ratio", "time"), ("flops_ratio", "FLOPs")), strict=True):
-        bars = axis.barh(
-            [i + offset for i in range(len(rows))], [row[key] for row in rows.values()], 0.38, label=label
-        )
+    drawn = figure(7.5, 0.9 + 0.6 * len(rows))
+    axis = drawn.subplots()
+    for offset, key, label, colour in ((-0.2, "mean_time_ratio", "time", PLAIN), (0.2, "flops_ratio", "FLOPs", ECHO)):
+        places = [place + offset for place in range(len(rows))]
+        bars = axis.barh(places, [row[key] for row in rows.values()], 0.38, label=label, color=colour)
         axis.bar_label(bars, fmt="%.2f", padding=3)
     axis.set_yticks(range(len(rows)), list(rows))
     axis.invert_yaxis()
-    axis.axvline(1, color="black", linewidth=0.8)
+    axis.axvline(1, color=INK, linewidth=0.9)
     axis.set_xlabel("ratio to a step of plain LoRA in SFTTrainer")
     axis.margins(x=0.12)
+    tidy(axis, "x")
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    write(drawn, path)

@@ -16,7 +16,8 @@ modes:
             (LLM-Adapters: --num_beams 4)
   rank      the most likely of the answer options ("the correct answer is X"), one reading of each prompt; faster, and
             every answer is one of the options
-  nll       negative log-likelihood of the row's answers in nats, on the tokens and labels of the training loss
+  nll       negative log-likelihood of the row's answers, in nats per answer (the training loss is per token), on
+            the tokens and labels of the training loss
 
 In float32 the figures do not depend on --batch_size; in bfloat16 matrix products do, a little.
 
@@ -24,6 +25,8 @@ examples:
   echo-trainer evaluate runs/my-adapter --tasks commonsense --data llm-adapters/ --mode rank
   echo-trainer evaluate huggyllama/llama-7b --tasks boolq openbookqa --limit 200
   echo-trainer evaluate runs/my-adapter --tasks my-test.jsonl --max_new_tokens 100
+  echo-trainer evaluate runs/my-adapter --tasks faq.csv --prompt_column question --completion_column answer \
+      --mode nll --against base
   echo-trainer evaluate --with-echo runs/my-adapter --tasks my-test.jsonl --mode nll
 """
 
@@ -39,8 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="ADAPTER_OR_MODEL", help="folder or Hub id of an adapter or of a model")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK",
                         help="boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa, "
-                        "commonsense (all of these that --data has), gsm8k, or a .json/.jsonl file with rows in a "
-                        "form that training takes (prompt and completion, messages, text)")  # fmt: skip
+                        "commonsense (all of these that --data has), gsm8k, or a file (json, jsonl, csv, tsv, "
+                        "parquet) with rows in a form that training takes, such as prompt and completion")  # fmt: skip
     parser.add_argument("--data", metavar="DIR", help="folder with TASK-test.json; without it the public datasets")
     parser.add_argument("--base", help="base of the adapter, in place of the one it names")
     parser.add_argument("--mode", choices=["generate", "rank", "nll"], default="generate",
@@ -51,6 +54,10 @@ def make_parser() -> argparse.ArgumentParser:
                         help="what stands before each answer in rows of text (default: as in training)")  # fmt: skip
     parser.add_argument("--prompt_marker", metavar="TEXT",
                         help="what stands before each prompt in a text of several turns")  # fmt: skip
+    parser.add_argument("--prompt_column", metavar="NAME", help="column that holds the prompt, in files")
+    parser.add_argument("--completion_column", metavar="NAME", help="column that holds the answer, in files")
+    parser.add_argument("--against", metavar="base|ADAPTER|MODEL",
+                        help="evaluate this on the same items as well, and print the paired difference")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=32, help="items at a time (default: 32)")
     parser.add_argument("--num_beams", type=int, default=1, help="beams in mode generate (default: 1, greedy)")
     parser.add_argument("--max_new_tokens", type=int, help="longest answer (default: 32, gsm8k 256, files 64)")
@@ -104,7 +111,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     with quiet_libraries(), Progress(*columns, TimeRemainingColumn(), console=console) as progress:
 
         def watch(loaded: Any, tasks: list[Any]) -> Any:
-            whose = ", echo pass" if seen else ""
+            second = "echo pass" if options.with_echo else options.against
+            whose = f", {second}" if seen else ""
             seen.update(loaded=loaded, tasks=[task.name for task in tasks])
             bars = {
                 task.name: progress.add_task(f"{task.name}{whose}", total=len(task.items), start=False)
@@ -117,11 +125,16 @@ def _evaluate(options: argparse.Namespace) -> int:
 
             return advance
 
-        given = {name: value for name, value in vars(options).items() if name not in ("model", "tasks", "output")}
+        handled = ("model", "tasks", "output", "prompt_column", "completion_column")
+        given = {name: value for name, value in vars(options).items() if name not in handled}
+        given["columns"] = columns_of(options)
         summary = evaluate_adapter(model, options.tasks, output=folder, watch=watch, **given)
     console.print(table(summary))
-    if options.with_echo:
-        console.print(table_of_differences(summary))
+    if "differences" in summary:
+        console.print(table_of_differences(summary, options.against))
+    if options.mode == "generate":
+        for task in seen["tasks"]:
+            console.print(table_of_answers(task, folder))
     console.print(f"Records and results: {folder}", soft_wrap=True)
     if file is not None:
         write_text(file, (folder / f"results.{options.mode}.json").read_text(encoding="utf-8"))
@@ -136,6 +149,21 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def columns_of(options: argparse.Namespace) -> tuple[str, str] | None:
+    """
+    The columns that were named; None for none.
+
+    Raises:
+        ValueError: only one of them was.
+    """
+    names = options.prompt_column, options.completion_column
+    if None not in names:
+        return names
+    if names != (None, None):
+        raise ValueError("Name both columns, --prompt_column and --completion_column, or none.")
+    return None
+
+
 def output_places(output: str | None) -> tuple[Path | None, Path | None]:
     """Folder of the records if one was named, and the file that gets a copy of the results if one was."""
     if output is None:
@@ -144,19 +172,27 @@ def output_places(output: str | None) -> tuple[Path | None, Path | None]:
     return (path.with_suffix(""), path) if path.suffix == ".json" else (path, None)
 
 
-def table_of_differences(summary: dict[str, Any]) -> Any:
-    """The echo pass beside the plain path, as a table."""
+def table_of_differences(summary: dict[str, Any], against: str | None = None) -> Any:
+    """The echo pass beside the plain path, or a model beside the one it was compared `against`, as a table."""
     from rich.table import Table
 
-    title = f"the echo pass (training only) beside the plain path, mode {summary['mode']}"
-    shown = Table(title=title, caption="difference: echo - plain, paired by item, with its 95 % interval")
-    for column in ("task", "metric", "plain", "echo", "difference", "95 % interval", "items"):
+    names = ("plain", "echo") if against is None else ("against", "this")
+    shown_as = names if against is None else (against.rstrip("/").rsplit("/", 1)[-1], "this")
+    what = "the echo pass (training only) beside the plain path" if against is None else f"beside {against}"
+    shown = Table(
+        title=f"{what}, mode {summary['mode']}",
+        caption=f"difference: {shown_as[1]} - {shown_as[0]}, paired by item, with its 95 % interval over items; one "
+        "that holds zero is no evidence of a difference",
+    )
+    for column in ("task", "metric", *shown_as, "difference", "95 % interval", "items"):
         shown.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for row in summary["differences"]:
         form, signed = ("{:.3f}", "{:+.3f}") if row["metric"] == "nll" else ("{:.1%}", "{:+.1%}")
         interval = " to ".join(signed.format(bound) for bound in row["interval"]) if row["interval"] else "-"
-        both = [form.format(row[name]) for name in ("plain", "echo")]
-        shown.add_row(row["task"], row["metric"], *both, signed.format(row["difference"]), interval, str(row["n"]))
+        both = [form.format(row[name]) for name in names]
+        shown.add_row(
+            row["task"], _with_unit(row["metric"]), *both, signed.format(row["difference"]), interval, str(row["n"])
+        )
     return shown
 
 
@@ -171,5 +207,33 @@ def table(summary: dict[str, Any]) -> Any:
     for row in rows:
         form = "{:.3f}" if row["metric"] == "nll" else "{:.1%}"
         interval = " to ".join(form.format(bound) for bound in row["interval"]) if row["interval"] else "-"
-        shown.add_row(row["task"], row["metric"], form.format(row["value"]), interval, str(row["n"]))
+        shown.add_row(row["task"], _with_unit(row["metric"]), form.format(row["value"]), interval, str(row["n"]))
     return shown
+
+
+def table_of_answers(task: str, folder: Path, most: int = 10) -> Any:
+    """The first answers of a task beside the references, as they stand in its records."""
+    from rich.table import Table
+
+    from ..evaluation.records import read_records
+
+    records = read_records(folder / f"{task}.generate.jsonl")[1]
+    shown = Table(title=f"{task}: the first answers", show_lines=True)
+    for column in ("", "reference", "answer"):
+        shown.add_column(column, overflow="fold")
+    for index in sorted(records)[:most]:
+        record = records[index]
+        written = record.text if record.text is not None else record.prediction
+        shown.add_row("right" if record.correct else "wrong", _literal(record.reference), _literal(written.strip()))
+    return shown
+
+
+def _with_unit(metric: str) -> str:
+    return "nll, nats per answer" if metric == "nll" else metric
+
+
+def _literal(text: str) -> Any:
+    """Text without markup, cut to what one reads."""
+    from rich.text import Text
+
+    return Text(text if len(text) <= 200 else text[:200] + " ...")

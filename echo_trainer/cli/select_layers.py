@@ -16,6 +16,9 @@ from ..rendering.rendering import Rendering
 from ..selection.select import LayerSelection, select_layers
 from ..selection.use import echo_layers
 
+SURE = 0.9
+"""Share of bootstrap draws from which on a chosen layer is not called doubtful."""
+
 
 @dataclass
 class SelectionArguments:
@@ -62,6 +65,12 @@ def main(arguments: list[str]) -> int:
     selection.plot(folder / "layer_selection.png")
     console = Console()
     console.print(table(selection))
+    unsure = [layer for layer in selection.layers if selection.stability[layer] < SURE]
+    if unsure:
+        console.print(
+            f"{selection.n_samples} samples do not decide the choice: layers {unsure} were chosen in less than "
+            f"{SURE:.0%} of the bootstrap draws. More samples (--n_samples) may choose others."
+        )
     sources, targets = echo_layers(selection)
     console.print(f"adapt:  layers {selection.layers}   (in a recipe: lora_layers: cka)")
     console.print(f"echo:   from layers {sources} to layers {targets}   (echo_source_layers, echo_target_layers: cka)")

@@ -2,7 +2,10 @@
 
 from ..recipe.arguments import make_parser, parse
 from ..recipe.training import run
+from .dry_run import dry_run
 from .short_help import short_help
+
+DRY_RUN = {"--dry-run", "--dry_run"}
 
 
 def main(arguments: list[str]) -> int:
@@ -17,5 +20,7 @@ def main(arguments: list[str]) -> int:
     if "--help-all" in arguments:
         parser.print_help()
         return 0
+    if DRY_RUN & set(arguments):
+        return dry_run(parse([word for word in arguments if word not in DRY_RUN], parser))
     run(*parse(arguments, parser))
     return 0

@@ -14,11 +14,12 @@ Fine-tune a model with a LoRA adapter and an echo. RECIPE is a YAML file or the 
 (`echo-trainer recipes`); options of the command line go before those of the recipe.
 
   echo-trainer sft --config smollm2-135m/openbookqa
-  echo-trainer sft --config mine.yaml --learning_rate 2e-4 --output_dir runs/mine
+  echo-trainer sft --config mine.yaml --learning_rate 2e-4 --output_dir runs/mine --dry-run
   echo-trainer sft --config mine.yaml --dataset_name faq.csv --prompt_column question --completion_column answer
 """
 
-FOOT = "All options, TRL's too: `echo-trainer sft --help-all`. The same names are the keys of a recipe."
+FOOT = """--dry-run: look at the run without training: examples, layers, steps, costs. Nothing is written.
+All options, TRL's too: `echo-trainer sft --help-all`. The same names are the keys of a recipe."""
 
 OPTIONS = {
     "data": "dataset_name prompt_column completion_column dataset_template dataset_test_split max_length packing "

@@ -16,10 +16,13 @@ from .evaluate import Task
 from .model import Loaded, load_for_evaluation, load_tokenizer
 from .readers import Reader
 from .results import add_to_run
-from .run import run_evaluation
+from .run import OF_THE_ECHO, run_evaluation
 from .tasks import load_tasks
 
 logger = logging.getLogger(__name__)
+
+BASE = "base"
+"""What `against` calls the base of the adapter."""
 
 Advance = Callable[[Task, int], None]
 
@@ -45,6 +48,8 @@ def evaluate_adapter(
     device: str | None = None,
     trust_remote_code: bool = False,
     with_echo: bool = False,
+    against: str | Path | None = None,
+    columns: tuple[str, str] | None = None,
     watch: Callable[[Loaded, list[Task]], Advance] | None = None,
 ) -> dict[str, Any]:
     """
@@ -78,13 +83,16 @@ def evaluate_adapter(
         trust_remote_code: run code of the model's repository.
         with_echo: evaluate the echo pass as well, which existed in training only. `adapter` is then a checkpoint that
             holds echo networks, or the folder of a run, whose last such checkpoint is taken.
-        watch: called with the model and the tasks before the first item, and once more before the echo pass; what it
-            returns is called with a task and a number of finished items.
+        against: evaluate this adapter or model on the same items as well, or "base", the adapter's base.
+        columns: names of the columns of prompt and completion in files; they are joined as training joins them.
+        watch: called with the model and the tasks before the first item, and once more before the echo pass or what
+            is compared; what it returns is called with a task and a number of finished items.
 
     Returns:
         What results.MODE.json holds (`run.run_evaluation`), and `written`: what of a finished run's folder now holds
-        the figures, in words, or None. With `with_echo` also `echo`, the same of the echo pass, and `differences`
-        (`beside.differences`).
+        the figures, in words, or None. With `with_echo` also `echo`, the same of the echo pass, with `against` also
+        `against`; and with either `differences` (`beside.differences`; "this" minus "against", or "echo" minus
+        "plain").
 
     Raises:
         ValueError: an option or a task cannot work, the folder holds records of another model, data or options, or
@@ -97,16 +105,20 @@ def evaluate_adapter(
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     if num_beams > 1 and mode != "generate":
         raise ValueError(f"num_beams={num_beams} is for mode generate; mode {mode} writes nothing.")
+    if with_echo and against is not None:
+        raise ValueError("`with_echo` compares both passes of one run, so there is no place for `against`. Give one.")
     name = str(echo_checkpoint(str(adapter)) if with_echo else adapter)
     drawn = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens}
     # The tasks come first: their mistakes are found before a large model loads.
     tokenizer = load_tokenizer(name, base, trust_remote_code)
     said = row_options(str(Path(name).parent) if with_echo else name, answer_marker, prompt_marker)
-    wanted = load_tasks(tasks, data, template=template, tokenizer=tokenizer, row_options=said, **drawn)
+    wanted = load_tasks(
+        tasks, data, template=template, tokenizer=tokenizer, row_options=said, columns=columns, **drawn
+    )
     loaded = load_for_evaluation(name, base, dtype, device, trust_remote_code)
     folder = Path(output) if output is not None else records_folder(name, with_echo)
 
-    def evaluate(loaded: Loaded, reader: Reader | None = None) -> dict[str, Any]:
+    def evaluate(loaded: Loaded, reader: Reader | None = None, folder: Path = folder) -> dict[str, Any]:
         return run_evaluation(
             loaded,
             wanted,
@@ -124,10 +136,21 @@ def evaluate_adapter(
     if with_echo:
         reader, digest = load_echo(loaded.model, loaded.tokenizer, Path(name))
         echo = evaluate(replace(loaded, identity={**loaded.identity, "echo_networks": digest}), reader)
-        return {**summary, "echo": echo, "differences": differences(folder, wanted, mode), "written": None}
+        pair = ("echo", folder, mode + OF_THE_ECHO), ("plain", folder, mode)
+        return {**summary, "echo": echo, "differences": differences(wanted, mode, *pair), "written": None}
     results = [*summary["results"], *([summary["average"]] if summary["average"] else [])]
     written = add_to_run(Path(name), results) if Path(name).is_dir() else None
-    return {**summary, "written": written}
+    summary |= {"written": written}
+    if against is None:
+        return summary
+    other = loaded.base if str(against) == BASE else str(against)
+    if other == name:
+        raise ValueError(f"{name} is to be compared with itself. Name another adapter or model in `against`.")
+    del loaded  # the two need not lie in memory together
+    beside = folder / "against" / Path(other).name
+    theirs = evaluate(load_for_evaluation(other, None, dtype, device, trust_remote_code), folder=beside)
+    pair = ("this", folder, mode), ("against", beside, mode)
+    return {**summary, "against": theirs, "differences": differences(wanted, mode, *pair)}
 
 
 def row_options(model: str, answer_marker: str | None = None, prompt_marker: str | None = None) -> RowOptions:

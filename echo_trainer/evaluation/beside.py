@@ -1,4 +1,4 @@
-"""The echo pass beside the plain path on the same items: paired differences from the records of both."""
+"""Two evaluations of the same items side by side: paired differences from the records of both."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,18 @@ import numpy as np
 from .evaluate import Task
 from .records import read_records
 from .results import Z95
-from .run import OF_THE_ECHO
 
 
-def differences(folder: Path, tasks: Sequence[Task], mode: str) -> list[dict[str, Any]]:
+def differences(
+    tasks: Sequence[Task], mode: str, one: tuple[str, Path, str], other: tuple[str, Path, str]
+) -> list[dict[str, Any]]:
     """
-    Echo minus plain, item by item, from finished records.
+    One evaluation minus another, item by item, from finished records.
+
+    Args:
+        tasks: that both were evaluated on.
+        mode: of both.
+        one, other: name in the result, folder of the records, and what the files' names say beside the task's.
 
     Returns:
         For every task the share of right items ("exact_match" in mode "nll": what greedy generation would write) and,
@@ -24,24 +30,25 @@ def differences(folder: Path, tasks: Sequence[Task], mode: str) -> list[dict[str
     """
     found = []
     for task in tasks:
-        plain, echo = (read_records(folder / f"{task.name}.{label}.jsonl")[1] for label in (mode, mode + OF_THE_ECHO))
-        pairs = [(echo[index], plain[index]) for index in sorted(plain) if index in echo]
+        ours, theirs = (read_records(folder / f"{task.name}.{label}.jsonl")[1] for _, folder, label in (one, other))
+        pairs = [(ours[index], theirs[index]) for index in sorted(theirs) if index in ours]
         right = {"nll": "exact_match", "rank": "accuracy_ranked"}.get(mode, task.metric)
-        values = {right: [(float(one.correct), float(other.correct)) for one, other in pairs]}
-        scored = [(one.nll, other.nll) for one, other in pairs if one.nll is not None and other.nll is not None]
+        values = {right: [(float(a.correct), float(b.correct)) for a, b in pairs]}
+        scored = [(a.nll, b.nll) for a, b in pairs if a.nll is not None and b.nll is not None]
         values |= {"nll": scored} if scored else {}
-        found += [{"task": task.name, "metric": metric, **_paired(each)} for metric, each in values.items()]
+        names = (one[0], other[0])
+        found += [{"task": task.name, "metric": metric, **_paired(each, names)} for metric, each in values.items()]
     return found
 
 
-def _paired(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def _paired(pairs: Sequence[tuple[float, float]], names: tuple[str, str]) -> dict[str, Any]:
     """Means of both and of their difference, with a 95 % interval; None for a single pair."""
-    echo, plain = np.array(pairs, dtype=float).T
-    gain, interval = float((echo - plain).mean()), None
+    one, other = np.array(pairs, dtype=float).T
+    gain, interval = float((one - other).mean()), None
     if len(pairs) > 1:
-        half = Z95 * float((echo - plain).std(ddof=1)) / math.sqrt(len(pairs))
+        half = Z95 * float((one - other).std(ddof=1)) / math.sqrt(len(pairs))
         interval = [gain - half, gain + half]
     return {
-        "plain": float(plain.mean()), "echo": float(echo.mean()), "difference": gain, "interval": interval,
+        names[0]: float(one.mean()), names[1]: float(other.mean()), "difference": gain, "interval": interval,
         "n": len(pairs),
     }  # fmt: skip

@@ -25,6 +25,10 @@ HUB: dict[str, tuple[str, str | None, str]] = {
 }
 
 
+FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+"""Ends of the names of files that hold rows."""
+
+
 def hub_rows(name: str) -> tuple[Sequence[dict[str, Any]], dict[str, str]]:
     """
     Rows of the public dataset of a task, and the id and split they come from.
@@ -74,7 +78,7 @@ def folder_rows(name: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """
-    Rows of a JSON file (a list) or of a JSON Lines file.
+    Rows of a JSON file (a list), of a JSON Lines file, or of a table, which is read as training reads it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,6 +86,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
+    if path.suffix not in (".json", ".jsonl"):
+        return _table_rows(path)
     try:
         text = path.read_text(encoding="utf-8")
         rows = _json_lines(text) if path.suffix == ".jsonl" else json.loads(text)
@@ -94,6 +100,25 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} must hold a list of rows (objects), at least one.")
     return rows
+
+
+def _table_rows(path: Path) -> list[dict[str, Any]]:
+    """
+    Rows of a csv, tsv or parquet file.
+
+    Raises:
+        ValueError: it cannot be read as one, or holds no rows.
+    """
+    # Imported here: with JSON no other module of an evaluation needs it.
+    from datasets import load_dataset
+
+    options: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    builder = "parquet" if path.suffix == ".parquet" else "csv"
+    try:
+        rows: Any = load_dataset(builder, data_files={"train": str(path)}, split="train", **options)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error.__cause__ or error}.") from error
+    return rows.to_list()
 
 
 def _json_lines(text: str) -> list[Any]:

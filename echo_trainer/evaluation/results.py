@@ -32,12 +32,17 @@ def task_result(task: Task, records: Sequence[Record], mode: str) -> dict[str, A
         half = Z95 * spread / math.sqrt(len(values)) if spread is not None else None
         interval = None if half is None else [mean - half, mean + half]
         return {**result, "metric": "nll", "value": mean, "n": len(values), "interval": interval, "seeds": None}
-    found = binomtest(sum(record.correct for record in records), len(records)).proportion_ci(method="wilson")
-    interval = [float(found.low), float(found.high)]
+    interval = wilson(sum(record.correct for record in records), len(records))
     metric = "accuracy_ranked" if mode == "rank" else task.metric
     return {
         **result, "metric": metric, "value": accuracy(records), "n": len(records), "interval": interval, "seeds": None
     }  # fmt: skip
+
+
+def wilson(correct: int, n: int) -> list[float]:
+    """Wilson's 95 % interval of a share."""
+    found = binomtest(correct, n).proportion_ci(method="wilson")
+    return [float(found.low), float(found.high)]
 
 
 def macro_average(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

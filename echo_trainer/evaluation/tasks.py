@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..recipe.columns import from_columns
 from ..rendering.forms import COLUMNS, Form, RowOptions, form_of
 from ..rendering.mapping import as_dataset
 from ..rendering.prompts import Parts, parts_of
 from ..rendering.rendering import Rendering
 from ..templates import TEMPLATES
 from .answers import CHOICES, first_match, last_number
-from .data import folder_rows, hub_rows, instruction_row, read_rows, task_file
+from .data import FILES, folder_rows, hub_rows, instruction_row, read_rows, task_file
 from .evaluate import Item, Task
 
 COMMONSENSE = tuple(CHOICES)
@@ -158,13 +159,14 @@ def load_tasks(
     tokenizer: Any = None,
     max_new_tokens: int | None = None,
     row_options: RowOptions | None = None,
+    columns: tuple[str, str] | None = None,
 ) -> list[Task]:
     """
     Tasks by name.
 
     Args:
         spec: names: those of `COMMONSENSE`, "commonsense" for all of these that `data_dir` has (all eight without
-            it), "gsm8k", or the path of a JSON or JSON Lines file with rows in a form that training takes.
+            it), "gsm8k", or the path of a file (`data.FILES`) with rows in a form that training takes.
         data_dir: folder with files NAME-test.json (LLM-Adapters) or NAME-test.jsonl; None reads the public datasets.
         template: as in training; None is "alpaca", and no template for files of prompts and completions.
         limit: items of each task, drawn with `seed`; None is all.
@@ -172,6 +174,7 @@ def load_tasks(
         tokenizer: needed by chat templates.
         max_new_tokens: longest answer in tokens, instead of the task's own.
         row_options: what the training run said about its rows; for files and gsm8k.
+        columns: names of the columns of prompt and completion in files.
 
     Raises:
         ValueError: a task is unknown, or its file is empty or holds something else.
@@ -180,9 +183,12 @@ def load_tasks(
     tasks = []
     for name in _expanded(spec, data_dir):
         drawn: dict[str, Any] = {"limit": limit, "seed": seed, "tokenizer": tokenizer}
-        if Path(name).suffix in (".json", ".jsonl"):
+        if Path(name).suffix in FILES:
             given: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
             rows = read_rows(Path(name))
+            if columns is not None:
+                with _named(name, 1):
+                    rows = list(map(from_columns(*columns), rows))
             given |= {"row_options": row_options}
             task = prompt_completion_task(Path(name).stem, rows, template=template, **drawn, **given)
             source = {"dataset": Path(name).name, "split": None}  # nobody said which it is
@@ -195,7 +201,7 @@ def load_tasks(
         else:
             raise ValueError(
                 f"The task {name!r} is unknown. Use {', '.join(COMMONSENSE)}, commonsense (all of them), {GSM8K}, or "
-                f"the path of a .json or .jsonl file with prompts and completions."
+                f"the path of a file ({', '.join(FILES)}) with prompts and completions."
             )
         changed = {**source, "n_rows": len(rows), **({"max_new_tokens": max_new_tokens} if max_new_tokens else {})}
         tasks.append(Task(**{**vars(task), **changed}))

@@ -67,6 +67,8 @@ def quickstart(output_dir: Path, settings: Settings, seed: int, console: Console
     Returns:
         Exact-match accuracy on the held-out items of "base", "LoRA" and "Echo-LoRA".
     """
+    from ..evaluation.results import add_to_run
+
     tests = [json.loads(line) for line in TEST.read_text(encoding="utf-8").splitlines()[:N_TEST]]
     console.print("[bold]Echo-LoRA quickstart[/bold]: one held-out item of the task\n")
     console.print(f"  {tests[0]['prompt']}[green]{tests[0]['completion']}[/green]\n", highlight=False)
@@ -81,7 +83,12 @@ def quickstart(output_dir: Path, settings: Settings, seed: int, console: Console
             seconds[name] = time.perf_counter() - begin
             accuracy[name] = _score(trainer.model, tests, settings, progress, f"{name}, held-out items")
         trainer.save_model()
+        add_to_run(output_dir, [_result(accuracy["Echo-LoRA"], len(tests))])
     console.print(_table(accuracy, seconds, settings, len(tests)))
+    console.print(
+        "One seed, an artificial task: the last two rows differ by luck as much as by method. Whether the echo helps "
+        "is what `echo-trainer ablate` measures.\n"
+    )
     console.print(f"The Echo-LoRA adapter is in [bold]{output_dir}[/bold]; its base is {BASE}.", soft_wrap=True)
     console.print("It is an ordinary PEFT adapter: see README.md in its folder.")
     return accuracy
@@ -169,6 +176,16 @@ def _score(model: Any, tests: list[dict[str, str]], settings: Settings, progress
         advance=lambda n: progress.advance(task, n),
     )
     return exact_match(answers, [row["completion"] for row in tests])
+
+
+def _result(accuracy: float, n: int) -> dict[str, Any]:
+    """The figure as `echo_run.json` and the card hold it."""
+    from ..evaluation.results import wilson
+
+    return {
+        "task": "quickstart", "dataset": DATASET_NAME, "split": "test", "of": None, "metric": "exact_match",
+        "value": accuracy, "n": n, "interval": wilson(round(accuracy * n), n), "seeds": None,
+    }  # fmt: skip
 
 
 def _table(accuracy: dict[str, float], seconds: dict[str, float], settings: Settings, n: int) -> Table:

@@ -1,5 +1,7 @@
 """The options of a run, as dataclasses: TRL's own and ours, from the command line, a recipe, or a dict."""
 
+import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -92,7 +94,17 @@ def parse(arguments: list[str], parser: TrlParser | None = None, classes: tuple[
     if path is not None:
         check_options(path, options, classes)
         parser.set_defaults_with_config(**options)
-    return parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+    *found, unknown = parser.parse_args_into_dataclasses(rest, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        options = [f"--{field.name}" for cls in classes for field in dataclasses.fields(cls)]
+        raise ValueError(_unknown(unknown[0], options))
+    return tuple(found)
+
+
+def _unknown(word: str, options: list[str]) -> str:
+    close = difflib.get_close_matches(word.split("=")[0], options, n=1)
+    advice = f"Did you mean {close[0]}?" if close else "`--help-all` lists the options of `echo-trainer sft`."
+    return f"There is no option {word!r}, and nothing that it could be the value of. {advice}"
 
 
 def arguments_of(options: dict[str, Any]) -> Arguments:

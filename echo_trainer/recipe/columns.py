@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..rendering.messages import SPEAKERS
 from ..templates import COLUMNS
 
 FORMATS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}, {"input_ids"})
@@ -74,9 +75,52 @@ def refuse_empty(rows: Any, split: str, columns: tuple[str, str] | None) -> None
     for column in known[0] if known else ():
         empty = [n for n, value in enumerate(rows[column]) if value is None or not str(value).strip()]
         if empty:
-            shown = ", ".join(map(str, empty[:_SHOWN])) + (", ..." if len(empty) > _SHOWN else "")
-            raise ValueError(
-                f"{len(empty)} of {len(rows)} rows of the split {split!r} have nothing in the column {column!r} (rows "
-                f"{shown}, counted from 0). Nothing can be learned from a row without both a question and an answer: "
-                f"fill them in or take the rows out."
-            )
+            raise _empty(empty, rows, split, f"nothing in the column {column!r}")
+
+
+def refuse_empty_answers(rows: Any, split: str) -> None:
+    """
+    Refuse completions and turns of the assistant without a word, by the numbers of their rows; no stream is looked at.
+
+    A turn that calls a tool needs no words.
+
+    Args:
+        rows: a split of the dataset, in a format of TRL.
+        split: its name, for the error.
+
+    Raises:
+        ValueError: there are some.
+    """
+    known = [name for name in ("completion", "messages", "conversations") if name in (rows.column_names or [])]
+    if not isinstance(rows, Dataset) or not known or "input_ids" in rows.column_names:
+        return
+    column = known[0]
+    empty = [n for n, value in enumerate(rows[column]) if _says_nothing(value, column)]
+    if empty:
+        raise _empty(empty, rows, split, f"an answer without a word in the column {column!r}")
+
+
+def _says_nothing(value: Any, column: str) -> bool:
+    """Whether a completion, or a turn of the assistant, is empty."""
+    if value is None or isinstance(value, str):  # messages may be JSON text, which is read later
+        return not (value or "").strip()
+    turns = [turn for turn in value if column == "completion" or _of_the_assistant(turn)]
+    return any(not _words(turn) and not turn.get("tool_calls") for turn in turns) or (not value)
+
+
+def _of_the_assistant(turn: dict[str, Any]) -> bool:
+    who = str(turn.get("role") or turn.get("from")).lower()
+    return SPEAKERS.get(who, who) == "assistant"
+
+
+def _words(turn: dict[str, Any]) -> bool:
+    said = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    return bool(said.strip()) if isinstance(said, str) else bool(said)
+
+
+def _empty(empty: list[int], rows: Dataset, split: str, what: str) -> ValueError:
+    shown = ", ".join(map(str, empty[:_SHOWN])) + (", ..." if len(empty) > _SHOWN else "")
+    return ValueError(
+        f"{len(empty)} of {len(rows)} rows of the split {split!r} have {what} (rows {shown}, counted from 0). Nothing "
+        f"can be learned from a row without both a question and an answer: fill them in or take the rows out."
+    )

@@ -8,7 +8,7 @@ from trl import DatasetMixtureConfig, get_dataset
 
 from ..templates import TEMPLATES
 from .arguments import DataArguments
-from .columns import check_columns, from_columns, refuse_empty
+from .columns import check_columns, from_columns, refuse_empty, refuse_empty_answers
 
 BUILDERS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text",
@@ -43,6 +43,8 @@ def load_data(data: DataArguments, mixture: DatasetMixtureConfig) -> Any:
             options: dict[str, Any] = {"desc": f"Writing {split} prompts"} if isinstance(rows, Dataset) else {}
             refuse_empty(rows, split, name)
             rows = rows.map(make, remove_columns=columns, **options)
+        else:
+            refuse_empty_answers(rows, split)
         check_columns(rows, split)
         splits[split] = rows
     return type(dataset)(splits)

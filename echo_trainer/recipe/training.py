@@ -47,6 +47,7 @@ def run(
         if split not in dataset:
             raise ValueError(f"The dataset has no split {split!r}; it has {sorted(dataset)}.")
     train_dataset = dataset[data.dataset_train_split]
+    warn_of_silence(config)
     quantization = get_quantization_config(adapter)
     peft_config = get_peft_config(adapter)
     if adapter.lora_layers is not None:
@@ -74,9 +75,20 @@ def finish(trainer: EchoSFTTrainer) -> None:
         trainer.push_to_hub()
     trainer.accelerator.print(
         f"The adapter is in {config.output_dir}. Next: `echo-trainer check {config.output_dir}` says which servers "
-        f"take it, `echo-trainer evaluate {config.output_dir} --tasks FILE.jsonl` measures it."
+        f"take it, `echo-trainer evaluate {config.output_dir} --tasks FILE --against base` whether it is better."
     )
     trainer.end()
+
+
+def warn_of_silence(config: EchoSFTConfig) -> None:
+    """Say where a run ends before it has logged anything."""
+    every = config.logging_steps
+    if config.logging_strategy == "steps" and 0 < config.max_steps < every and every >= 1:
+        logger.warning(
+            "max_steps=%d is below logging_steps=%d, so no loss is logged and no curve drawn. Write logging_steps: 1.",
+            config.max_steps,
+            every,
+        )
 
 
 def refuse_finished(config: EchoSFTConfig, overwrite: bool) -> None:

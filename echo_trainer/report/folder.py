@@ -9,6 +9,7 @@ from ..adapter.check import Report, check_adapter
 from ..adapter.folder import AdapterError
 from ..adapter.read import adapter_folder
 from ..files import CARD, RUN_RECORD
+from .curves import write_curves
 from .record import run_record
 from .render import render_card
 
@@ -31,7 +32,7 @@ def write_run_folder(
     record["saved"] = saved
     record["evaluation"] = _evaluation_of_the_same(record["saved"], Path(trainer.args.output_dir))
     record["repo_id"] = None  # known when it is pushed
-    record["curves"] = _write_curves(trainer.state.log_history, path / "assets")
+    record["curves"] = write_curves(trainer.state.log_history, path / "assets")
     _write(path, _finite(record))
 
 
@@ -119,61 +120,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_curves(history: list[dict[str, Any]], folder: Path) -> list[str]:
-    """Draw the training curves; names of the files written, relative to the run's folder."""
-    steps = [entry for entry in history if "loss" in entry]
-    if len(steps) < 2:
-        return []
-    # Imported here: pyplot takes a second, and only runs that have something to draw should pay it.
-    from matplotlib.figure import Figure
-
-    echo = any("echo/ce_echo" in entry for entry in steps)
-    width = 13 if echo else 6
-    figure = Figure(figsize=(width, 3.6))
-    # Margins by hand: looking for them draws everything three times, at every checkpoint.
-    figure.subplots_adjust(left=0.75 / width, right=1 - 0.1 / width, bottom=0.26, top=0.97, wspace=0.22)
-    axes = figure.subplots(1, 3 if echo else 1, squeeze=False)[0]
-    curves = (("echo/ce_plain", "plain path"), ("echo/ce_echo", "echo pass")) if echo else (("loss", "training loss"),)
-    _plot(axes[0], steps, curves, "cross-entropy, nats per answer token")
-    held_out = [entry for entry in history if "eval_loss" in entry]
-    if held_out:
-        _plot(axes[0], held_out, (("eval_loss", "evaluation split"),), axes[0].get_ylabel(), marker="o")
-    if echo:
-        curves = (("echo/agreement", "same top token"), ("echo/p", "routing probability"), ("echo/gate", "mean gate"))
-        _plot(axes[1], steps, curves, "share")
-        axes[1].set_ylim(-0.02, 1.02)
-        _plot_advantage(axes[2], steps, history)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "training.png", dpi=130)
-    return ["assets/training.png"]
-
-
-def _plot_advantage(axis: Any, steps: list[dict[str, Any]], history: list[dict[str, Any]]) -> None:
-    """What the echo pass knows that the plain pass does not: in training, and where it counts, on held-out rows."""
-    curves = (("echo/advantage", "training batches"),)
-    _plot(axis, steps, curves, "CE_plain - CE_echo, nats per token")
-    for prefix, name in (("eval_echo_", "evaluation split"), ("echo/held_out_", "held-out rows")):
-        key = f"{prefix}advantage"
-        found = [entry for entry in history if math.isfinite(entry.get(f"{key}_se", math.nan))]
-        if found:
-            places = [[entry[name] for entry in found] for name in ("step", key)]
-            # matplotlib draws +- the error: 1.96 standard errors are the 95 % interval
-            errors = [1.96 * entry[f"{key}_se"] for entry in found]
-            axis.errorbar(*places, errors, label=f"{name}, 95 %", marker="o", linewidth=1.4, capsize=2)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=9)
-
-
-def _plot(axis: Any, entries: list[dict[str, Any]], curves: Any, label: str, marker: str = "") -> None:
-    for key, name in curves:
-        points = [
-            (e["step"], e[key]) for e in entries if isinstance(e.get(key), int | float) and math.isfinite(e[key])
-        ]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4, marker=marker)
-    axis.set_xlabel("optimizer step")
-    axis.set_ylabel(label)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=9)

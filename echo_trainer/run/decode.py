@@ -93,15 +93,29 @@ def decode(host: Host, batch: dict[str, Any] | None = None) -> DecodedBatch:
         ValueError: the batch has no `labels`.
     """
     batch = batch if batch is not None else _first_batch(host)
-    answers = answers_of(batch)
-    ids, labels = (batch[name].cpu().reshape(-1) for name in ("input_ids", "labels"))
-    segments, width = answers.segments, answers.segments.shape[1]
-    routed = None
+    segments, routed = answers_of(batch).segments, None
     if host.echo is not None:
         drawn = draw(batch, host.batches.schedule(), host.state.global_step, 0, host.args.echo_positions)
         routed = (drawn.routed_D & segments.routable_D.numpy()).tolist()
+    return documents_of(batch, getattr(host.processing_class, "tokenizer", host.processing_class), routed)
+
+
+def documents_of(batch: dict[str, Any], tokenizer: Any, routed: list[bool] | None = None) -> DecodedBatch:
+    """
+    The documents of a collated batch as text.
+
+    Args:
+        batch: with `labels`.
+        tokenizer: that the batch was made with.
+        routed: by document, whether it gets an echo pass; None with the echo off.
+
+    Raises:
+        ValueError: the batch has no `labels`.
+    """
+    segments = answers_of(batch).segments
+    width = segments.shape[1]
+    ids, labels = (batch[name].cpu().reshape(-1) for name in ("input_ids", "labels"))
     answer = labels.ne(IGNORE_INDEX) | segments.segment_F.ge(0)  # of a flat batch the first label is masked
-    tokenizer = getattr(host.processing_class, "tokenizer", host.processing_class)
 
     def part(start: int, end: int, first: int) -> Part:
         text = tokenizer.decode(ids[start:end])

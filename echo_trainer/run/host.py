@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .held_out import HeldOut
     from .probation import Probation
     from .pushes import Pushes
+    from .rows import Rows
 
 
 class Host(Protocol):
@@ -84,6 +85,7 @@ class Host(Protocol):
     held_out: "HeldOut"
     probation: "Probation"
     prefix: "PrefixKeeper"
+    rows: "Rows"
 
     def is_world_process_zero(self) -> bool:
         """Whether this is the main process of the run."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from ..passes.modules import base_model_of
 from .building import set_up_echo
 from .host import Host
 from .validation import check_arguments
@@ -29,6 +30,7 @@ def train_with_echo(host: Host, run: Callable[[], Any]) -> Any:
     if host.model_init is not None:  # a new model, or the same one as it was
         host.echo = None
     set_up_echo(host)
+    host.rows.compare_with_inference(base_model_of(host.model))
     for part in (host.echo_metrics, host.guard, host.probation, host.first_step):
         part.begin()
     host.add_callback(host.first_step)

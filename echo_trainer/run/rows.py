@@ -13,6 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from ..config import EchoSFTConfig
 from ..method.soft_labels import TOP_LOGS, TOP_TOKENS
 from ..rendering.forms import Form, RowOptions
+from ..rendering.inference import disagreements
 from ..rendering.messages import messages_of
 from ..rendering.rendering import Rendering
 from ..rendering.turns import no_answer
@@ -38,6 +39,7 @@ class Rows:
         self.formatting_func = formatting_func
         self.rendering: Rendering | None = None
         self.how: str | None = None
+        self.first: Any = None  # raw row of the training data, until it was looked at
         self.columns = (*COLUMNS, "conversations", config.dataset_text_field) if self.ours else ()
         self.columns += (TOP_TOKENS, TOP_LOGS)
 
@@ -89,6 +91,7 @@ class Rows:
             dataset, processing_class, args, packing, formatting_func, dataset_name: as TRL gives them.
         """
         if self.ours and not (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
+            self.first = next(iter(dataset)) if dataset_name == "train" else self.first
             ready = self.renders(processing_class).ready(dataset, dataset_name, args.dataset_num_proc)
             dataset, formatting_func = ready.dataset, ready.formatting_func
             host.chat_template = ready.chat_template
@@ -111,6 +114,23 @@ class Rows:
     def record(self) -> dict[str, Any]:
         """What whoever evaluates the adapter must know to render rows as they were trained on; JSON values."""
         return {"answers": self.how, **asdict(self.options)}
+
+    def compare_with_inference(self, model: Any) -> None:
+        """
+        Say once where the first row's prompt is another in training than in use, or its answer's end is not learned.
+
+        Args:
+            model: to be trained; its generation config says where generation stops.
+        """
+        row, self.first = self.first, None
+        if row is None or self.rendering is None:
+            return
+        tokenizer = getattr(self.rendering.processing_class, "tokenizer", self.rendering.processing_class)
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = [*ends] if isinstance(ends, list | tuple) else [ends]
+        stops = {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
+        for sentence in disagreements(row, self.rendering, stops):
+            logger.warning("%s", sentence)
 
     def collator(self, collator: Any, processing_class: Any, dataset: Any) -> Any:
         """The collator of a run whose rows hold images: TRL's, which writes and tokenises them, told their answers."""

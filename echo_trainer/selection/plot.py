@@ -3,30 +3,28 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..plots import INK, PLAIN, figure, tidy, write
+
 if TYPE_CHECKING:
     from .select import LayerSelection
 
-_CHOSEN, _OTHER, _LINE = "#1f6f8b", "#c9c9c9", "#333333"
+
+LIGHT = "#c9d2d7"
 
 
 def plot_selection(selection: "LayerSelection", path: str | Path) -> Path:
     """Write the plot; the folder is made. Above: importance with 95 % intervals; below: stability. Gives the path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     layers = list(range(selection.num_layers))
-    colours = [_CHOSEN if i in selection.layers else _OTHER for i in layers]
+    colours = [PLAIN if i in selection.layers else LIGHT for i in layers]
     # a percentile interval need not hold the point estimate, so the lines are drawn from bound to bound
     low, high = zip(*selection.intervals, strict=True)
 
-    figure = Figure(figsize=(max(6.0, 0.3 * len(layers)), 5.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    drawn = figure(max(6.5, 0.32 * len(layers)), 5.0)
+    upper, lower = drawn.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.bar(layers, selection.importance, color=colours)
-    upper.vlines(layers, low, high, color=_LINE, linewidth=1.2)
+    upper.vlines(layers, low, high, color=INK, linewidth=1.2)
     smallest = min(v for v in selection.importance if v > 0) if max(selection.importance) > 0 else 1.0
     if max(selection.importance) > 30 * smallest:
         upper.set_yscale("log")
@@ -35,14 +33,13 @@ def plot_selection(selection: "LayerSelection", path: str | Path) -> Path:
     counts = f"{len(selection.layers)} of {selection.num_layers} layers by {selection.method} CKA"
     source = f"{selection.n_samples} samples, {selection.n_bootstrap} bootstrap draws"
     upper.set_title(f"{counts}; {source}", fontsize=10, loc="left")
-    handles = [Patch(color=_CHOSEN, label="chosen"), Patch(color=_OTHER, label="left frozen")]
-    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=2)
+    handles = [Patch(color=PLAIN, label="chosen"), Patch(color=LIGHT, label="left frozen")]
+    drawn.legend(handles=handles, frameon=False, loc="outside lower center", ncols=2)
     lower.bar(layers, selection.stability, color=colours)
     lower.set_ylim(0, 1.05)
     lower.set_ylabel("stability")
     lower.set_xlabel("layer")
     lower.set_xticks(layers[:: max(1, len(layers) // 16)])
     for axis in (upper, lower):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    return path
+        tidy(axis)
+    return write(drawn, path)

@@ -1,0 +1,105 @@
+"""The prompt as training writes it beside the prompt as inference writes it, and whether the end is learned."""
+
+from collections.abc import Collection
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..quiet import quiet_libraries
+from .forms import Form, is_chat
+from .marker import marked_spans
+from .messages import messages_of
+from .rendering import Rendering
+from .rows import renderer
+
+IGNORED = -100
+_SHOWN = 300
+"""Characters of a text that a message shows, from the end."""
+
+
+def disagreements(row: dict[str, Any], rendering: Rendering, stops: Collection[int]) -> list[str]:
+    """
+    What training teaches about the last answer of a row that inference will not ask for.
+
+    Args:
+        row: a raw row, of text.
+        rendering: of the run.
+        stops: token ids at which generation ends; none where that is not known.
+
+    Returns:
+        Sentences: one where the prompts differ, token by token, with both texts, and one where no token that ends
+        generation is learned. Nothing for rows that are tokens already, or text whose answers nobody knows.
+    """
+    form = rendering.form(row)
+    if form in (Form.TOKENS, Form.OTHER) or (form is Form.TEXT and rendering.options.answer_marker is None):
+        return []
+    if rendering.formatting_func is not None:  # what writes the prompt in use is not known
+        return []
+    with quiet_libraries():  # what is to be said of the rows was said when they were prepared
+        (example,) = rendering.examples([row])
+    ids, labels = example["input_ids"], example["labels"]
+    learned = [place for place, label in enumerate(labels) if label != IGNORED]
+    if not learned:
+        return []
+    several = form is not Form.PAIR or bool(rendering.options.assistant_only_loss)
+    start = _last_run(learned) if several else learned[0]
+    tokenizer = getattr(rendering.processing_class, "tokenizer", rendering.processing_class)
+    said = []
+    try:
+        asked = _asked(row, form, rendering, tokenizer)
+    except TemplateError as error:
+        said.append(f"The chat template cannot write the prompt of the first row for inference: {error}")
+    else:
+        if asked != ids[:start]:
+            said.append(_differ(ids[:start], asked, tokenizer))
+    end = [ids[place] for place in learned if place >= start]
+    if stops and not set(end) & set(stops):
+        said.append(
+            f"The answer of the first row ends in {tokenizer.decode(end[-8:])!r}, and generation stops at "
+            f"{' or '.join(repr(tokenizer.decode([stop])) for stop in sorted(stops))}, which is not in the loss: the "
+            f"model may not learn to stop. Give answers an end token: a chat template that writes one inside the "
+            f"assistant's turn, or the template's own end of turn as `eos_token`."
+        )
+    return said
+
+
+def _last_run(places: list[int]) -> int:
+    """Where the last run of neighbouring places begins."""
+    start = places[-1]
+    for place in reversed(places):
+        if start - place > 1:
+            break
+        start = place
+    return start
+
+
+def _asked(row: dict[str, Any], form: Form, rendering: Rendering, tokenizer: Any) -> list[int]:
+    """Tokens of the prompt of the last answer, as one who uses the model writes it."""
+    options = rendering.options
+    if form is Form.TEXT:
+        text = row[options.dataset_text_field]
+        start, _ = marked_spans(text, options, rendering.ends)[-1]
+        return tokenizer(text[:start])["input_ids"]
+    if form is Form.PAIR and not is_chat(row):
+        return tokenizer(row["prompt"])["input_ids"]
+    if form is Form.PAIR:
+        turns = [*row["prompt"], *row["completion"]] if options.assistant_only_loss else row["prompt"]
+    else:
+        turns = messages_of(row)
+    if form is not Form.PAIR or options.assistant_only_loss:
+        turns = turns[: max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")]
+    text = renderer(row, rendering.processing_class)(turns, True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _differ(trained: list[int], asked: list[int], tokenizer: Any) -> str:
+    pairs = zip(trained, asked, strict=False)
+    first = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(trained), len(asked)))
+    texts = [tokenizer.decode(ids)[-_SHOWN:] for ids in (trained, asked)]
+    same = " (the texts are equal, the tokens are not)" if texts[0] == texts[1] else ""
+    return (
+        f"The first row's prompt is written differently in training and in use, from token {first} on{same}. Training "
+        f"writes {len(trained)} tokens:\n{texts[0]!r}\nand whoever asks the model, with add_generation_prompt=True "
+        f"where there is a chat template, {len(asked)}:\n{texts[1]!r}\nThe model will answer a prompt that it was not "
+        f"trained on. Mend the chat template or the rows such that both are equal."
+    )
