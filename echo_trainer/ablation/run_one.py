@@ -189,7 +189,7 @@ def _flops(bench: Workbench, adapter: str, trainer: AblationTrainer) -> dict[str
         counted[form] = bench.coefficients[key]
     return {
         "flops": float(sum(sizes[form] @ counted[form] for form in sizes)),
-        "flops_sizes": dict(zip(SIZES, sum(sizes.values()).tolist(), strict=True)),
+        "flops_sizes": dict(zip(SIZES, np.sum(list(sizes.values()), axis=0).tolist(), strict=True)),
         "flops_coefficients": {
             str(form): dict(zip(SIZES, coefficients.tolist(), strict=True)) for form, coefficients in counted.items()
         },

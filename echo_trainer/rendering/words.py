@@ -6,10 +6,10 @@ By them the answers of a text are found that was written by the template elsewhe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 from jinja2 import TemplateError
-from trl.data_utils import common_prefix_length
 
 ASKED, ANSWERED, ASKED_AGAIN = "Which one?", "This one.", "And now?"
 
@@ -49,7 +49,7 @@ def words_of(
         return None
     alone, asking, between = (text.rpartition(ASKED)[2] for text in (alone, asking, before))
     # A template may put words of its own (an empty thought) into the answer, or into the question for it.
-    marker = _whole_words(between[: common_prefix_length(asking, between)], between, special_words)
+    marker = _whole_words(commonprefix([asking, between]), between, special_words)
     if alone != marker:  # else an answer follows the prompt's own end, as in Mistral's
         marker = marker.removeprefix(alone)
     ends = last.rpartition(ANSWERED)[2].strip()
