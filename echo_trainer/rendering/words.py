@@ -49,7 +49,7 @@ def words_of(
         return None
     alone, asking, between = (text.rpartition(ASKED)[2] for text in (alone, asking, before))
     # A template may put words of its own (an empty thought) into the answer, or into the question for it.
-    marker = _whole_words(commonprefix([asking, between]), between, special_words)
+    marker = _whole_words(commonprefix([asking, between]), between, special_words)  # noqa: RUF071 (by character)
     if alone != marker:  # else an answer follows the prompt's own end, as in Mistral's
         marker = marker.removeprefix(alone)
     ends = last.rpartition(ANSWERED)[2].strip()
