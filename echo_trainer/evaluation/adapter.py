@@ -13,7 +13,7 @@ from ..rendering.forms import RowOptions
 from .beside import differences
 from .echo import echo_checkpoint, load_echo
 from .evaluate import Task
-from .model import Loaded, load_for_evaluation, load_tokenizer
+from .model import Loaded, load_for_evaluation, load_tokenizer, require_id
 from .readers import Reader
 from .results import add_to_run
 from .run import OF_THE_ECHO, run_evaluation
@@ -183,6 +183,7 @@ def _record(model: str) -> dict[str, Any]:
 
 def _downloaded(model: str) -> Path | None:
     """The record of a training run on the Hub; None where its repository has none."""
+    require_id(model)
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

@@ -178,8 +178,7 @@ def _adapter_config(name: str) -> dict[str, Any] | None:
         except AdapterError as error:
             raise ValueError(f"The folder {name} holds neither an adapter nor a model: {error}") from error
         return json.loads(path.read_text(encoding="utf-8"))
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ValueError(f"There is no folder {name}.")
+    require_id(name)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -191,6 +190,17 @@ def _adapter_config(name: str) -> dict[str, Any] | None:
         return None
     except RepositoryNotFoundError as error:
         raise ValueError(f"{name} is neither a folder nor a repository on the Hub that you may read.") from error
+
+
+def require_id(name: str) -> None:
+    """
+    Refuse the name of a folder that is not there, which cannot be an id on the Hub.
+
+    Raises:
+        ValueError: it has the form of a path.
+    """
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ValueError(f"There is no folder {name}.")
 
 
 def _public(name: str) -> str | None:

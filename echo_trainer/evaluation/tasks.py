@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..recipe.columns import from_columns
+from ..rendering.columns import from_columns
 from ..rendering.forms import COLUMNS, Form, RowOptions, form_of
 from ..rendering.mapping import as_dataset
 from ..rendering.prompts import Parts, parts_of

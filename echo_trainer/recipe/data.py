@@ -6,9 +6,9 @@ from typing import Any, cast
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from trl import DatasetMixtureConfig, get_dataset
 
+from ..rendering.columns import check_columns, from_columns, refuse_empty, refuse_empty_answers
 from ..templates import TEMPLATES
 from .arguments import DataArguments
-from .columns import check_columns, from_columns, refuse_empty, refuse_empty_answers
 
 BUILDERS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text",

@@ -230,6 +230,7 @@ def another_place(folder: Path) -> None:
     patience, agreement.PATIENCE = agreement.PATIENCE, agreement.timedelta(seconds=1)
     talks = agreement.Agreement()
     gone = folder.parent / "gone"
+    talks.gather(rank())  # connected: the end of one process is then seen by the other
     try:
         with talks.together():
             if rank() == 0:

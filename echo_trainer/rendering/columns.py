@@ -5,8 +5,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..rendering.messages import SPEAKERS
 from ..templates import COLUMNS
+from .messages import SPEAKERS
 
 FORMATS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}, {"input_ids"})
 """Columns of the formats that the trainer takes as they are."""
