@@ -19,6 +19,8 @@ from echo_trainer.method.network import EchoNetworks, NetworkForm
 from echo_trainer.passes.layers import find_sites
 from echo_trainer.quiet import quiet_libraries
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

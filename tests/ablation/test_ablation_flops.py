@@ -15,6 +15,8 @@ from echo_trainer.passes.setup import plain_setup
 from echo_trainer.quiet import quiet_libraries
 from echo_trainer.run import pass_choice
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -11,6 +11,8 @@ from echo_trainer.ablation.comparison import CONTRASTS
 from echo_trainer.ablation.plan import Run, digest, specification
 from echo_trainer.ablation.run_one import Workbench
 
+pytestmark = pytest.mark.slow
+
 TAUGHT = [name for name, arm in ARMS.items() if arm.teacher]
 
 

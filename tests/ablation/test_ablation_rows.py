@@ -8,6 +8,8 @@ from chat import byte_model, byte_tokenizer
 
 from echo_trainer.ablation.run_one import Workbench
 
+pytestmark = pytest.mark.slow
+
 MARK = "### Response:\n"
 ROWS = {
     "conversations": (

@@ -31,6 +31,8 @@ from echo_trainer.ablation.results import load_items, load_result
 from echo_trainer.ablation.schedule import CHOICE, Progress, run_all
 from echo_trainer.files import write_json
 
+pytestmark = pytest.mark.slow
+
 
 class Watch(Progress):
     """Keeps what it was told."""

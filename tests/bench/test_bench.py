@@ -12,6 +12,8 @@ from echo_trainer.bench.step import BASELINE, VARIANTS, BenchOptions
 from echo_trainer.compat.cache import PrefixCache
 from echo_trainer.method import grouping
 
+pytestmark = pytest.mark.slow
+
 
 def test_bench(tmp_path, capsys):
     arguments = "bench --shape tiny --prompt 24 --answer 8 --batch 2 --rounds 2 --warmup 0 --no_memory --output"

@@ -4,6 +4,8 @@ import pytest
 from doc_blocks import PAGES, Block, Page, blocks_of, furnish
 from paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 # The first words of what keeps a block from running in a test.
 REASONS = ("needs", "installs", "starts", "pushes", "takes", "DPO")
 

@@ -12,6 +12,8 @@ from push_client import Client
 
 from echo_trainer.files import id_from_cache, is_local
 
+pytestmark = pytest.mark.slow
+
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 
 

@@ -8,6 +8,8 @@ import torch
 from hub_server import STRANGER_TOKEN, WRITE_TOKEN, Fault, Repo
 from models import tiny_model
 
+pytestmark = pytest.mark.slow
+
 FINAL = {"README.md", "adapter_config.json", "adapter_model.safetensors", "assets/training.png", "chat_template.jinja",
          "echo_run.json", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
 RESUME = {"adapter_model.safetensors", "echo_networks.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",

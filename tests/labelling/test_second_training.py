@@ -12,6 +12,8 @@ from training import adapter, assert_equal, echo_trainer, losses
 from echo_trainer import DistillOptions
 from echo_trainer.labelling.soft import SoftCollator
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [{"prompt": row["prompt"]} for row in prompt_completion_rows(9, seed=8)]
 
 

@@ -26,6 +26,8 @@ from echo_trainer.run.final_save import NonFiniteAdapterError
 from echo_trainer.run.guard import MAX_IN_A_ROW, NonFiniteLossError
 from echo_trainer.run.scaler import MAX_SKIPPED_IN_A_ROW
 
+pytestmark = pytest.mark.slow
+
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 

@@ -13,6 +13,8 @@ from echo_trainer.passes.frozen_proof import prove_prefix
 from echo_trainer.passes.layers import backbone, decoder_layers
 from echo_trainer.run.frozen_prefix import documents_of
 
+pytestmark = pytest.mark.slow
+
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 UPPER = {"layers_to_transform": [3, 4], "target_modules": LINEAR, "init_lora_weights": True}
 STEPS = 12  # more than one epoch of 10 steps

@@ -15,6 +15,8 @@ import fault_worker
 import pytest
 from paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 LIMIT = fault_worker.DEADLINE + 60
 
 DENIED = "[Errno 13] Permission denied: 'echo_checkpoint.json'"

@@ -22,6 +22,8 @@ from paths import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 DEADLINE = process_worker.DEADLINE + 60
 
 MORE_CASES = ["read", "parts", "recomputed", "strong-equal", "strong-fading", "judged"]

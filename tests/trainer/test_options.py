@@ -12,6 +12,8 @@ from option_cases import DIFFERENT, MARKED, REFUSED, SFT_OPTIONS, TEXT, TOKENS, 
 from training import echo_trainer, losses, plain_trainer
 from trl import SFTConfig
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = [*SFT_OPTIONS, *TRAINING_OPTIONS]
 COMPARED = ("learning_rate", "epoch", "num_tokens", "eval_loss", "step", "num_input_tokens_seen")
 N = 8
