@@ -11,6 +11,8 @@ from rich.table import Table
 from ..plots import ECHO, INK, PLAIN, figure, tidy, write
 from ..quiet import quiet_libraries
 
+MATRIX_SHARE = 0.2
+"""Of a plain step; below it the time ratios say more about overhead than about the echo."""
 TABLE_WIDTH = 140
 
 
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> int:
     if options["answer"] < 2:
         raise ValueError("--answer is 1: the echo starts at the first answer token and would reach nothing. Use 2.")
     from ..bench.compare import run_bench, save_json
-    from ..bench.step import VARIANTS, BenchOptions
+    from ..bench.step import BASELINE, VARIANTS, BenchOptions
 
     options["variants"] = tuple(options["variants"])
     bench = BenchOptions(**options)
@@ -71,6 +73,8 @@ def main(arguments: list[str]) -> int:
         task = progress.add_task("building", total=(bench.rounds + bench.warmup) * n_variants)
         result = run_bench(bench, lambda name: progress.update(task, description=name, advance=1), memory)
     console.print(table(result))
+    if caveat := small_shape(result, BASELINE):
+        console.print(caveat, highlight=False)
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         save_json(result, f"{output}.json")
@@ -113,6 +117,19 @@ def table(result: dict[str, Any]) -> Table:
             f"{row['padding']:.0%}" if row["tokens"]["run"] else "-",
         )
     return shown
+
+
+def small_shape(result: dict[str, Any], baseline: str) -> str | None:
+    """What to think of the times where matrix products take a small part of a plain step; None where they do not."""
+    row, rate = result["variants"][baseline], result["machine"]["matrix_rate_tflops"] * 1e12
+    share = row["flops"] / (row["median_s"] * rate) if rate else 1.0
+    if share >= MATRIX_SHARE:
+        return None
+    return (
+        f"Matrix products at this machine's best rate would take {share:.0%} of a plain step. The rest is overhead "
+        f"of a shape this small, which an echo step has about twice: its time ratios are not those of a larger model. "
+        f"Read the GFLOP ratios, or measure a larger shape or batch."
+    )
 
 
 def _ratio(value: float | None) -> str:

@@ -9,6 +9,7 @@ from echo_trainer.bench import compare
 from echo_trainer.bench.compare import check_pass, run_bench
 from echo_trainer.bench.lengths import lengths_of
 from echo_trainer.bench.step import BASELINE, VARIANTS, BenchOptions
+from echo_trainer.cli.bench import small_shape
 from echo_trainer.compat.cache import PrefixCache
 from echo_trainer.method import grouping
 
@@ -26,7 +27,17 @@ def test_bench(tmp_path, capsys):
     assert rows["suffix, all routed"]["flops"] < rows["full, all routed"]["flops"]
     assert all(len(row["times_s"]) == 2 and row["tokens_per_s"] > 0 for row in rows.values())
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
-    assert "full, all" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "full, all" in shown and "Read the GFLOP ratios" in " ".join(shown.split())
+
+
+def test_times_of_a_small_shape_are_not_taken_for_those_of_a_large_one():
+    def result(seconds):
+        row = {"flops": 1e12, "median_s": seconds}
+        return {"variants": {BASELINE: row}, "machine": {"matrix_rate_tflops": 1.0}}
+
+    assert small_shape(result(2.0), BASELINE) is None
+    assert "would take 10% of a plain step" in small_shape(result(10.0), BASELINE)
 
 
 def test_a_row_that_is_not_what_its_name_says_is_an_error(monkeypatch):
