@@ -98,10 +98,11 @@ def settings_of(case: str, world: int, compared: int) -> dict:
         accumulation = 1 if world == 1 else 2
         return {
             **SHARED, "max_steps": 3, "optim": "sgd", "gradient_accumulation_steps": accumulation,
-            "per_device_train_batch_size": 8 // accumulation // world,
+            # Of one row each nothing could be split into passes.
+            "per_device_train_batch_size": (16 if case == "parts" and compared > 2 else 8) // accumulation // world,
             # What the processes must do when the rows of one of them prove that the suffix pass is not exact.
             **({"echo_pass": "full"} if case == "differs" and world == 1 else {}),
-            **({"rows": uneven_rows(40)} if case == "parts" else {}),
+            **({"rows": uneven_rows(64 if compared > 2 else 40)} if case == "parts" else {}),
         }  # fmt: skip
     if case == "frozen":  # beside one process that runs all layers
         targets = ["q_proj", "v_proj", "down_proj"]
