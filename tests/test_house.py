@@ -1,6 +1,7 @@
 """The order of the house: imports go one way, a class of ours has one base of ours, a file is read in one sitting."""
 
 import ast
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,17 @@ def test_imports_inside_functions_hide_no_circle():
             if isinstance(function, ast.FunctionDef):
                 found += [f"{path.relative_to(PACKAGE)}:{line} {module}" for line, module in imports(path, function)]
     assert found == []
+
+
+def test_the_wheel_holds_every_package():
+    """Tests run in the checkout, where a package that is not installed is found all the same."""
+    config = ConfigParser()
+    config.read(PACKAGE.parent / "setup.cfg")
+    elsewhere = {name.strip() for name, _ in (line.split("=") for line in _lines(config["options"]["package_dir"]))}
+    installed = set(_lines(config["options"]["packages"]))
+    in_the_tree = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert installed - elsewhere == in_the_tree
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]

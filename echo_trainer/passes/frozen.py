@@ -32,7 +32,7 @@ class Documents:
     The documents of a batch, on the host.
 
     Attributes:
-        keys: of each, what its states depend on: a digest of its tokens (and position ids).
+        keys: of each, what its states depend on: a digest of its tokens.
         start_D, end_D: int64 (D,), their first position and one past their last, of the flattened batch.
     """
 

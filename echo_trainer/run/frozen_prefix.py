@@ -31,19 +31,21 @@ SHARE = 0.5
 
 def documents_of(batch: dict[str, Any], segments: Segments) -> Documents | None:
     """
-    The documents of a collated batch, on the host; None where it holds more than text.
+    The documents of a collated batch, on the host; None where it holds more than text, or says itself which token
+    sees which.
 
     Raises:
         FrozenPrefixError: the places of tokens are not those that a document has alone.
     """
-    if other_inputs(batch):
+    mask = batch.get("attention_mask")
+    if other_inputs(batch) or (mask is not None and mask.dim() != 2):
         return None
     start_D, end_D = segments.start_D, segments.end_D
     ids_F = batch["input_ids"].numpy().reshape(-1)
     places, width = batch.get("position_ids"), segments.shape[1]
     bounds = list(zip(start_D.tolist(), end_D.tolist(), strict=True))
     if places is None:
-        usual = not (start_D % width).any() or len(set((start_D // width).tolist())) < len(bounds)
+        usual = not (start_D % width).any()
     else:
         number_F = np.concatenate([np.arange(end - start) for start, end in bounds])
         at_F = np.concatenate([np.arange(start, end) for start, end in bounds])
@@ -51,8 +53,9 @@ def documents_of(batch: dict[str, Any], segments: Segments) -> Documents | None:
     if not usual:
         raise FrozenPrefixError(
             "`frozen_prefix_cache` computes each document in a row of its own, from position 0 on, and in this batch "
-            "the first token of a document has another position (padding on the left, or position_ids of your own). "
-            "Pad on the right and leave `position_ids` to the collator, or leave `frozen_prefix_cache` out."
+            "the first token of a document has another position (padding on the left or in between, or position_ids "
+            "of your own). Pad on the right and leave `position_ids` to the collator, or leave `frozen_prefix_cache` "
+            "out."
         )
     keys = tuple(hashlib.blake2b(ids_F[start:end].tobytes(), digest_size=16).digest() for start, end in bounds)
     return Documents(keys, start_D, end_D)

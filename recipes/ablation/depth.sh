@@ -2,16 +2,9 @@
 # depth.yaml for each cell of the grid: bash recipes/ablation/depth.sh OUTPUT [options of `echo-trainer ablate`]
 # CELLS="SHARE:EXAMPLES:STEPS ..." runs some of them. Goes on where it stopped when it is called again. CPU, offline.
 set -euo pipefail
-output=${1:?usage: depth.sh OUTPUT [options]}
+source "$(dirname "${BASH_SOURCE[0]}")/stories.sh" "$@"
 shift
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export DATA=$output/data OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cells=${CELLS:-0.5:96:200 1.0:96:200 0.5:384:200 1.0:384:200 0.5:3000:600 1.0:3000:600}
-
-# As strong.sh makes them: stories without events, other ones than the quickstart's.
-if [[ ! -f $DATA/train.jsonl ]]; then
-    python "$here/../quickstart/make_data.py" --out "$DATA" --seed 71 --train 6200 --test 800 --events 0 0
-fi
 for cell in $cells; do
     IFS=: read -r SHARE EXAMPLES STEPS <<< "$cell"
     export SHARE EXAMPLES STEPS

@@ -2,13 +2,7 @@
 # strong.yaml in one command: bash recipes/ablation/strong.sh OUTPUT [options of `echo-trainer ablate`]
 # Goes on where it stopped when it is called again. CPU, offline.
 set -euo pipefail
-output=${1:?usage: strong.sh OUTPUT [options]}
+source "$(dirname "${BASH_SOURCE[0]}")/stories.sh" "$@"
 shift
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export DATA=$output/data OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-# Stories without events, other ones than the quickstart's: each seed draws its 384 examples from 6,000.
-if [[ ! -f $DATA/train.jsonl ]]; then
-    python "$here/../quickstart/make_data.py" --out "$DATA" --seed 71 --train 6200 --test 800 --events 0 0
-fi
+# Each seed draws its 384 examples from 6,000.
 python -m echo_trainer.cli ablate "$here/strong.yaml" --output "$output" --threads 1 "$@"

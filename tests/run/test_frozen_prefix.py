@@ -236,16 +236,26 @@ def test_a_forward_on_other_tokens_is_an_error():
         prefix.backbone(input_ids=batch["input_ids"].flip(1), use_cache=False)
 
 
-@pytest.mark.parametrize("places", ["left", "shifted"])
+OTHER_POSITIONS = {
+    "padded on the left": {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])},
+    "padded in between": {"attention_mask": torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])},
+    "shifted": {"position_ids": torch.arange(2, 10)[None], "attention_mask": torch.ones(1, 8, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize("places", list(OTHER_POSITIONS))
 def test_other_positions_are_refused(places):
     ids = torch.arange(10, 18).view(1, 8)
-    batch = {"input_ids": ids, "labels": ids.clone()}
-    if places == "left":
-        batch["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
-    else:
-        batch |= {"position_ids": torch.arange(2, 10)[None], "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
+    batch = {"input_ids": ids, "labels": ids.clone(), **OTHER_POSITIONS[places]}
     with pytest.raises(FrozenPrefixError, match="from position 0 on"):
         documents_of(batch, find_segments(batch))
+
+
+def test_a_mask_of_ones_own_is_left_to_the_model():
+    """Which token sees which may be another matter in each batch, and is no part of a document's key."""
+    ids = torch.arange(10, 18).view(1, 8)
+    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)}
+    assert documents_of(batch, find_segments(batch)) is None
 
 
 def test_same_tokens_are_one_document():
