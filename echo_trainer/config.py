@@ -202,6 +202,13 @@ def _class_with_echo(config_class: type[SFTConfig]) -> type[EchoSFTConfig]:
     return dataclass(type(f"Echo{config_class.__name__}", (EchoSFTConfig, config_class), members))
 
 
+def kept_by_truncation(config: SFTConfig) -> slice:
+    """The part of a row that training keeps."""
+    if config.max_length is None:
+        return slice(None)
+    return slice(-config.max_length, None) if config.truncation_mode == "keep_end" else slice(config.max_length)
+
+
 def router_loss_weight(args: EchoSFTConfig, model_config: Any) -> float | None:
     """Weight of the load-balancing loss of a mixture of experts, by TRL's rule; None where there is none."""
     config = model_config.get_text_config()

@@ -13,8 +13,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from ..config import EchoSFTConfig
+from ..config import EchoSFTConfig, kept_by_truncation
 from ..files import write_json
+from ..method.segments import IGNORE_INDEX
 from .label import LABELS, Label, counts, examples, label
 from .mixture import batches_for, mixture, of_each, taught_rows
 from .options import DistillOptions
@@ -217,10 +218,8 @@ def cut(rows: Dataset, config: EchoSFTConfig) -> Dataset:
     Raises:
         ValueError: nothing is left.
     """
-    if config.max_length is None:
-        return rows
-    span = slice(-config.max_length, None) if config.truncation_mode == "keep_end" else slice(config.max_length)
-    left = [n for n, row in enumerate(rows["labels"]) if any(value != -100 for value in row[span][1:])]
+    part = kept_by_truncation(config)
+    left = [n for n, row in enumerate(rows["labels"]) if any(value != IGNORE_INDEX for value in row[part][1:])]
     if not left:
         raise ValueError(f"No answer is left after truncation to max_length={config.max_length}. Raise `max_length`.")
     return rows if len(left) == len(rows) else rows.select(left)

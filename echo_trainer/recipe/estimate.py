@@ -5,28 +5,25 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..config import EchoSFTConfig
+from ..config import EchoSFTConfig, kept_by_truncation
 from ..method.costs import Cost, echo_cost, whole_rows_cost
+from ..method.segments import IGNORE_INDEX
 from ..passes.echo import forms_for
 from ..passes.setup import EchoSetup
 from ..passes.shape import model_shape
-from ..rendering.inference import IGNORED
 from ..run.collate import EchoCollator
 from ..run.memory_choice import activations_dtype, computes_again
 
 
 def cut(examples: list[dict[str, list[int]]], config: EchoSFTConfig) -> tuple[list[dict[str, list[int]]], float]:
     """Examples cut to `max_length` as TRL cuts them, those without an answer left out, and the share of these."""
-    most = config.max_length
-    part = (
-        slice(None) if most is None else slice(most) if config.truncation_mode == "keep_start" else slice(-most, None)
-    )
+    part = kept_by_truncation(config)
     cut = [{name: values[part] for name, values in example.items()} for example in examples]
-    kept = [example for example in cut if any(label != IGNORED for label in example["labels"])]
+    kept = [example for example in cut if any(label != IGNORE_INDEX for label in example["labels"])]
     if not kept:
         raise ValueError(
-            f"None of the first {len(examples)} rows has an answer left after truncation to max_length={most}. Raise "
-            f"`max_length`."
+            f"None of the first {len(examples)} rows has an answer left after truncation to "
+            f"max_length={config.max_length}. Raise `max_length`."
         )
     return kept, 1 - len(kept) / len(examples)
 

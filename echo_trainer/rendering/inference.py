@@ -4,7 +4,9 @@ from collections.abc import Collection
 from typing import Any
 
 from jinja2 import TemplateError
+from trl.data_utils import common_prefix_length
 
+from ..method.segments import IGNORE_INDEX
 from ..quiet import quiet_libraries
 from .forms import Form, is_chat
 from .marker import marked_spans
@@ -12,7 +14,6 @@ from .messages import messages_of
 from .rendering import Rendering
 from .rows import renderer
 
-IGNORED = -100
 _SHOWN = 300
 """Characters of a text that a message shows, from the end."""
 
@@ -38,7 +39,7 @@ def disagreements(row: dict[str, Any], rendering: Rendering, stops: Collection[i
     with quiet_libraries():  # what is to be said of the rows was said when they were prepared
         (example,) = rendering.examples([row])
     ids, labels = example["input_ids"], example["labels"]
-    learned = [place for place, label in enumerate(labels) if label != IGNORED]
+    learned = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
     if not learned:
         return []
     several = form is not Form.PAIR or bool(rendering.options.assistant_only_loss)
@@ -93,8 +94,7 @@ def _asked(row: dict[str, Any], form: Form, rendering: Rendering, tokenizer: Any
 
 
 def _differ(trained: list[int], asked: list[int], tokenizer: Any) -> str:
-    pairs = zip(trained, asked, strict=False)
-    first = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(trained), len(asked)))
+    first = common_prefix_length(trained, asked)
     texts = [tokenizer.decode(ids)[-_SHOWN:] for ids in (trained, asked)]
     same = " (the texts are equal, the tokens are not)" if texts[0] == texts[1] else ""
     return (
