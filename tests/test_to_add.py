@@ -12,6 +12,7 @@ import adapter_cases as make
 import pytest
 import torch
 from models import adapted, tiny_model
+from paths import ROOT
 from row_by_row import ROW_BY_ROW
 from steps import assert_same_gradients, echo_setup, padded_collator, random_examples, step_gradients
 from training import adapter, echo_trainer, losses
@@ -29,7 +30,6 @@ from echo_trainer.passes.full import ROWS
 from echo_trainer.passes.memory import explain_out_of_memory
 from echo_trainer.passes.shape import model_shape
 from echo_trainer.report.render import render_card
-from echo_trainer.resources import resource_folder
 
 
 def declared(name):
@@ -155,6 +155,6 @@ def test_an_engine(lmdeploy, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["check", "--help"])
     assert "{lmdeploy,vllm,tgi," in capsys.readouterr().out
-    card = render_card(json.loads((resource_folder("model_cards") / "example" / "echo_run.json").read_text()))
+    card = render_card(json.loads((ROOT / "model_cards" / "example" / "echo_run.json").read_text()))
     assert 'lmdeploy serve api_server "$BASE" --backend pytorch --adapters echo-adapter=.' in card
     assert "Each answers under the adapter's name (LMDeploy on port 23333, vLLM on 8000, SGLang on 30000):" in card
