@@ -57,6 +57,7 @@ from .run.pushes import Pushes
 from .run.resume import base_fingerprint
 from .run.rows import Rows
 from .run.save import Saver
+from .run.spent import Spent
 from .run.validation import check_arguments
 
 
@@ -114,6 +115,7 @@ class EchoSFTTrainer(DistillingTrainer):
         self.saver, self.pushes, self.prefix = Saver(self), Pushes(self), PrefixKeeper(self)
         self.attachment, self.first_step, self.at_work = Attachment(self), FirstStep(self), AtWork()
         self.held_out, self.probation = HeldOut(self, self.batches.compare_passes), Probation(self)
+        self.spent = Spent(self)
         self.rows = rows = Rows(config, call.get("formatting_func"))
         with rows.kept_from_trl(call):
             super().__init__(**call)

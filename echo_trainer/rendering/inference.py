@@ -8,11 +8,11 @@ from trl.data_utils import common_prefix_length
 
 from ..method.segments import IGNORE_INDEX
 from ..quiet import quiet_libraries
-from .forms import Form, is_chat
+from .forms import Form, RowOptions, is_chat
 from .marker import marked_spans
 from .messages import messages_of
 from .rendering import Rendering
-from .rows import renderer
+from .rows import formatted, renderer
 
 _SHOWN = 300
 """Characters of a text that a message shows, from the end."""
@@ -31,10 +31,10 @@ def disagreements(row: dict[str, Any], rendering: Rendering, stops: Collection[i
         Sentences: one where the prompts differ, token by token, with both texts, and one where no token that ends
         generation is learned. Nothing for rows that are tokens already, or text whose answers nobody knows.
     """
-    form = rendering.form(row)
-    if form in (Form.TOKENS, Form.OTHER) or (form is Form.TEXT and rendering.options.answer_marker is None):
+    form, marked = rendering.form(row), rendering.marked_options(row)
+    if form in (Form.TOKENS, Form.OTHER) or (form is Form.TEXT and marked is None):
         return []
-    if rendering.formatting_func is not None:  # what writes the prompt in use is not known
+    if rendering.formatting_func is not None and form is Form.PAIR:  # what writes the prompt in use is not known
         return []
     with quiet_libraries():  # what is to be said of the rows was said when they were prepared
         (example,) = rendering.examples([row])
@@ -47,7 +47,7 @@ def disagreements(row: dict[str, Any], rendering: Rendering, stops: Collection[i
     tokenizer = getattr(rendering.processing_class, "tokenizer", rendering.processing_class)
     said = []
     try:
-        asked = _asked(row, form, rendering, tokenizer)
+        asked = _asked_text(row, rendering, marked, tokenizer) if marked else _asked(row, form, rendering, tokenizer)
     except TemplateError as error:
         said.append(f"The chat template cannot write the prompt of the first row for inference: {error}")
     else:
@@ -77,10 +77,6 @@ def _last_run(places: list[int]) -> int:
 def _asked(row: dict[str, Any], form: Form, rendering: Rendering, tokenizer: Any) -> list[int]:
     """Tokens of the prompt of the last answer, as one who uses the model writes it."""
     options = rendering.options
-    if form is Form.TEXT:
-        text = row[options.dataset_text_field]
-        start, _ = marked_spans(text, options, rendering.ends)[-1]
-        return tokenizer(text[:start])["input_ids"]
     if form is Form.PAIR and not is_chat(row):
         return tokenizer(row["prompt"])["input_ids"]
     if form is Form.PAIR:
@@ -91,6 +87,15 @@ def _asked(row: dict[str, Any], form: Form, rendering: Rendering, tokenizer: Any
         turns = turns[: max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")]
     text = renderer(row, rendering.processing_class)(turns, True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _asked_text(row: dict[str, Any], rendering: Rendering, marked: RowOptions, tokenizer: Any) -> list[int]:
+    """The text up to its last answer, as tokens: of a chat template's text as the template gives it to a model."""
+    function = rendering.formatting_func
+    text = row[marked.dataset_text_field] if function is None else formatted(row, 0, function)
+    start, _ = marked_spans(text, marked, rendering.ends)[-1]
+    from_template = rendering.options.answer_marker is None
+    return tokenizer(text[:start], add_special_tokens=not from_template)["input_ids"]
 
 
 def _differ(trained: list[int], asked: list[int], tokenizer: Any) -> str:

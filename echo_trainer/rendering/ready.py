@@ -61,7 +61,8 @@ def marks_of(processing_class: Any) -> Marks:
         raise ValueError(
             "The rows are conversations, and the tokenizer has no chat template to write them as text. Name one "
             "in chat_template_path (a Jinja file, or a model that has one), take the tokenizer of the model's "
-            "chat variant, or use rows whose prompt and completion are text."
+            "chat variant, or use rows whose prompt and completion are text: in a recipe `dataset_template: alpaca` "
+            "writes instructions or questions and their answers as text."
         )
     if has_generation_markers(template):
         return Marks(True, None, "marked by the chat template")

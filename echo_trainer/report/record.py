@@ -75,6 +75,7 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
             "done": trainer.state.global_step,
             "planned": trainer.state.max_steps,
             "epoch": trainer.state.epoch,
+            "continued_from": trainer.spent.before.step,
             "adapter": trainer.checkpoints.weights_of_step or trainer.state.global_step,
             "best_by": args.metric_for_best_model if trainer.checkpoints.weights_of_step else None,
         },
@@ -165,7 +166,11 @@ def _compute(trainer: Any) -> dict[str, Any]:
     import torch
 
     last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
-    found = {"seconds": last.get("train_runtime"), "tokens": last.get("num_tokens")}
+    runtime = last.get("train_runtime")  # of the part after a resume
+    found = {
+        "seconds": runtime and trainer.spent.before.seconds + runtime,
+        "tokens": trainer.spent.tokens or None,
+    }
     if trainer.args.device.type == "cuda":
         found |= {
             "device_name": torch.cuda.get_device_name(trainer.args.device),

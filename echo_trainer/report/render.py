@@ -43,6 +43,7 @@ def render_card(record: dict[str, Any], curves: list[str] | None = None) -> str:
             evaluation=record.get("evaluation") or [],
             several_seeds=any(len(row["seeds"] or []) > 1 for row in record.get("evaluation") or []),
             last=last_metrics(record["metrics"], record["steps"]["adapter"]),
+            mean_loss=mean_loss(record["metrics"], record["steps"].get("continued_from", 0)),
         )
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -185,6 +186,27 @@ def last_metrics(history: list[dict[str, Any]], step: int) -> dict[str, Any]:
         for key, value in entry.items()
         if not key.startswith("eval_") or entry.get("step", step) <= step
     }
+
+
+def mean_loss(history: list[dict[str, Any]], continued_from: int) -> float | None:
+    """
+    The mean of the logged training loss over the steps of a run; None before it has ended.
+
+    Args:
+        history: what the trainer logged. Its `train_loss` is the mean of the steps after a resume.
+        continued_from: the step that it was resumed at.
+    """
+    ends = [entry for entry in history if "train_loss" in entry]
+    if not ends:
+        return None
+    last = ends[-1]["step"]
+    parts, before = [(ends[-1]["train_loss"], last - continued_from)], 0
+    for entry in history:
+        if "loss" in entry and entry["step"] <= continued_from:
+            parts.append((entry["loss"], entry["step"] - before))
+            before = entry["step"]
+    steps = sum(count for _, count in parts)
+    return sum(loss * count for loss, count in parts) / steps if steps else ends[-1]["train_loss"]
 
 
 def _method(record: dict[str, Any]) -> str:

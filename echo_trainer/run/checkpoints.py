@@ -68,7 +68,7 @@ class Checkpoints:
         with host.agreement.together(), clean_failure(staging, run_dir, final):
             if publishes and os.path.isdir(os.path.join(staging, name)):
                 host.state.save_to_json(os.path.join(staging, name, STATE))
-                facts = {**run_facts(host), "published_by": host.args.process_index}
+                facts = {**run_facts(host), "published_by": host.args.process_index, "spent": host.spent.by_now()}
                 write_manifest(os.path.join(staging, name), facts)
                 publish(os.path.join(staging, name), final)
                 rotate(run_dir, host.args.save_total_limit, [final, host.state.best_model_checkpoint])
@@ -141,6 +141,7 @@ class Checkpoints:
         with host.agreement.together():
             if found is not None and not host.is_world_process_zero():
                 self._check_own_part(found)
+            host.spent.begin(found)
         return found
 
     def _check_own_part(self, checkpoint: str) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .probation import Probation
     from .pushes import Pushes
     from .rows import Rows
+    from .spent import Spent
 
 
 class Host(Protocol):
@@ -43,8 +44,9 @@ class Host(Protocol):
         pass_choice: which form the echo pass takes; None with the echo off.
         base_fingerprint: see `resume.base_fingerprint`.
         dataset_name: public id of the training data, if the caller knows it.
-        batches, guard, checkpoints, pushes, attachment, first_step, held_out, probation, prefix: the collaborators
-            that others call.
+        batches, guard, checkpoints, pushes, attachment, first_step, held_out, probation, prefix, spent: the
+            collaborators that others call.
+        tokens_trained_on: see `compat.trainer.JointTrainer`.
     """
 
     args: "EchoSFTConfig"
@@ -86,6 +88,8 @@ class Host(Protocol):
     probation: "Probation"
     prefix: "PrefixKeeper"
     rows: "Rows"
+    spent: "Spent"
+    tokens_trained_on: int
 
     def is_world_process_zero(self) -> bool:
         """Whether this is the main process of the run."""

@@ -19,7 +19,7 @@ COUNTS: tuple[str, ...] = (
 _COLUMNS: tuple[str, ...] = (*SUMS, *MEANS, *COUNTS)
 SEEN = {
     "micro_batches": "passes", "echo_passes": "echo_passes", "samples": "samples", "routed": "routed",
-    "without_prompt": "unroutable", "not_finite": "nonfinite",
+    "without_prompt": "unroutable", "not_finite": "nonfinite", "input_tokens": "input_tokens",
 }  # fmt: skip
 """What is counted over a whole run, for its record, and the column it is counted in."""
 

@@ -3,7 +3,9 @@
 import logging
 
 import pytest
+from chat import CHATML, byte_tokenizer
 from models import CHAT_TEMPLATE, conversation_rows, prompt_completion_rows, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from training import echo_trainer
 
 from echo_trainer.rendering.forms import RowOptions
@@ -99,12 +101,58 @@ def test_the_trainer_says_it_once_before_training(tmp_path, caplog, echo):
     assert len(found) == echo
 
 
-def test_what_a_formatting_func_writes_is_not_compared(tmp_path):
+def said_of_bytes(row, tokenizer, function=None, **options):
+    return disagreements(row, Rendering(RowOptions(**options), tokenizer, function), (1,))
+
+
+def asked(row):
+    return f"Q: {row['q']}\nA:{row['a']}"
+
+
+def test_a_text_of_the_chat_template_with_two_begins():
+    """The template writes the begin token and the tokenizer adds it: training sees two, whoever asks sends one."""
+    tokenizer = byte_tokenizer("{{ '<bos>' }}" + CHATML)
+    text = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert said_of_bytes({"text": text}, tokenizer) == []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 3)])
+    (message,) = said_of_bytes({"text": text}, tokenizer)
+    assert "'<bos><bos>" in message and "from token 1 on" in message
+
+
+@pytest.mark.parametrize(
+    ("answer", "marker", "agrees"),
+    [(" yes", "\nA:", True), ("\nyes", "\nA:", False), (" was", "\nA: ", False)],
+    ids=["whole tokens", "a token over the end of the marker", "a marker that ends in a space"],
+)
+@pytest.mark.parametrize("formatting", [True, False], ids=["formatting_func", "text"])
+def test_tokens_across_the_end_of_a_marker(answer, marker, agrees, formatting):
+    row = {"q": "x", "a": answer}
+    row = row if formatting else {"text": asked(row)}
+    found = said_of_bytes(row, byte_tokenizer(), asked if formatting else None, answer_marker=marker)
+    assert [*(message.split(",")[0] for message in found)] == (
+        [] if agrees else ["The first row's prompt is written differently in training and in use"]
+    )
+
+
+def test_a_formatting_func_that_writes_the_conversation_is_compared():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(ASKED, OTHER_PROMPT)
+
+    def function(row):
+        return tokenizer.apply_chat_template(row["messages"], tokenize=False)
+
+    (message, *_) = disagreements(CHAT, Rendering(RowOptions(), tokenizer, function), ())
+    assert "'user : w1 w2 assistant : w9'" in message
+
+
+def test_a_formatting_func_that_agrees_says_nothing(tmp_path, caplog):
     rows = [{"question": f"w{n} w2", "answer": "w3"} for n in range(8)]
     kwargs = {"formatting_func": lambda row: f"{row['question']} : {row['answer']}"}
     trainer = echo_trainer(tmp_path, rows=rows, max_steps=1, answer_marker=": ", trainer_kwargs=kwargs)
-    trainer.train()
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
     assert trainer.state.log_history[0]["echo/routed"] > 0
+    assert not [r for r in caplog.records if "first row" in r.message]
 
 
 def test_a_usual_run_says_nothing(tmp_path, caplog):
