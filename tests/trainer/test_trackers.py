@@ -1,4 +1,4 @@
-"""What is logged arrives in trackers: every figure of every step, in groups of training, of the echo and of evaluation.
+"""What is logged arrives in trackers: every figure of every step, in groups of training, echo and evaluation.
 
 Needs the extra `trackers`; read back from what they left on the disk.
 """
@@ -62,7 +62,9 @@ def test_the_log_has_all_three_groups(run):
     names = set(sent(run[1]))
     assert {"train/loss", "train/echo/objective", "train/echo/advantage", "train/echo/relative_delta"} <= names
     assert {"eval/loss", "eval/echo_loss", "eval/echo_advantage", "eval/echo_advantage_se"} <= names
-    assert all(name.startswith("train/echo/") for name in names if "echo" in name and not name.startswith("eval/echo_"))
+    assert all(
+        name.startswith("train/echo/") for name in names if "echo" in name and not name.startswith("eval/echo_")
+    )
 
 
 def test_tensorboard_holds_what_was_logged(run):
