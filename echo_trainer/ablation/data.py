@@ -19,6 +19,7 @@ from ..templates import TEMPLATES
 from .recipe import AblationRecipe
 
 _SPLIT_SEED = 0
+ACCURACY_MODES = ("generate", "rank")
 
 
 def load_examples(recipe: AblationRecipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -109,6 +110,7 @@ def make_task(
     kind: str = "prompt-completion",
     limit: int | None = None,
     max_new_tokens: int | None = None,
+    mode: str = "generate",
 ) -> Task:
     """
     One test set.
@@ -120,7 +122,28 @@ def make_task(
         kind: "prompt-completion" (exact match) or "commonsense" (LLM-Adapters: the named option counts).
         limit: use so many items, drawn once for all runs; None: all.
         max_new_tokens: longest generated answer.
+        mode: what accuracy counts: "generate" (answers that are written) or "rank" (the most likely of the row's
+            `options`).
     """
+    if mode not in ACCURACY_MODES:
+        raise ValueError(f"The test set {name!r} has mode {mode!r}. It can be {', '.join(map(repr, ACCURACY_MODES))}.")
+    task = _task(recipe, name, file, kind, limit, max_new_tokens)
+    if mode == "rank" and not all(item.options for item in task.items):
+        raise ValueError(
+            f"The test set {name!r} has mode 'rank', and rows without `options`: a list of completions as text, with "
+            f"the `completion` of the row among them, once. Add the column, or leave the mode out."
+        )
+    return task
+
+
+def accuracy_modes(recipe: AblationRecipe) -> dict[str, str]:
+    """How each test set is answered, by its name."""
+    return {test["name"]: test.get("mode", "generate") for test in recipe.tests}
+
+
+def _task(
+    recipe: AblationRecipe, name: str, file: str, kind: str, limit: int | None, max_new_tokens: int | None
+) -> Task:
     rows = read_rows(Path(file))
     options: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     template = recipe.training.get("dataset_template") or "alpaca"

@@ -8,6 +8,7 @@ import numpy as np
 from ..evaluation.echo import EchoReader
 from ..evaluation.evaluate import Record, Task, accuracy, evaluate_task
 from ..evaluation.readers import Reader
+from .data import accuracy_modes
 from .trainer import AblationTrainer
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ def evaluate_run(
     held_out = score(bench.held_out, "nll")
     summary: dict[str, Any] = {bench.held_out.name: _means(held_out)}
     items: dict[str, Any] = {}
+    modes = accuracy_modes(bench.recipe)
     for task in bench.tests:
-        nll, answers = score(task, "nll"), score(task, "generate")
+        nll, answers = score(task, "nll"), score(task, modes[task.name])
         summary[task.name] = {**_means(nll), "accuracy": accuracy(answers)}
         items[task.name] = {
             "nll": _rounded(nll),
@@ -49,7 +51,7 @@ def evaluate_run(
             "prediction": [record.prediction for record in answers],
         }
         if echo is not None:
-            nll, answers = score(task, "nll", echo), score(task, "generate", echo)
+            nll, answers = score(task, "nll", echo), score(task, modes[task.name], echo)
             summary[task.name] |= {"echo_nll": _means(nll)["nll"], "echo_accuracy": accuracy(answers)}
             items[task.name] |= {"echo_nll": _rounded(nll), "echo_correct": [int(r.correct) for r in answers]}
     return summary, items

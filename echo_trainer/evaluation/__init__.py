@@ -1,7 +1,7 @@
 """
 Evaluation: the accuracy of a model or an adapter, the same for every batch size.
 
-    a task: rows, prompts, what counts as right     [tasks, data, answers]
+    a task: rows, prompts, what counts as right     [tasks, rows, data, answers]
     batches of prompts, left-padded                 [evaluate, generation, scoring]
     results by item, resumable                      [run, records, results]
     the same figures as `evaluate.Metric`s          [metrics]

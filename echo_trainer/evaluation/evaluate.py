@@ -142,8 +142,12 @@ def evaluate_task(
         raise ValueError(f"batch_size={batch_size} and num_beams={num_beams} must be at least 1.")
     if not task.items:
         raise ValueError(f"The task {task.name!r} has no items.")
-    if mode == "rank" and not all(len(item.options) > 1 for item in task.items):
-        raise ValueError(f"The task {task.name!r} has items without options to rank. Use mode 'generate' or 'nll'.")
+    if mode == "rank" and (without := [number for number, item in enumerate(task.items, 1) if len(item.options) < 2]):
+        raise ValueError(
+            f"The task {task.name!r} has items without options to rank, item {without[0]} among them. Use mode "
+            f"'generate' or 'nll', or give the rows of a file a column `options`: a list of completions as text, with "
+            f"the `completion` of the row among them, once."
+        )
     model.eval()
     reader = reader or PlainReader(model, tokenizer)
     records = {index: record for index, record in (done or {}).items() if index < len(task.items)}

@@ -3,23 +3,20 @@
 The prompts are made by the templates of training (`templates.py`), so that the two never differ by a space.
 """
 
-import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..rendering.columns import from_columns
-from ..rendering.forms import COLUMNS, Form, RowOptions, form_of
-from ..rendering.mapping import as_dataset
-from ..rendering.prompts import Parts, parts_of
+from ..rendering.forms import Form, RowOptions, form_of
+from ..rendering.prompts import parts_of
 from ..rendering.rendering import Rendering
-from ..templates import TEMPLATES
 from .answers import CHOICES, first_match, last_number
 from .data import FILES, folder_rows, hub_rows, instruction_row, read_rows, task_file
 from .evaluate import Item, Task
+from .rows import choices_of, drawn_rows, naming_row, template_of, templated_rows
 
 COMMONSENSE = tuple(CHOICES)
 GSM8K = "gsm8k"
@@ -53,9 +50,9 @@ def commonsense_task(
     if name not in CHOICES:
         raise ValueError(f"{name!r} is no commonsense task. Use one of {', '.join(COMMONSENSE)}.")
     extract = partial(first_match, re.compile(CHOICES[name]))
-    items, make = [], _template(template)
-    for number, row in _drawn(rows, limit, seed):
-        with _named(name, number):
+    items, make = [], template_of(template)
+    for number, row in drawn_rows(rows, limit, seed):
+        with naming_row(name, number):
             row = instruction_row(name, row)
             names = _option_names(name, row)
             answer = str(row.get("answer") or extract(row["output"]))
@@ -87,7 +84,8 @@ def prompt_completion_task(
     Args:
         name: name of the task.
         rows: in a form that training takes (`prompt` and `completion`, `messages`, `conversations`, `text` with an
-            answer marker; with `tools` and `chat_template_kwargs`), or with the columns that `template` knows.
+            answer marker; with `tools` and `chat_template_kwargs`), or with the columns that `template` knows; those
+            of text with `options`, completions to rank, where they have such a column.
         limit: evaluate this many items, drawn with `seed`; None is all.
         seed: seed of that draw.
         max_new_tokens: longest answer, in tokens.
@@ -96,10 +94,14 @@ def prompt_completion_task(
         row_options: what the training run said about its rows.
     """
     options = row_options or RowOptions()
-    items, special_tokens = _templated(name, rows, template, limit, seed, Rendering(options, tokenizer))
+    drawn, special_tokens = templated_rows(name, rows, template, limit, seed, Rendering(options, tokenizer))
+    items = [
+        Item(parts.prompt, parts.answer.strip(), choices_of(rows[number - 1], parts), parts.completion, row)
+        for number, row, parts in drawn
+    ]
     return Task(
         name,
-        [Item(parts.prompt, parts.answer.strip(), (), parts.completion, row) for _, row, parts in items],
+        items,
         str.strip,
         max_new_tokens,
         special_tokens=special_tokens,
@@ -136,10 +138,10 @@ def gsm8k_task(
     options = row_options or RowOptions()
     whole = not rows or form_of(rows[0], options) is Form.OTHER
     rendering = Rendering(options, tokenizer)
-    found, special_tokens = _templated(name, rows, template if whole else None, limit, seed, rendering)
+    found, special_tokens = templated_rows(name, rows, template if whole else None, limit, seed, rendering)
     items = []
     for place, row, parts in found:
-        with _named(name, place):
+        with naming_row(name, place):
             number = last_number(parts.answer)
             if not number:
                 raise ValueError(f"there is no number in its answer {parts.answer[-80:]!r}.")
@@ -187,7 +189,7 @@ def load_tasks(
             given: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
             rows = read_rows(Path(name))
             if columns is not None:
-                with _named(name, 1):
+                with naming_row(name, 1):
                     rows = list(map(from_columns(*columns), rows))
             given |= {"row_options": row_options}
             task = prompt_completion_task(Path(name).stem, rows, template=template, **drawn, **given)
@@ -206,56 +208,6 @@ def load_tasks(
         changed = {**source, "n_rows": len(rows), **({"max_new_tokens": max_new_tokens} if max_new_tokens else {})}
         tasks.append(Task(**{**vars(task), **changed}))
     return tasks
-
-
-def _template(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    if name not in TEMPLATES:
-        raise ValueError(f"The template {name!r} is unknown. Use one of {', '.join(TEMPLATES)}.")
-    return TEMPLATES[name]
-
-
-def _templated(
-    name: str, rows: Sequence[dict[str, Any]], template: str | None, limit: int | None, seed: int, rendering: Rendering
-) -> tuple[list[tuple[int, dict[str, Any], Parts]], bool]:
-    """Number, row and parts of every drawn row, and whether the tokenizer adds its special tokens to them."""
-    found, make, special_tokens = [], None if template is None else _template(template), True
-    for number, row in _drawn(rows if make is not None else _as_trained(rows, rendering.options), limit, seed):
-        with _named(name, number):
-            example = row if make is None else make(row)
-            parts = parts_of(example, rendering)
-            if not parts.prompt:
-                raise ValueError("its prompt is empty, so there is nothing to answer.")
-        special_tokens = parts.special_tokens
-        found.append((number, example, parts))
-    return found, special_tokens
-
-
-def _as_trained(rows: Sequence[dict[str, Any]], options: RowOptions) -> list[dict[str, Any]]:
-    """The columns of rows that decide how they are written, with the values that they have in a dataset."""
-    known = (*COLUMNS, options.dataset_text_field)
-    kept = [{name: row[name] for name in known if name in row} for row in rows]
-    if not any("tools" in row or "chat_template_kwargs" in row for row in kept):
-        return [found or dict(row) for found, row in zip(kept, rows, strict=True)]
-    return [{name: value for name, value in row.items() if value is not None} for row in as_dataset(kept).to_list()]
-
-
-@contextmanager
-def _named(task: str, number: int) -> Iterator[None]:
-    """Say which row of a task an error is about, counted from 1."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"Row {number} of {task}: {error}") from error
-
-
-def _drawn(rows: Sequence[dict[str, Any]], limit: int | None, seed: int) -> list[tuple[int, dict[str, Any]]]:
-    """`limit` rows drawn with `seed`, in their order, each with its number, counted from 1; all without a limit."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} leaves no items. Use at least 1, or None for all.")
-    if limit is None or limit >= len(rows):
-        return list(enumerate(rows, start=1))
-    chosen = random.Random(seed).sample(range(len(rows)), limit)
-    return [(index + 1, rows[index]) for index in sorted(chosen)]
 
 
 def _option_names(task: str, row: dict[str, Any]) -> list[str]:

@@ -127,6 +127,8 @@ def test_the_gpu_command_is_a_script():
         ({"tests": [{"name": "x", "file": "nowhere.jsonl"}]}, {}, "nowhere.jsonl"),
         ({"tests": [{"nam": "x", "file": "test.jsonl"}]}, {}, "needs `name` and `file`"),
         ({"tests": ["test.jsonl"]}, {}, "needs `name` and `file`"),
+        ({"tests": [{"name": "x", "file": "test.jsonl", "mode": "guess"}]}, {}, "It can be 'generate', 'rank'"),
+        ({"tests": [{"name": "x", "file": "test.jsonl", "mode": "rank"}]}, {}, "rows without `options`"),
         ({"learning_rate_seeds": 0}, {}, "learning_rate_seeds"),
         ({}, {"lora_rr": 8}, "Did you mean 'lora_r'"),
         ({}, {"model_name_or_path": "./nowhere"}, "no model can be loaded from it"),

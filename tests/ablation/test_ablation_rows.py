@@ -5,6 +5,7 @@ import json
 import pytest
 from ablation_cases import do, tiny_recipe
 from chat import byte_model, byte_tokenizer
+from models import prompt_completion_rows
 
 from echo_trainer.ablation.run_one import Workbench
 
@@ -42,3 +43,22 @@ def test_arms_train_on_the_same_answers(tmp_path, rows):
         one, other = results[arm]
         assert one["held_out_nll"] == other["held_out_nll"]
     assert results["lora"][0]["batches"] == results["echo"][0]["batches"]
+
+
+def test_options_are_ranked_by_both_passes(tmp_path):
+    rows = prompt_completion_rows(8, seed=8)
+    for number, row in enumerate(rows):
+        others = [other["completion"] for other in rows if other["completion"] != row["completion"]][:3]
+        row["options"] = [*others[: number % 3], row["completion"].strip(), *others[number % 3 :]]
+    tests = [{"name": "words", "file": str(tmp_path / "test.jsonl"), "mode": "rank"}]
+    recipe = tiny_recipe(tmp_path, tests=tests)
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    do(recipe, tmp_path / "out", "echo")
+    (items,) = (json.loads(path.read_text())["words"] for path in (tmp_path / "out").rglob("items.json"))
+    assert all(
+        said in [option.strip() for option in row["options"]]
+        for said, row in zip(items["prediction"], rows, strict=True)
+    )
+    right = [said == row["completion"].strip() for said, row in zip(items["prediction"], rows, strict=True)]
+    assert items["correct"] == right
+    assert len(items["echo_correct"]) == len(rows)

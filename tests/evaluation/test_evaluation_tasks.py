@@ -6,13 +6,15 @@ import re
 
 import evaluation_reference as reference
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import conversation_rows, prompt_completion_rows, tiny_tokenizer
+from models import conversation_rows, prompt_completion_rows, tiny_model, tiny_tokenizer
 from paths import TASKS
 
 from echo_trainer.evaluation.answers import CHOICES, first_match, last_number
 from echo_trainer.evaluation.data import instruction_row
+from echo_trainer.evaluation.evaluate import evaluate_task
 from echo_trainer.evaluation.tasks import COMMONSENSE, commonsense_task, gsm8k_task, load_tasks, prompt_completion_task
 from echo_trainer.templates import alpaca
 
@@ -189,3 +191,40 @@ def test_bad_input(tmp_path):
         commonsense_task("mmlu", [])
     with pytest.raises(ValueError, match="`prompt` and `completion`"):
         prompt_completion_task("t", [{"text": "x"}])
+
+
+CHOICE = {"prompt": "w1 w2", "completion": " w3", "options": ["w4", "w3 ", " w5"]}
+
+
+def test_options_of_a_file_are_completions_as_training_writes_them():
+    (item,) = prompt_completion_task("t", [CHOICE]).items
+    assert item.options == (" w4", " w3", " w5") and item.reference == "w3"
+
+
+@pytest.mark.parametrize(
+    "options", [None, "w3", ["w3"], ["w4", "w5"], ["w3", " w3"], [3, "w3"], {"a": "w3"}],
+    ids=["none", "text", "one", "without the right one", "twice", "numbers", "names"],
+)  # fmt: skip
+def test_a_column_that_holds_something_else_is_no_choice(options):
+    """It may be about something else; only ranking needs it, and says which item has none."""
+    task = prompt_completion_task("t", [CHOICE, {**CHOICE, "options": options}])
+    assert [len(item.options) for item in task.items] == [3, 0]
+    with pytest.raises(ValueError, match="item 2 among them.*a column `options`"):
+        evaluate_task(tiny_model(), tiny_tokenizer(), task, mode="rank")
+
+
+def test_options_of_drawn_rows_are_their_own():
+    rows = [{"prompt": f"w{n}", "completion": f" w{n + 1}", "options": [f"w{n + 1}", "w0"]} for n in range(9)]
+    for item in prompt_completion_task("t", rows, limit=4).items:
+        assert item.options == (f" {item.reference}", " w0")
+
+
+def test_ranking_a_file_takes_the_most_likely_option():
+    model, tokenizer = tiny_model().eval(), tiny_tokenizer()
+    (record,) = evaluate_task(model, tokenizer, prompt_completion_task("t", [CHOICE]), mode="rank")
+    ids = tokenizer("w1 w2", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1].log_softmax(-1)
+    expected = [logits[tokenizer(word)["input_ids"][0]].item() for word in ("w4", "w3", "w5")]
+    assert record.scores == pytest.approx(expected, abs=1e-5)
+    assert record.prediction == ("w4", "w3", "w5")[expected.index(max(expected))]
