@@ -209,7 +209,7 @@ def test_a_column_that_holds_something_else_is_no_choice(options):
     """It may be about something else; only ranking needs it, and says which item has none."""
     task = prompt_completion_task("t", [CHOICE, {**CHOICE, "options": options}])
     assert [len(item.options) for item in task.items] == [3, 0]
-    with pytest.raises(ValueError, match="item 2 among them.*a column `options`"):
+    with pytest.raises(ValueError, match=r"item 2 among them.*a column `options`"):
         evaluate_task(tiny_model(), tiny_tokenizer(), task, mode="rank")
 
 
