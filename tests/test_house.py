@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "echo_trainer"
 
 ORDER = (
-    ("_version", "files", "quiet", "resources", "plots"),
+    ("_version", "files", "progress", "quiet", "resources", "plots"),
     ("manifest", "method"),
     ("compat",),
     ("passes",),

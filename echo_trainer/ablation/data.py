@@ -173,23 +173,6 @@ def has_messages(rows: list[dict[str, Any]]) -> bool:
     )
 
 
-def check_base(recipe: AblationRecipe) -> None:
-    """
-    Look at the base before any run starts.
-
-    Raises:
-        ValueError: it has no configuration here or on the Hub.
-    """
-    from transformers import AutoConfig
-
-    name = recipe.training["model_name_or_path"]
-    try:
-        AutoConfig.from_pretrained(name, trust_remote_code=bool(recipe.training.get("trust_remote_code")))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"`model_name_or_path` is {name!r}, and no model can be loaded from it: {reason}") from error
-
-
 def fingerprints(recipe: AblationRecipe) -> dict[str, str]:
     """Short hashes of the base's weights (of its name, where it is no local folder) and of every data file."""
     model = Path(recipe.training["model_name_or_path"])

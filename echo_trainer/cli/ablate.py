@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
 from ..ablation.arms import ADAPTERS, ARMS
 from ..ablation.recipe import CHOICES, load_recipe
+from ..progress import Lines
 from ..recipe.find import recipe_path
 
 
@@ -54,18 +55,21 @@ def main(arguments: list[str]) -> int:
         learning_rates=options.learning_rates,
         learning_rate_choice=options.learning_rate_choice,
     )
-    from ..ablation.data import check_base, fingerprints, load_examples, load_tests
+    from ..ablation.data import fingerprints, load_examples, load_tests
     from ..ablation.schedule import Outcome, run_all
     from ..ablation.write import write_report
     from ..recipe.arguments import CLASSES
     from ..recipe.check import check_options
+    from ..recipe.training import check_base
 
     output, console, outcome, status = Path(options.output), Console(), Outcome(), 0
     if not options.report_only:  # what is wrong is said here, not in each process
         check_options(options.recipe, recipe.training, CLASSES)
         load_examples(recipe)
         load_tests(recipe)
-        check_base(recipe)
+        training = recipe.training
+        revision, own_code = training.get("model_revision"), bool(training.get("trust_remote_code"))
+        check_base(training["model_name_or_path"], revision, own_code)
         try:
             with _Bar(console) as bar:
                 outcome = run_all(
@@ -96,8 +100,7 @@ class _Bar:
     """Draws the runs: one bar for all, one line for each that is running."""
 
     def __init__(self, console: Console):
-        columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.progress = Progress(*columns, console=console)
+        self.progress = Lines(console, width=40)
         self.lines: dict[str, TaskID] = {}
 
     def __enter__(self) -> "_Bar":
@@ -110,7 +113,7 @@ class _Bar:
     def start(self, total: int) -> None:
         self.all = self.progress.add_task("runs", total=total)
         self.total, self.done, self.begin = total, 0, time.monotonic()
-        self._say(f"{total} runs, one line for each that ends")
+        self.progress.say(f"{total} runs, one line for each that ends")
 
     def update(self, run: str, what: str, done: int, total: int) -> None:
         if run not in self.lines:
@@ -125,9 +128,6 @@ class _Bar:
         self.done += 1
         minutes = (time.monotonic() - self.begin) / 60
         left = minutes / self.done * (self.total - self.done)
-        self._say(f"{run}: {how}; {self.done} of {self.total} after {minutes:.1f} minutes, about {left:.0f} left")
-
-    def _say(self, line: str) -> None:
-        """A plain line where the output is no terminal, in which bars are not seen."""
-        if not self.progress.console.is_terminal:
-            self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.progress.say(
+            f"{run}: {how}; {self.done} of {self.total} after {minutes:.1f} minutes, about {left:.0f} left"
+        )

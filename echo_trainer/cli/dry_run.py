@@ -71,7 +71,7 @@ def _facts(found: Preview) -> Table:
     if found.lost:
         table.add_row("", Text(f"{found.lost:.0%} of them lose their whole answer to max_length", "yellow"))
     accumulated = f" ({found.per_step} micro-batches each)" if found.per_step > 1 else ""
-    table.add_row("steps", f"about {found.steps:,} of {found.batch} rows{accumulated}")
+    table.add_row("steps", f"about {found.steps:,} of {found.batch} rows{accumulated}, learning rate {found.rate:g}")
     return table
 
 

@@ -185,7 +185,8 @@ def table_of_differences(summary: dict[str, Any], against: str | None = None) ->
         "that holds zero is no evidence of a difference",
     )
     for column in ("task", "metric", *shown_as, "difference", "95 % interval", "items"):
-        shown.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        justify: Any = "left" if column in ("task", "metric") else "right"
+        shown.add_column(column, justify=justify, no_wrap=column == "metric")
     for row in summary["differences"]:
         form, signed = ("{:.3f}", "{:+.3f}") if row["metric"] == "nll" else ("{:.1%}", "{:+.1%}")
         interval = " to ".join(signed.format(bound) for bound in row["interval"]) if row["interval"] else "-"
@@ -202,7 +203,8 @@ def table(summary: dict[str, Any]) -> Any:
 
     shown = Table(title=f"mode {summary['mode']}, {summary['model']['dtype']}")
     for column in ("task", "metric", "value", "95 % interval", "items"):
-        shown.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        justify: Any = "left" if column in ("task", "metric") else "right"
+        shown.add_column(column, justify=justify, no_wrap=column == "metric")
     rows = [*summary["results"], *([summary["average"]] if summary["average"] else [])]
     for row in rows:
         form = "{:.3f}" if row["metric"] == "nll" else "{:.1%}"

@@ -42,10 +42,10 @@ def differences(
 
 
 def _paired(pairs: Sequence[tuple[float, float]], names: tuple[str, str]) -> dict[str, Any]:
-    """Means of both and of their difference, with a 95 % interval; None for a single pair."""
+    """Means of both and of their difference, with a 95 % interval; None for one pair, and where no pair differs."""
     one, other = np.array(pairs, dtype=float).T
     gain, interval = float((one - other).mean()), None
-    if len(pairs) > 1:
+    if len(pairs) > 1 and (one != other).any():  # items that all agree say nothing of how much others would vary
         half = Z95 * float((one - other).std(ddof=1)) / math.sqrt(len(pairs))
         interval = [gain - half, gain + half]
     return {

@@ -190,9 +190,11 @@ def load_tasks(
             rows = read_rows(Path(name))
             if columns is not None:
                 with naming_row(name, 1):
-                    rows = list(map(from_columns(*columns), rows))
+                    make_row = from_columns(*columns, template_of(template) if template is not None else None)
+                    rows = list(map(make_row, rows))
             given |= {"row_options": row_options}
-            task = prompt_completion_task(Path(name).stem, rows, template=template, **drawn, **given)
+            written = template if columns is None else None  # by the columns, already
+            task = prompt_completion_task(Path(name).stem, rows, template=written, **drawn, **given)
             source = {"dataset": Path(name).name, "split": None}  # nobody said which it is
         elif name in (*COMMONSENSE, GSM8K):
             rows, source = hub_rows(name) if data_dir is None else folder_rows(name, Path(data_dir))

@@ -7,14 +7,16 @@ Everything is measured in the run that prints it. The base, its tokenizer and th
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..progress import Lines
 from ..quiet import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
@@ -72,15 +74,15 @@ def quickstart(output_dir: Path, settings: Settings, seed: int, console: Console
     tests = [json.loads(line) for line in TEST.read_text(encoding="utf-8").splitlines()[:N_TEST]]
     console.print("[bold]Echo-LoRA quickstart[/bold]: one held-out item of the task\n")
     console.print(f"  {tests[0]['prompt']}[green]{tests[0]['completion']}[/green]\n", highlight=False)
-    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     accuracy, seconds = {}, {}
-    with quiet_libraries(), Progress(*columns, console=console) as progress:
+    with quiet_libraries(), one_thread(), Lines(console) as progress:
         accuracy["base"] = _score(_load_base(), tests, settings, progress, "base, held-out items")
         for name, p_start, p_end in (("LoRA", 0.0, 0.0), ("Echo-LoRA", 1.0, 0.2)):
             trainer = _trainer(output_dir, settings, seed, p_start, p_end, progress, f"{name}, training")
             begin = time.perf_counter()
             trainer.train()
             seconds[name] = time.perf_counter() - begin
+            progress.say(f"{name}, training: {settings.steps} steps in {seconds[name]:.0f} s")
             accuracy[name] = _score(trainer.model, tests, settings, progress, f"{name}, held-out items")
         trainer.save_model()
         add_to_run(output_dir, [_result(accuracy["Echo-LoRA"], len(tests))])
@@ -94,6 +96,19 @@ def quickstart(output_dir: Path, settings: Settings, seed: int, console: Console
     return accuracy
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: the base is so small that threads wait for each other, on a busy machine for minutes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _load_base() -> Any:
     import torch
     from transformers import AutoModelForCausalLM
@@ -102,7 +117,7 @@ def _load_base() -> Any:
 
 
 def _trainer(
-    output_dir: Path, settings: Settings, seed: int, p_start: float, p_end: float, progress: Progress, label: str
+    output_dir: Path, settings: Settings, seed: int, p_start: float, p_end: float, progress: Lines, label: str
 ) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
@@ -163,7 +178,7 @@ def _tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(BASE)
 
 
-def _score(model: Any, tests: list[dict[str, str]], settings: Settings, progress: Progress, label: str) -> float:
+def _score(model: Any, tests: list[dict[str, str]], settings: Settings, progress: Lines, label: str) -> float:
     from ..evaluation.generation import exact_match, greedy_answers
 
     task = progress.add_task(label, total=len(tests))
@@ -175,7 +190,9 @@ def _score(model: Any, tests: list[dict[str, str]], settings: Settings, progress
         batch_size=50,
         advance=lambda n: progress.advance(task, n),
     )
-    return exact_match(answers, [row["completion"] for row in tests])
+    score = exact_match(answers, [row["completion"] for row in tests])
+    progress.say(f"{label}: {score:.1%} of {len(tests)} right")
+    return score
 
 
 def _result(accuracy: float, n: int) -> dict[str, Any]:

@@ -24,7 +24,8 @@ class DataArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "How to make prompts and completions from the columns instruction/output (LLM-Adapters) or "
-            "question_stem/choices/answerKey (OpenBookQA): 'alpaca' (text, for base models) or 'chat' (messages). "
+            "question_stem/choices/answerKey (OpenBookQA), or those that prompt_column and completion_column name: "
+            "'alpaca' (text, for base models) or 'chat' (messages, for models with a chat template). "
             "None: the dataset is in a format of TRL already.",
             "choices": [*TEMPLATES],
         },

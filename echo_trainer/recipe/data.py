@@ -53,19 +53,13 @@ def load_data(data: DataArguments, mixture: DatasetMixtureConfig) -> Any:
 def _maker(data: DataArguments) -> tuple[Any, Any]:
     """What makes a prompt and a completion of a row, and what names their columns; (None, None) for rows that have."""
     prompt, completion = data.prompt_column, data.completion_column
-    if data.dataset_template is not None:
-        if prompt or completion:
-            raise ValueError(
-                "`dataset_template` finds the columns of question and answer itself, so `prompt_column` and "
-                "`completion_column` mean nothing beside it. Give one or the other."
-            )
-        return TEMPLATES[data.dataset_template], None
+    template = TEMPLATES[data.dataset_template] if data.dataset_template is not None else None
     if not prompt and not completion:
-        return None, None
+        return template, None
     if not prompt or not completion:
         given = "prompt_column" if prompt else "completion_column"
         raise ValueError(f"`{given}` is given alone. Name both columns: `prompt_column` and `completion_column`.")
-    return from_columns(prompt, completion), (prompt, completion)
+    return from_columns(prompt, completion, template), (prompt, completion)
 
 
 def load_rows(name: str) -> Dataset:

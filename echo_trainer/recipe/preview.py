@@ -28,7 +28,7 @@ from ..passes.echo import forms_for
 from ..passes.layers import adapted_layers, decoder_layers, find_sites
 from ..passes.setup import EchoSetup
 from ..rendering.forms import RowOptions
-from ..rendering.inference import disagreements
+from ..rendering.inference import disagreements, without_chat_template
 from ..rendering.rendering import Rendering
 from ..run.collate import EchoCollator
 from ..run.decode import DecodedBatch, documents_of
@@ -38,7 +38,7 @@ from ..selection.use import baseline_layers
 from .arguments import AdapterArguments, DataArguments
 from .data import load_data
 from .estimate import costs_of, cut, steps_of
-from .training import load_tokenizer, refuse_finished
+from .training import check_base, load_tokenizer, refuse_finished
 
 LOOKED_AT = 256
 """Rows that are tokenised, the first ones of the training split."""
@@ -60,7 +60,8 @@ class Preview:
         networks: parameters of the echo networks.
         notes: what cannot be known before the run.
         rows, lost, tokens: training rows, the share of those looked at that lose their answer, mean tokens of a row.
-        steps, batch, per_step: optimizer steps, rows of a global batch, micro-batches a step and process.
+        steps, rate: optimizer steps, and the learning rate at its highest.
+        batch, per_step: rows of a global batch, micro-batches a step and process.
         schedule: routing probability at the first, the middle and the last step, and the mean over all.
         costs: of a mean micro-batch by pass: "plain", and with an echo each that may run, all samples routed.
         proved: what the proof at the first step compares, in words; None without an echo.
@@ -81,6 +82,7 @@ class Preview:
     lost: float
     tokens: float
     steps: int
+    rate: float
     batch: int
     per_step: int
     schedule: tuple[float, float, float, float]
@@ -102,6 +104,8 @@ def preview(
     """
     if not data.overwrite_output_dir:
         refuse_finished(config, False)
+    if adapter.model_name_or_path is not None:
+        check_base(adapter.model_name_or_path, adapter.model_revision, config.trust_remote_code)
     tokenizer = load_tokenizer(adapter, config)
     splits = load_data(data, mixture)
     if data.dataset_train_split not in splits:
@@ -117,6 +121,7 @@ def preview(
     steps, per_step, world = steps_of(rows, lost, tokens, config)
 
     model, notes = _model(adapter, config)
+    notes += without_chat_template(raw[0], rendering)
     base = model.get_base_model()
     setup, sources, targets = _echo(base, config, notes)
     flat = bool(config.packing or config.padding_free)
@@ -142,6 +147,7 @@ def preview(
         lost=lost,
         tokens=tokens,
         steps=steps,
+        rate=config.learning_rate,
         batch=config.per_device_train_batch_size * per_step * world,
         per_step=per_step,
         schedule=(schedule.probability(0), middle, schedule.probability(steps - 1), mean),

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DatasetMixtureConfig, get_peft_config, get_quantization_config
 
 from ..config import EchoSFTConfig
@@ -33,6 +33,7 @@ def run(
 ) -> EchoSFTTrainer:
     """Train, save and, if asked, push. Returns the trainer."""
     model: Any = _model_name(adapter)
+    check_base(model, adapter.model_revision, config.trust_remote_code)
     Agreement().decide(lambda: refuse_finished(config, data.overwrite_output_dir))
     config.model_init_kwargs = model_options(adapter, config)
     dataset = load_data(data, mixture)
@@ -60,6 +61,7 @@ def run(
         quantization_config=quantization,
         peft_config=peft_config,
     )
+    trainer.add_callback(SaysWhereItGoesOn())
     trainer.dataset_name = None if data.dataset_name and Path(data.dataset_name).exists() else data.dataset_name
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     finish(trainer)
@@ -78,6 +80,15 @@ def finish(trainer: EchoSFTTrainer) -> None:
         f"take it, `echo-trainer evaluate {config.output_dir} --tasks FILE --against base` whether it is better."
     )
     trainer.end()
+
+
+class SaysWhereItGoesOn(TrainerCallback):
+    """Prints the step that a resumed run goes on from."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        if state.is_world_process_zero and state.global_step:
+            print(f"Going on from step {state.global_step} of {state.max_steps}.", flush=True)
 
 
 def warn_of_silence(config: EchoSFTConfig) -> None:
@@ -122,6 +133,24 @@ def model_options(adapter: AdapterArguments, config: EchoSFTConfig) -> dict[str,
         "dtype": adapter.dtype,
         **_given_options(config),
     }
+
+
+def check_base(name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """
+    Look at the base before anything else is done.
+
+    Raises:
+        ValueError: it has no configuration here or on the Hub.
+    """
+    try:
+        AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"`model_name_or_path` is {name!r}, and no model can be loaded from it: {reason} There is "
+            f"{'a' if Path(name).is_dir() else 'no'} folder of that name here. Give the folder of a model, or an id "
+            f"of the Hub, and see that the Hub can be reached."
+        ) from error
 
 
 def _model_name(adapter: AdapterArguments) -> str:

@@ -15,14 +15,24 @@ _LIKELY = [(question, answer) for question, _, answer in COLUMNS]
 _SHOWN = 5
 
 
-def from_columns(prompt: str, completion: str) -> Callable[[dict[str, Any]], dict[str, str]]:
-    """A function that takes prompt and completion from two columns; one space parts them unless white space does."""
+def from_columns(
+    prompt: str, completion: str, template: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """
+    A function that takes prompt and completion from two columns; one space parts them unless white space does.
 
-    def make(row: dict[str, Any]) -> dict[str, str]:
+    Args:
+        prompt, completion: names of the columns.
+        template: one of `templates.TEMPLATES`, which writes what is in them; None takes it as it stands.
+    """
+
+    def make(row: dict[str, Any]) -> dict[str, Any]:
         for column in (prompt, completion):
             if column not in row:
                 raise ValueError(f"There is no column {column!r}; the dataset has {', '.join(sorted(row))}.")
         question, answer = str(row[prompt]), str(row[completion])
+        if template is not None:
+            return template({"question": question, "answer": answer})
         parted = question[-1:].isspace() or answer[:1].isspace()
         return {"prompt": question, "completion": answer if parted else f" {answer}"}
 

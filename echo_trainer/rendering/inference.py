@@ -64,6 +64,17 @@ def disagreements(row: dict[str, Any], rendering: Rendering, stops: Collection[i
     return said
 
 
+def without_chat_template(row: dict[str, Any], rendering: Rendering) -> list[str]:
+    """A sentence where rows of text are trained as they stand, for a model that has a chat template; else nothing."""
+    template = getattr(rendering.processing_class, "chat_template", None)
+    if template is None or rendering.form(row) is not Form.PAIR or is_chat(row):
+        return []
+    return [
+        "The model has a chat template, and the rows are taken as they stand, without it. If it will be asked through "
+        "that template (a chat endpoint, `apply_chat_template`), write `dataset_template: chat`, or rows of messages."
+    ]
+
+
 def _last_run(places: list[int]) -> int:
     """Where the last run of neighbouring places begins."""
     start = places[-1]

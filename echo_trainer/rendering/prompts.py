@@ -52,7 +52,8 @@ def parts_of(row: dict[str, Any], rendering: Rendering) -> Parts:
         return _chat(row, messages[:last], messages[last : last + 1], rendering)
     raise ValueError(
         f"A row needs `prompt` and `completion`, both text or both messages, `messages`, or `text` with an answer "
-        f"marker; this one has {sorted(row)}. A template makes prompt and completion from other columns."
+        f"marker; this one has {sorted(row)}. Name the columns of a file with --prompt_column and --completion_column "
+        f"(and --template chat or alpaca, if training had one)."
     )
 
 

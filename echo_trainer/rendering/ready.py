@@ -56,6 +56,22 @@ def marks_of(processing_class: Any) -> Marks:
     Raises:
         ValueError: there is no chat template.
     """
+    template = template_of(processing_class)
+    if has_generation_markers(template):
+        return Marks(True, None, "marked by the chat template")
+    try:
+        return Marks(True, get_training_chat_template(processing_class), "marked by TRL's training template")
+    except ValueError:  # TRL has none for this family
+        return Marks(False)
+
+
+def template_of(processing_class: Any) -> str:
+    """
+    The chat template that messages are written with.
+
+    Raises:
+        ValueError: there is none.
+    """
     template = getattr(processing_class, "chat_template", None)
     if template is None:
         raise ValueError(
@@ -64,9 +80,4 @@ def marks_of(processing_class: Any) -> Marks:
             "chat variant, or use rows whose prompt and completion are text: in a recipe `dataset_template: alpaca` "
             "writes instructions or questions and their answers as text."
         )
-    if has_generation_markers(template):
-        return Marks(True, None, "marked by the chat template")
-    try:
-        return Marks(True, get_training_chat_template(processing_class), "marked by TRL's training template")
-    except ValueError:  # TRL has none for this family
-        return Marks(False)
+    return template

@@ -14,7 +14,7 @@ from ..compat.preparation import prepare_rows
 from .forms import MISLEADING, Form, RowOptions, check_form, form_of, is_chat
 from .mapping import as_dataset, drop_unmarked, map_rows
 from .messages import messages_of
-from .ready import HOW, Marks, Ready, marks_of
+from .ready import HOW, Marks, Ready, marks_of, template_of
 from .rows import (
     chat_row,
     check_formatted,
@@ -73,6 +73,8 @@ class Rendering:
                 return self._marked(dataset, form, first, marked, apply)
             if self.formatting_func is None:
                 check_form(first, form)
+                if form is Form.PAIR and is_chat(first):
+                    template_of(self.processing_class)  # else TRL's error names neither rows nor options
             if "chat_template_kwargs" in first and form in (Form.CONVERSATION, Form.PAIR):
                 dataset = apply(dataset, switched_row, "Reading")
             if form is Form.CONVERSATION:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from ..files import RUN_RECORD
 from ..manifest import read_manifest, write_manifest
 from ..method.sites import site_key
 from ..passes.setup import EchoSetup
@@ -34,11 +35,13 @@ class Checkpoints:
 
     Attributes:
         weights_of_step: an earlier step than the last, where the best model was loaded; else None.
+        begun: whether this trainer has trained, so that a run in its folder may be its own.
     """
 
     def __init__(self, host: Host):
         self.host = host
         self.weights_of_step: int | None = None
+        self.begun = False
 
     # Checkpoints
 
@@ -142,6 +145,12 @@ class Checkpoints:
             if found is not None and not host.is_world_process_zero():
                 self._check_own_part(found)
             host.spent.begin(found)
+        if found is None and not self.begun and os.path.isfile(os.path.join(host.args.output_dir, RUN_RECORD)):
+            logger.warning(
+                "output_dir is %s, which holds a finished run: saving into it replaces its adapter, card and record.",
+                host.args.output_dir,
+            )
+        self.begun = True
         return found
 
     def _check_own_part(self, checkpoint: str) -> None:
@@ -174,6 +183,7 @@ class Checkpoints:
                 passes.begin(weights.passes)
                 self.host.probation.begin(weights.probation)
                 self.host.echo_metrics.begin(weights.seen)
+                self.host.tokens_trained_on = self.host.echo_metrics.seen["input_tokens"]
         self.load(load)
 
     def _check_before_loading(self, checkpoint: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 from models import adapted, tiny_model, tiny_tokenizer
 
 from echo_trainer import cli, evaluate_adapter
+from echo_trainer.evaluation.beside import _paired
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +79,13 @@ def test_a_table_that_is_none(place, tmp_path):
     (tmp_path / "empty.csv").write_text("question,answer\n")
     with pytest.raises(ValueError, match="cannot be read as CSV"):
         evaluate_adapter(place / "adapter", str(tmp_path / "empty.csv"), base=str(place / "base"), output=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "known"),
+    [([(1.0, 1.0)] * 10, False), ([(0.0, 0.0)] * 3, False), ([(1.0, 0.0), (1.0, 1.0)], True), ([(1.0, 0.0)], False)],
+    ids=["all right", "all wrong", "one differs", "one item"],
+)
+def test_items_that_all_agree_give_no_interval(pairs, known):
+    """Ten wrong answers on both sides do not say that no answer would differ."""
+    assert (_paired(pairs, ("this", "against"))["interval"] is not None) == known

@@ -8,8 +8,10 @@ from datasets import Dataset
 from models import prompt_completion_rows, tiny_model, tiny_tokenizer
 
 from echo_trainer import cli
+from echo_trainer.evaluation.tasks import load_tasks
 from echo_trainer.recipe.arguments import parse
 from echo_trainer.recipe.data import load_data
+from echo_trainer.templates import ALPACA
 
 ROWS = [{"question": f"w{i} w3 ?", "answer": f"w{i % 5} w7"} for i in range(12)]
 COLUMNS = ("--prompt_column", "question", "--completion_column", "answer")
@@ -43,6 +45,29 @@ def test_a_folder_of_files_is_split_by_name(tmp_path):
     assert {split: len(part) for split, part in rows.items()} == {"train": 12, "test": 3}
 
 
+@pytest.mark.parametrize(("template", "prompt", "completion"), [
+    ("chat", [{"role": "user", "content": "w2 w3 ?"}], [{"role": "assistant", "content": "w2 w7"}]),
+    ("alpaca", ALPACA.format(instruction="w2 w3 ?"), "w2 w7"),
+])  # fmt: skip
+def test_a_template_takes_the_columns_that_are_named(tmp_path, template, prompt, completion):
+    rows = [{"q": row["question"], "a": row["answer"]} for row in ROWS]
+    named = ("--prompt_column", "q", "--completion_column", "a", "--dataset_template", template)
+    found = load("--dataset_name", write(tmp_path, "faq.jsonl", rows), *named)["train"]
+    assert found[2] == {"prompt": prompt, "completion": completion}
+    options = {"template": template, "columns": ("q", "a"), "tokenizer": tiny_tokenizer()}
+    (task,) = load_tasks([str(tmp_path / "faq.jsonl")], **options)
+    (again,) = load_tasks([write(tmp_path, "known.jsonl")], **{**options, "columns": None})
+    assert [(item.prompt, item.completion) for item in task.items] == [(i.prompt, i.completion) for i in again.items]
+
+
+@pytest.mark.parametrize("empty", [{"q": "w1", "a": ""}, {"q": None, "a": "w1"}], ids=["answer", "question"])
+def test_a_template_does_not_hide_what_is_empty(tmp_path, empty):
+    rows = [{"q": "w1", "a": "w2"}, empty]
+    with pytest.raises(ValueError, match="1 of 2 rows"):
+        load("--dataset_name", write(tmp_path, "x.jsonl", rows), "--prompt_column", "q", "--completion_column", "a",
+             "--dataset_template", "chat")  # fmt: skip
+
+
 def test_white_space_of_the_data_is_kept(tmp_path):
     rows = [{"q": "w1\n", "a": "w2"}, {"q": "w1", "a": "\tw2"}]
     path = write(tmp_path, "x.jsonl", rows)
@@ -56,7 +81,6 @@ def test_white_space_of_the_data_is_kept(tmp_path):
     ([{"prompt": "x", "answer": "y"}], (), ["columns answer, prompt", "none of them is known"]),
     (ROWS, ("--prompt_column", "question"), ["`prompt_column` is given alone", "completion_column"]),
     (ROWS, ("--prompt_column", "question", "--completion_column", "anwser"), ["no column 'anwser'", "answer"]),
-    (ROWS, (*COLUMNS, "--dataset_template", "alpaca"), ["Give one or the other"]),
     ([*ROWS, {"question": "w1", "answer": ""}], COLUMNS, ["1 of 13 rows", "'answer'", "rows 12"]),
     ([*ROWS, {"question": " ", "answer": "w1"}], COLUMNS, ["1 of 13 rows", "'question'"]),
     ([{"question": "w1", "answer": None}, *ROWS], ("--dataset_template", "chat"), ["1 of 13 rows", "rows 0"]),
@@ -103,6 +127,31 @@ def test_a_csv_file_is_trained_on_and_a_finished_run_is_not_replaced(run, tmp_pa
     assert run("--seed", "3", "--max_steps", "1", "--overwrite_output_dir", "true") == 0
     assert json.loads((tmp_path / "out" / "echo_run.json").read_text())["hyperparameters"]["seed"] == 3
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_base_that_is_not_there_is_named(run, capsys):
+    assert run("--model_name_or_path", "nowhere/base") == 2
+    said = capsys.readouterr().err
+    assert "`model_name_or_path` is 'nowhere/base'" in said and "There is no folder of that name here" in said
+    assert run("--model_name_or_path", "nowhere/base", "--dry-run") == 2
+    assert "`model_name_or_path` is 'nowhere/base'" in capsys.readouterr().err
+
+
+def test_a_resumed_run_says_where_it_goes_on(run, capsys):
+    assert run("--max_steps", "1") == 0
+    assert "Going on from" not in capsys.readouterr().out
+    assert run("--resume_from_checkpoint", "true") == 0
+    assert "Going on from step 1 of 2." in capsys.readouterr().out
+
+
+def test_messages_without_a_chat_template_are_refused_in_words(run, tmp_path, capsys):
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    bare.save_pretrained("base")
+    for file in (tmp_path / "base").glob("chat_template*"):
+        file.unlink()
+    assert run("--dataset_template", "chat") == 2
+    assert "no chat template to write them as text" in capsys.readouterr().err
 
 
 def test_a_test_split_that_nobody_uses_is_said(run, tmp_path, caplog):

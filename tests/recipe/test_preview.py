@@ -108,3 +108,19 @@ def test_lost_answers_and_layers_that_only_the_run_knows(place, tmp_path, monkey
     found = preview(*parse(words(place, "--max_length", "10", "--lora_layers", "cka")))
     assert 0 < found.lost < 1 and re.search(r"CKA .* last \d of 5", " ".join(found.notes))
     assert found.options["max_length"] == 10 and "echo_gate" in found.options and "report_to" not in found.options
+
+
+@pytest.mark.parametrize(("more", "said"), [((), True), (("--dataset_template", "chat"), False)], ids=["text", "chat"])
+def test_rows_that_pass_by_the_chat_template_are_said(tmp_path, more, said):
+    """A chat model is asked through its template; rows of two columns do not look like that."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [json.dumps({"q": f"w{i} w2", "a": "w3"}) for i in range(8)]
+    (tmp_path / "faq.jsonl").write_text("\n".join(rows))
+    found = preview(*parse([
+        "--model_name_or_path", str(tmp_path / "base"), "--dataset_name", str(tmp_path / "faq.jsonl"),
+        "--prompt_column", "q", "--completion_column", "a", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true",
+        "--learning_rate", "3e-4", *more,
+    ]))  # fmt: skip
+    assert any("has a chat template" in note for note in found.notes) == said
+    assert found.rate == 3e-4

@@ -266,3 +266,13 @@ def test_an_interrupted_run_leaves_no_state_behind(tmp_path):
     fresh.train()
     tokens = [next(e["num_tokens"] for e in t.state.log_history if "num_tokens" in e) for t in (trainer, fresh)]
     assert tokens[0] == pytest.approx(tokens[1], rel=0.5)  # another order of the data, not twice as many steps
+
+
+def test_a_finished_run_in_the_folder_is_said_before_it_is_replaced(tmp_path, caplog):
+    first = echo_trainer(tmp_path, max_steps=2)
+    first.train()
+    first.save_model()
+    first.train()  # its own run
+    assert "holds a finished run" not in caplog.text
+    echo_trainer(tmp_path, max_steps=2).train()
+    assert caplog.text.count("holds a finished run: saving into it replaces its adapter") == 1
