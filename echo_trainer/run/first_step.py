@@ -122,7 +122,7 @@ class FirstStep(TrainerCallback):
 
     def _replaced(self) -> str:
         """The method of a subclass that takes the place of ours, in words."""
-        ours = [each for each in type(self.host).__mro__ if each.__module__.startswith(__package__.partition(".")[0])]
+        ours = [each for each in type(self.host).__mro__ if each.__module__.startswith(__name__.partition(".")[0])]
         methods = ("compute_loss", "training_step")
         own = [name for name in methods if getattr(type(self.host), name) is not getattr(ours[0], name)]
         return self._owner((own or methods)[0])
