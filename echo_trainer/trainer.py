@@ -260,7 +260,9 @@ class EchoSFTTrainer(DistillingTrainer):
         if router_weight is not None:
             for_backbone["output_router_logits"] = True
         with self.prefix.step(self.at_work, inputs):
-            plan, output = self.guard.forward(lambda plan: model(**for_backbone, echo_plan=plan), plan)
+            plan, output = self.guard.forward(
+                lambda plan: model(**for_backbone, echo_plan=plan), plan, inputs.get("labels")
+            )
         now_running("backward pass")
         n_items = len(plan.labels_N) if num_items_in_batch is None else num_items_in_batch
         loss = shown_as(output["objective"], output["ce_plain"]) / torch.as_tensor(n_items).clamp(min=1)

@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ..compat.peft import mergeable
+from ..compat.peft import is_method, mergeable
 from .base import Base
 from .folder import PREFIX, Adapter, LoraModule
 from .vocabulary import missing_rows
@@ -36,19 +36,17 @@ def settings(adapter: Adapter, names: Iterable[str]) -> Found:
 
 def not_lora(adapter: Adapter, base: Base | None) -> Found:
     kind = adapter.config.get("peft_type")
-    other = kind != "LORA" and not _only_lora_tensors(adapter)
-    return [f"peft_type={kind!r}"] if other and mergeable(kind) else []
+    return [f"peft_type={kind!r}"] if _is_another(adapter) and mergeable(kind) else []
 
 
 def not_mergeable(adapter: Adapter, base: Base | None) -> Found:
     kind = adapter.config.get("peft_type")
-    other = kind != "LORA" and not _only_lora_tensors(adapter)
-    return [f"peft_type={kind!r}"] if other and not mergeable(kind) else []
+    return [f"peft_type={kind!r}"] if _is_another(adapter) and not mergeable(kind) else []
 
 
 def mislabelled(adapter: Adapter, base: Base | None) -> Found:
     kind = adapter.config.get("peft_type")
-    return [f"peft_type={kind!r}"] if kind != "LORA" and _only_lora_tensors(adapter) else []
+    return [f"peft_type={kind!r}"] if kind != "LORA" and not _is_another(adapter) else []
 
 
 def missing_settings(adapter: Adapter, base: Base | None) -> Found:
@@ -239,8 +237,10 @@ def family_without_lora(adapter: Adapter, base: Base | None) -> Found:
     return [f"model_type={base.model_type}"] if base is not None and base.model_type in NO_LORA_IN_VLLM else []
 
 
-def _only_lora_tensors(adapter: Adapter) -> bool:
-    return bool(adapter.modules or adapter.parameters) and not adapter.other_keys
+def _is_another(adapter: Adapter) -> bool:
+    """Whether an adapter is one of another method than LoRA, by what its config says and by its tensors."""
+    kind, lora = adapter.config.get("peft_type"), bool(adapter.modules or adapter.parameters)
+    return kind != "LORA" and not (lora and (not adapter.other_keys or not is_method(kind)))
 
 
 def takes(base: Base | None, key: str, otherwise: bool) -> bool:

@@ -41,6 +41,13 @@ def pattern_key(patterns: Iterable[str], path: str) -> str:
     return get_pattern_key(list(patterns), path)
 
 
+def is_method(peft_type: str | None) -> bool:
+    """Whether PEFT knows a method of this name; in small letters it knows none."""
+    from peft import PeftType
+
+    return peft_type in {str(each.value) for each in PeftType}
+
+
 def mergeable(peft_type: str | None) -> bool:
     """Whether adapters of a method can become a part of the weights: no prompts, no choice among adapters by input."""
     from peft import PEFT_TYPE_TO_TUNER_MAPPING

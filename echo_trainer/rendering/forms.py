@@ -98,6 +98,9 @@ def check_form(row: dict[str, Any], form: Form) -> None:
     Raises:
         ValueError: it is; the message says how the columns are to be called.
     """
+    empty = [name for name in ("prompt", "completion") if form is Form.PAIR and row[name] is None]
+    if empty:
+        raise ValueError(f"The first row has None for {' and '.join(map(repr, empty))}. Write its text, or drop it.")
     if form is Form.PAIR and isinstance(row["prompt"], str) is not isinstance(row["completion"], str):
         kinds = {name: "text" if isinstance(row[name], str) else "messages" for name in ("prompt", "completion")}
         raise ValueError(
@@ -111,8 +114,18 @@ def check_form(row: dict[str, Any], form: Form) -> None:
         )
 
 
+def _name_of_chosen(row: dict[str, Any]) -> str:
+    """What the chosen answer of a preference is, which may hold the prompt as well."""
+    chosen = row["chosen"]
+    if isinstance(chosen, list) and chosen and chosen[0].get("role") != "assistant":
+        return "messages"
+    return "completion" if "prompt" in row else "text"
+
+
 def _renaming(row: dict[str, Any]) -> str:
     """The line that makes one of the known forms of a row, where its columns are those of much published data."""
+    if "chosen" in row and "rejected" in row:
+        return f"Of preferences, write dataset.rename_column('chosen', {_name_of_chosen(row)!r}). "
     for name, value in row.items():
         first = value[0] if isinstance(value, list) and value else None
         if isinstance(first, dict) and ("role" in first or "from" in first):

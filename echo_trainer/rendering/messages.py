@@ -30,7 +30,7 @@ def messages_of(row: dict[str, Any], number: int | None = None, joined: bool = F
     Raises:
         ValueError: there is no conversation, or a turn of it cannot be read.
     """
-    name = "messages" if row.get("messages") is not None else "conversations"
+    name = "messages" if row.get("messages") is not None or "conversations" not in row else "conversations"
     turns = row.get(name)
     if isinstance(turns, str):
         try:

@@ -4,6 +4,7 @@ What `compute_loss` is given, the caller's own as well, are the inputs of `SFTTr
 moved, measured and given to the model.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,25 @@ import torch
 from torch import Tensor
 
 from ..method.plan import EchoPlan
+from ..method.segments import IGNORE_INDEX
 from ..passes.frozen import Documents
 from .answers import PLAN_KEY
+
+
+def unlike_planned(labels: Tensor, plan: EchoPlan) -> Tensor:
+    """
+    Whether labels are others than those a plan was made of; nobody waits for the answer.
+
+    Args:
+        labels: (B, T).
+        plan: on their device.
+
+    Returns:
+        A number: NaN where they are, else zero.
+    """
+    found = labels[:, 1:].ne(IGNORE_INDEX).sum() == len(plan.labels_N)
+    same = labels.reshape(-1)[plan.predict_N + 1] == plan.labels_N
+    return torch.where(found & same.all(), 0.0, math.nan)
 
 
 class AtWork:
@@ -62,6 +80,11 @@ class AtWork:
         given = inputs.pop(PLAN_KEY, None)  # where the step is somebody else's
         if given is not None or self._plan is None:
             return given
+        if "input_ids" not in inputs:
+            raise ValueError(
+                f"compute_loss was given {sorted(inputs)} and no `input_ids`, which both passes of the echo run on. "
+                f"Give the inputs of training_step on, or switch the echo off with echo_p_start=0 and echo_p_end=0."
+            )
         if inputs["input_ids"].shape != self._shape:
             raise ValueError(
                 f"compute_loss was given `input_ids` of shape {tuple(inputs['input_ids'].shape)}, and the echo of "

@@ -93,9 +93,8 @@ class FirstStep(TrainerCallback):
         if self.used < self.plans:
             raise EchoNotTrainedError(
                 f"{self.plans - self.used} of {self.plans} micro-batches of the first optimizer step were computed "
-                f"without an echo: {self._owner('compute_loss')} did not call that of EchoSFTTrainer, so a plain "
-                f"adapter would be trained. Call super().compute_loss(model, inputs, ...) and change what it returns, "
-                f"{OFF}."
+                f"without an echo: {self._replaced()} did not call that of EchoSFTTrainer, so a plain adapter would "
+                f"be trained. Call that of super() and change what it returns, {OFF}."
             )
         if self.host.echo is None or self.host.is_deepspeed_enabled:  # whose engine holds gradients in pieces
             return
@@ -120,6 +119,13 @@ class FirstStep(TrainerCallback):
         """The function that the trainer runs as `method`, in words."""
         function = getattr(self.host, method)
         return f"`{getattr(function, '__qualname__', f'{type(self.host).__name__}.{method}')}`"
+
+    def _replaced(self) -> str:
+        """The method of a subclass that takes the place of ours, in words."""
+        ours = [each for each in type(self.host).__mro__ if each.__module__.startswith(__name__.partition(".")[0])]
+        methods = ("compute_loss", "training_step")
+        own = [name for name in methods if getattr(type(self.host), name) is not getattr(ours[0], name)]
+        return self._owner((own or methods)[0])
 
     @property
     def _optimizer(self) -> str:

@@ -24,6 +24,7 @@ from ..method.losses import NonFiniteLossError
 from ..method.plan import EchoPlan
 from ..passes.memory import explain_out_of_memory
 from .answers import PLAN_KEY, with_plan
+from .at_work import unlike_planned
 from .host import Host
 from .scaler import ScalerWatch
 
@@ -61,13 +62,14 @@ class Guard:
         self.scaler = ScalerWatch(host)
         self._step: list[MicroBatch] = []  # the micro-batches of the optimizer step so far
         self._losses: list[Tensor] = []  # what they gave
+        self._labels: list[Tensor] = []  # of each: NaN where its labels are not those that were planned, else zero
         self._before: tuple[dict[str, Tensor], tuple] = ({}, ())  # gradients and metrics before the step
 
     def begin(self) -> None:
         """Forget what an earlier run of the trainer counted."""
         self.nonfinite_in_a_row = 0
         self.scaler = ScalerWatch(self.host)
-        self._step, self._losses = [], []
+        self._step, self._losses, self._labels = [], [], []
 
     def step(self, run: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> Tensor:
         """
@@ -82,6 +84,7 @@ class Guard:
 
         Raises:
             NonFiniteLossError: the plain loss is not finite, or the echo pass was not in many steps in a row.
+            ValueError: `compute_loss` was given other labels than those that were planned.
         """
         plan: EchoPlan | None = inputs.get(PLAN_KEY)
         if self.host.echo is None or plan is None:
@@ -96,12 +99,13 @@ class Guard:
         self._losses.append(loss)
         if not self.host.accelerator.sync_gradients:
             return _finite_or_zero(loss)
-        step, losses, before = self._step, self._losses, self._before
-        self._step, self._losses, self._before = [], [], ({}, ())
-        if self._all_finite(losses):
+        step, losses, labels, before = self._step, self._losses, self._labels, self._before
+        self._step, self._losses, self._labels, self._before = [], [], [], ({}, ())
+        if self._all_finite([*losses, *labels]):
             if any(_has_echo(each.plan) for each in step):
                 self.nonfinite_in_a_row = 0
             return loss
+        self._check_labels(labels)
         total = self._run_again(step, before)
         for logged in losses[:-1]:
             total = total - _finite_or_zero(logged).to(_finest(logged.device))
@@ -149,7 +153,7 @@ class Guard:
         return sum(found[1:], found[0])
 
     def forward(
-        self, run: Callable[[EchoPlan], dict[str, Tensor]], plan: EchoPlan
+        self, run: Callable[[EchoPlan], dict[str, Tensor]], plan: EchoPlan, labels: Tensor | None
     ) -> tuple[EchoPlan, dict[str, Tensor]]:
         """
         The forward of a micro-batch; that of the plain loss where only the loss is looked at and it is not finite.
@@ -157,16 +161,28 @@ class Guard:
         Args:
             run: the forward of the wrapped model for a plan.
             plan: of the micro-batch.
+            labels: that `compute_loss` was given for it.
 
         Returns:
             The plan that was used, and its output.
+
+        Raises:
+            ValueError: the labels are not those of the plan, and nobody looks at the step later.
         """
         output = run(plan)
-        if plan.layout is None or not self._checks_loss_only():
+        unlike = [] if labels is None else [unlike_planned(labels, plan)]
+        if self._step:
+            self._labels += unlike
             return plan, output
-        if self._agreed_finite([output["objective"]]):
+        if not self._checks_loss_only():  # a step of somebody else, who does not call that of the guard
+            self._check_labels(unlike)
+            return plan, output
+        if plan.layout is None:
+            return plan, output
+        if self._agreed_finite([output["objective"], *unlike]):
             self.nonfinite_in_a_row = self.nonfinite_in_a_row if plan.weightless else 0
             return plan, output
+        self._check_labels(unlike)
         self._count_non_finite()
         plan = plan.without_echo()
         return plan, run(plan)
@@ -181,6 +197,14 @@ class Guard:
         return self.host.is_deepspeed_enabled or (
             self.host.is_fsdp_enabled and self.host.args.gradient_accumulation_steps > 1
         )
+
+    def _check_labels(self, unlike: list[Tensor]) -> None:
+        """Raise where labels were not those that were planned, on any process. Every process must call it."""
+        if unlike and not self._agreed_finite(unlike):
+            raise ValueError(
+                "compute_loss was given other `labels` than those that this micro-batch was planned with, and both "
+                "losses are computed on those of the plan. Mask labels in the dataset or in the data collator instead."
+            )
 
     def _count_non_finite(self) -> None:
         """Count a micro-batch whose echo was thrown away; say so now and then, and stop when it goes on."""

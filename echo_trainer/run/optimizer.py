@@ -38,7 +38,8 @@ def take_in(optimizer: Any, scheduler: Any, parameters: list[Parameter], rate: f
         rate: `echo_learning_rate`; None takes that of the optimizer's first group.
 
     Raises:
-        ValueError: `rate` is set, and the scheduler has counted the groups.
+        ValueError: `rate` is set, and the scheduler has counted the groups; or the groups hold what only the caller
+            knows.
     """
     if not hasattr(optimizer, "param_groups"):  # DeepSpeed makes the optimizer, of the parameters in this list
         known = {id(p) for p in optimizer.params}
@@ -47,6 +48,14 @@ def take_in(optimizer: Any, scheduler: Any, parameters: list[Parameter], rate: f
     forgotten = unknown_to(optimizer, parameters)
     if not forgotten:
         return
+    of_each = sorted({name for group in optimizer.param_groups for name in _of_each(group)})
+    if of_each:
+        raise ValueError(
+            f"The groups of the optimizer ({type(optimizer).__name__}) hold {of_each}, which say something of each "
+            f"parameter, and nobody says it of those of the echo networks. Override `create_optimizer` and make it of "
+            f"trainer.echo_networks.named_parameters() as well, or switch the echo off with echo_p_start=0 and "
+            f"echo_p_end=0."
+        )
     if scheduler is None:
         optimizer.add_param_group({"params": forgotten, "lr": rate or optimizer.param_groups[0]["lr"]})
         return
@@ -58,6 +67,12 @@ def take_in(optimizer: Any, scheduler: Any, parameters: list[Parameter], rate: f
             f"name the schedule by `lr_scheduler_type`."
         )
     optimizer.param_groups[0]["params"].extend(forgotten)
+
+
+def _of_each(group: dict[str, Any]) -> list[str]:
+    """What a group holds of each of its parameters (LoRA-FA of PEFT: their names and scalings)."""
+    n = len(group["params"])
+    return [name for name, value in group.items() if name != "params" and isinstance(value, list) and len(value) == n]
 
 
 def unknown_to(optimizer: Any, parameters: list[Parameter]) -> list[Parameter]:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset
@@ -60,6 +61,9 @@ class Rows:
 
         Args:
             call: arguments of the trainer.
+
+        Raises:
+            ValueError: a dataset is empty.
         """
         if self.options.answer_marker is not None:
             call["formatting_func"] = None  # applied here; TRL refuses it beside the columns prompt and completion
@@ -67,6 +71,8 @@ class Rows:
             self.config.assistant_only_loss = None
         try:
             yield
+        except StopIteration as error:  # TRL asks for the first row
+            raise ValueError(f"{_empty(call)} has no row at all.") from error
         finally:
             if self.config.assistant_only_loss is None:
                 self.config.assistant_only_loss = self.options.assistant_only_loss
@@ -162,3 +168,18 @@ class Rows:
                 "%s.",
                 how,
             )
+
+
+def _empty(call: dict[str, Any]) -> str:
+    """Which dataset of a trainer has no rows, in words."""
+    evaluated = call.get("eval_dataset")
+    several = evaluated if isinstance(evaluated, dict) else {"": evaluated}
+    named = {"The training dataset": call.get("train_dataset")}
+    named |= {
+        f"The evaluation dataset {name!r}" if name else "The evaluation dataset": d for name, d in several.items()
+    }
+    return next((name for name, dataset in named.items() if not _first_rows(dataset)), "A dataset")
+
+
+def _first_rows(dataset: Any) -> list[Any]:
+    return list(islice(dataset, 1)) if dataset is not None else [None]

@@ -28,7 +28,7 @@ from echo_trainer.passes import echo, step
 from echo_trainer.run.gathering import whole_state
 from echo_trainer.run.pass_choice import PassChoice
 
-DEADLINE = 400
+DEADLINE = int(os.environ.get("ECHO_DEADLINE", "400"))  # seconds; more on a machine that others use as well
 """Seconds after which a process that hangs says where it does and ends."""
 
 SHARED = {

@@ -274,8 +274,29 @@ def test_a_mask_of_another_length(tmp_path):
         ),
         ({"dialog": [{"role": "user", "content": "x"}]}, r"rename_column\('dialog', 'messages'\)"),
         ({"conversation": [{"from": "gpt", "value": "x"}]}, r"rename_column\('conversation', 'messages'\)"),
+        (
+            {
+                "prompt": [{"role": "user", "content": "q"}],
+                "chosen": [{"role": "assistant", "content": "a"}],
+                "rejected": [{"role": "assistant", "content": "b"}],
+            },
+            r"rename_column\('chosen', 'completion'\)",
+        ),
+        (
+            {
+                "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+                "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}],
+            },
+            r"rename_column\('chosen', 'messages'\)",
+        ),
+        ({"chosen": "Human: q Assistant: a", "rejected": "Human: q Assistant: b"}, r"'chosen', 'text'.*answer_marker"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, r"rename_column\('chosen', 'completion'\)"),
         ({"words": "x"}, r"the columns \['words'\].*needs one of these formats"),
         ({"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]}, "`prompt` is text and `completion`"),
+        ({"prompt": "q", "completion": None}, "The first row has None for 'completion'"),
+        ({"prompt": None, "completion": "a"}, "The first row has None for 'prompt'"),
+        ({"messages": None, "text": "x"}, "Row 0 .*has no messages: `messages` is None"),
+        ({"conversations": None, "id": "x"}, "Row 0 .*has no messages: `conversations` is None"),
         ({"prompt": [{"role": "user", "content": "q"}], "completion": "a"}, "`prompt` is messages and `completion`"),
     ],
 )

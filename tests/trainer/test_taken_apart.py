@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from models import conversation_rows, lora_config, prompt_completion_rows, tiny_model, tiny_tokenizer
 from peft import get_peft_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from steps import padded_collator
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
 from training import SETTINGS, assert_equal, echo_trainer, losses, plain_trainer, trainable
@@ -151,6 +152,22 @@ def test_an_optimizer_class_of_the_caller(tmp_path):
     assert_the_echo_was_trained(trainer, before)
 
 
+def test_optimizers_of_peft(tmp_path):
+    """LoRA+ has groups with rates of their own; those of LoRA-FA hold facts of each parameter, and it is refused."""
+    model = get_peft_model(tiny_model(), lora_config())
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    trainer = build(
+        EchoSFTTrainer, tmp_path / "plus", model=model, optimizers=(optimizer, None), settings={"echo_p_end": 1.0}
+    )
+    before = copies(trainer)
+    trainer.train()
+    assert_the_echo_was_trained(trainer, before)
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
+    trainer = build(EchoSFTTrainer, tmp_path / "fa", model=model, optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match=r"\(LoraFAOptimizer\) hold \['names', 'scaling_factors'\].*create_optimizer"):
+        trainer.train()
+
+
 def test_an_optimizer_that_is_replaced_later_is_refused(tmp_path):
     class Replace(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -239,6 +256,109 @@ class HalfABatch(EchoSFTTrainer):
 def test_own_compute_loss_on_another_batch_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"compute_loss was given `input_ids` of shape \(2, \d+\)"):
         build(HalfABatch, tmp_path).train()
+
+
+def last_masked(inputs):
+    """Labels whose last ones are masked, in another tensor."""
+    labels = inputs["labels"].clone()
+    labels[:, -3:] = -100
+    return labels
+
+
+class MasksInLoss(EchoSFTTrainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, {**inputs, "labels": last_masked(inputs)}, *args, **kwargs)
+
+
+class UnmasksInLoss(EchoSFTTrainer):
+    """Trains on the prompt as well."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, {**inputs, "labels": inputs["input_ids"]}, *args, **kwargs)
+
+
+class MasksInPlace(EchoSFTTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        inputs["labels"].copy_(last_masked(inputs))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class MasksInStep(EchoSFTTrainer):
+    """And runs forward and backward by itself."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs["labels"] = last_masked(inputs)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class MasksInLoader(EchoSFTTrainer):
+    """In a loader of its own, whose batches are those of TRL: it knows nothing of a plan."""
+
+    def get_train_dataloader(self):
+        batches = []
+        for batch in super().get_train_dataloader():
+            batch["labels"] = last_masked(batch)
+            batches.append(batch)
+        return batches
+
+
+MASKING = [MasksInLoss, UnmasksInLoss, MasksInPlace, MasksInStep, MasksInLoader]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", MASKING, ids=lambda kind: kind.__name__)
+def test_labels_that_were_not_planned_are_refused(tmp_path, kind, accumulation):
+    """Both losses are computed on the labels of the plan, so others would be left out without a word."""
+    trainer = build(kind, tmp_path, settings={"gradient_accumulation_steps": accumulation})
+    before = trainable(trainer)
+    with pytest.raises(ValueError, match="given other `labels` than those that this micro-batch was planned with"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert_equal(trainable(trainer), before)
+    off = {"echo_p_start": 0.0, "echo_p_end": 0.0}
+    build(kind, tmp_path / "off", settings=off).train()
+
+
+class CopiesLabels(EchoSFTTrainer):
+    """Another tensor with the same labels."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, {k: v.clone() for k, v in inputs.items()}, *args, **kwargs)
+
+
+def test_copies_of_what_was_planned_change_nothing(tmp_path):
+    copies_them, ours = build(CopiesLabels, tmp_path / "a"), build(EchoSFTTrainer, tmp_path / "b")
+    copies_them.train(), ours.train()
+    assert losses(copies_them) == losses(ours)
+    assert_equal(trainable(copies_them), trainable(ours))
+
+
+class EmbedsByItself(EchoSFTTrainer):
+    """As in adversarial training on embeddings."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs = dict(inputs)
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+        return super().compute_loss(model, {**inputs, "inputs_embeds": embeddings}, *args, **kwargs)
+
+
+def test_own_compute_loss_without_tokens_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"given \['attention_mask', 'inputs_embeds', 'labels'\] and no `input_ids`"):
+        build(EmbedsByItself, tmp_path).train()
+
+
+class SkipsBatches(EchoSFTTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return torch.tensor(0.0)
+
+
+def test_a_step_that_is_skipped_is_named(tmp_path):
+    with pytest.raises(
+        EchoNotTrainedError, match=r"`SkipsBatches\.training_step` did not call that of EchoSFTTrainer"
+    ):
+        build(SkipsBatches, tmp_path).train()
 
 
 class OwnStep(EchoSFTTrainer):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from families import vision_language_model
 from models import FAMILIES, conversation_rows, lora_config, prompt_completion_rows, tiny_model
 from training import DATA_FORMS, assert_equal, echo_trainer, losses, plain_trainer, revive, trainable
@@ -194,6 +194,22 @@ def test_data_of_which_nothing_is_left(tmp_path, rows, options):
     with pytest.raises(ValueError, match="has no rows left to train on") as error:
         echo_trainer(tmp_path, rows=rows, **options)
     assert "None of the 0" not in str(error.value)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
+def test_datasets_without_a_row_are_named(tmp_path, stream):
+    """TRL asks for the first row, and ends in a StopIteration without a word."""
+
+    def data(n):
+        if stream:
+            return IterableDataset.from_generator(lambda: iter([{"prompt": "w1", "completion": "w2"}] * n))
+        return Dataset.from_dict({"prompt": ["w1"] * n, "completion": ["w2"] * n})
+
+    with pytest.raises(ValueError, match="The training dataset has no row at all"):
+        echo_trainer(tmp_path, rows=data(0))
+    for empty, name in ((data(0), "dataset has"), ({"some": data(4), "none": data(0)}, "dataset 'none' has")):
+        with pytest.raises(ValueError, match=f"The evaluation {name} no row at all"):
+            echo_trainer(tmp_path, rows=data(4), trainer_kwargs={"eval_dataset": empty})
 
 
 # The record and the card
