@@ -75,7 +75,7 @@ def join_prefix(
 
 
 class _JoinPrefix(torch.autograd.Function):
-    """Laid out as (R, P + A, H, h), as projections leave keys and values."""
+    """Contiguous, as a cache leaves them when it appends: some families look at them through `view`."""
 
     @staticmethod
     def forward(
@@ -85,18 +85,18 @@ class _JoinPrefix(torch.autograd.Function):
         place_n: Int[Tensor, "n"],
         n_prefix: int,
     ) -> Float[Tensor, "R H K h"]:
-        ctx.save_for_backward(place_n)
-        ctx.n_prefix = n_prefix
         rows, heads, width, size = suffix_RHAh.shape
-        joined_RKHh = suffix_RHAh.new_zeros(rows, n_prefix + width, heads, size)
-        joined_RKHh.view(-1, heads, size).index_copy_(0, place_n, prefix_nHh)
-        joined_RKHh[:, n_prefix:] = suffix_RHAh.transpose(1, 2)
-        return joined_RKHh.transpose(1, 2)
+        row_n, column_n = place_n // (n_prefix + width), place_n % (n_prefix + width)
+        ctx.save_for_backward(row_n, column_n)
+        ctx.n_prefix = n_prefix
+        joined_RHKh = suffix_RHAh.new_zeros(rows, heads, n_prefix + width, size)
+        joined_RHKh[row_n, :, column_n] = prefix_nHh
+        joined_RHKh[:, :, n_prefix:] = suffix_RHAh
+        return joined_RHKh
 
     @staticmethod
     def backward(
         ctx: Any, gradient_RHKh: Float[Tensor, "R H K h"]
     ) -> tuple[Float[Tensor, "n H h"], Float[Tensor, "R H A h"], None, None]:
-        (place_n,) = ctx.saved_tensors
-        flat = gradient_RHKh.transpose(1, 2).flatten(0, 1)
-        return flat.index_select(0, place_n), gradient_RHKh[:, :, ctx.n_prefix :], None, None
+        row_n, column_n = ctx.saved_tensors
+        return gradient_RHKh[row_n, :, column_n], gradient_RHKh[:, :, ctx.n_prefix :], None, None
