@@ -349,16 +349,52 @@ def test_own_compute_loss_without_tokens_is_refused(tmp_path):
         build(EmbedsByItself, tmp_path).train()
 
 
+class DropsTokens(EchoSFTTrainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+        return super().compute_loss(model, rest, *args, **kwargs)
+
+
+class RenamesTokens(EchoSFTTrainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        names = {"input_ids": "ids"}
+        renamed = {names.get(name, name): value for name, value in inputs.items()}
+        return super().compute_loss(model, renamed, *args, **kwargs)
+
+
+@pytest.mark.parametrize("trainer", [DropsTokens, RenamesTokens])
+def test_tokens_that_get_lost_on_the_way_are_named(trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"no `input_ids`"):
+        build(trainer, tmp_path).train()
+
+
 class SkipsBatches(EchoSFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         return torch.tensor(0.0)
 
 
-def test_a_step_that_is_skipped_is_named(tmp_path):
+class SkipsEveryOther(EchoSFTTrainer):
+    calls = 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.calls += 1
+        return torch.tensor(0.0) if self.calls % 2 else super().training_step(model, inputs, num_items_in_batch)
+
+
+class SkipsTheLast(EchoSFTTrainer):
+    calls = 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.calls += 1
+        return super().training_step(model, inputs, num_items_in_batch) if self.calls % 2 else torch.tensor(0.0)
+
+
+@pytest.mark.parametrize("trainer", [SkipsBatches, SkipsEveryOther, SkipsTheLast])
+def test_a_step_that_is_skipped_is_named(trainer, tmp_path):
     with pytest.raises(
-        EchoNotTrainedError, match=r"`SkipsBatches\.training_step` did not call that of EchoSFTTrainer"
+        EchoNotTrainedError, match=rf"`{trainer.__name__}\.training_step` did not call that of EchoSFTTrainer"
     ):
-        build(SkipsBatches, tmp_path).train()
+        build(trainer, tmp_path, settings={"gradient_accumulation_steps": 2}).train()
 
 
 class OwnStep(EchoSFTTrainer):
