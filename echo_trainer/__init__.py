@@ -19,10 +19,12 @@ One training step, top to bottom; the file of each stage in brackets:
     the final adapter, its card, its way to the Hub   [run.save, adapter, report, run.pushes, hub]
     prompts without answers, answered by the echo     [labelling]
 
+A second trainer, for a verifier in place of answers: rank-aware beam GRPO on `trl.GRPOTrainer` [bgrpo].
+
 Around it, each a package whose docstring names its files: [selection] of layers by CKA, [recipe], [evaluation],
 [export], [ablation], [bench], [quickstart], and the commands in [cli]. Imports go one way: method < compat < passes <
-adapter < report < hub < selection < run < evaluation < labelling < trainer < recipe < export < ablation, bench <
-quickstart < cli.
+adapter < report < hub < selection < run < evaluation < labelling < trainer < recipe < export < ablation, bench,
+bgrpo < quickstart < cli.
 What is not public of other libraries is used in [compat] alone.
 
 Symbols: S source layers, M target layers, m a LoRA module of a target layer with output size o_m, d hidden size,
@@ -39,6 +41,8 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .adapter.check import check_adapter
     from .adapter.folder import AdapterError
+    from .bgrpo.config import BeamGRPOConfig
+    from .bgrpo.trainer import BeamGRPOTrainer
     from .config import EchoSFTConfig
     from .evaluation.adapter import evaluate_adapter
     from .export.adapter import export_adapter
@@ -51,6 +55,8 @@ if TYPE_CHECKING:
 # Loaded on first use: importing the package itself must not import torch.
 _LAZY = {
     "AdapterError": "adapter.folder",
+    "BeamGRPOConfig": "bgrpo.config",
+    "BeamGRPOTrainer": "bgrpo.trainer",
     "DistillOptions": "labelling.options",
     "EchoCollator": "run.collate",
     "EchoSFTConfig": "config",
@@ -64,6 +70,8 @@ _LAZY = {
 
 __all__ = [
     "AdapterError",
+    "BeamGRPOConfig",
+    "BeamGRPOTrainer",
     "DistillOptions",
     "EchoCollator",
     "EchoSFTConfig",

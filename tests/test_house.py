@@ -27,7 +27,7 @@ ORDER = (
     ("trainer",),
     ("recipe",),
     ("export",),
-    ("ablation", "bench"),
+    ("ablation", "bench", "bgrpo"),
     ("quickstart",),
     ("cli",),
 )

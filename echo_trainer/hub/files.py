@@ -30,6 +30,7 @@ BESIDES = ("README.md", "LICENSE", "echo_run.json", "layer_selection.json", "ass
            *TOKENIZER)  # fmt: skip
 # What a resume needs besides the adapter; the pickled arguments are not among it.
 RESUME = ("echo_networks.safetensors", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth",
+          "beam_groups_*.pt",
           "trainer_state.json", MANIFEST)  # fmt: skip
 
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")

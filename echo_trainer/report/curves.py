@@ -16,6 +16,7 @@ def write_curves(history: list[dict[str, Any]], folder: Path) -> list[str]:
     if len(steps) < 2:
         return []
     echo = any("echo/ce_echo" in entry for entry in steps)
+    beams = any("beams/right" in entry for entry in steps)
     width = 13.5 if echo else 6
     drawn = figure(width, 4, layout=None)  # drawn at every checkpoint, so the margins are set by hand
     drawn.subplots_adjust(left=0.75 / width, right=1 - 0.1 / width, bottom=0.29, top=0.93, wspace=0.28)
@@ -24,11 +25,14 @@ def write_curves(history: list[dict[str, Any]], folder: Path) -> list[str]:
         # Of the same samples: those without an echo pass would make a gap between the curves that is no effect.
         losses = {"echo/ce_plain_routed": "plain, routed samples", "echo/ce_echo": "echo, same samples",
                   "echo/kd": "distillation"}  # fmt: skip
+    elif beams:  # the loss of GRPO starts at zero and says nothing
+        losses = {"beams/any_right": "best of the beams", "beams/first_right": "first beam", "beams/right": "all beams"}
     else:
         losses = {"loss": "training loss"}
     _lines(axes[0], steps, losses, (PLAIN, ECHO, THIRD))
-    axes[0].set_ylabel("nats per answer token")
-    _points(axes[0], history, {"eval_loss": "plain, evaluation"}, FOURTH)
+    axes[0].set_ylabel("right, share of training prompts" if beams else "nats per answer token")
+    evaluated = {"eval_beams/first_right": "first beam, evaluation"} if beams else {"eval_loss": "plain, evaluation"}
+    _points(axes[0], history, evaluated, FOURTH)
     if echo:
         at_work = {"echo/relative_delta": "echo / output", "echo/agreement": "same top token",
                    "echo/p": "routing p", "echo/gate": "mean gate"}  # fmt: skip

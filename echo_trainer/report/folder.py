@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,25 @@ from .render import render_card
 
 
 def write_run_folder(
-    trainer: Any, folder: str, saved: dict[str, Any] | None = None, dataset_name: str | None = None
+    trainer: Any,
+    folder: str,
+    saved: dict[str, Any] | None = None,
+    dataset_name: str | None = None,
+    make_record: Callable[[Any, str | None], dict[str, Any]] = run_record,
 ) -> None:
     """
     Write record, curves and card of a run beside its adapter. The card comes last: PEFT rewrites README.md on save.
 
     Args:
-        trainer: an `EchoSFTTrainer`.
+        trainer: whose run it was.
         folder: where the adapter is.
         saved: `saved_facts` of the adapter; None where there is none yet.
         dataset_name: public id of the training data, if the caller knows it; else `trainer.dataset_name`.
+        make_record: the record of such a trainer.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    record = run_record(trainer, dataset_name or getattr(trainer, "dataset_name", None))
+    record = make_record(trainer, dataset_name or getattr(trainer, "dataset_name", None))
     record["saved"] = saved
     record["evaluation"] = _evaluation_of_the_same(record["saved"], Path(trainer.args.output_dir))
     record["repo_id"] = None  # known when it is pushed

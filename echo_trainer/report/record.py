@@ -30,6 +30,48 @@ _NEVER = re.compile(r"hub_|_dir$|_path$|^run_name|^report_to|^project|trackio|_f
                     r"^dataset_text|^card_")  # fmt: skip
 
 
+def common_record(
+    trainer: Any, dataset_name: str | None, seconds_before: float, tokens: int | None
+) -> dict[str, Any]:
+    """
+    What is written down about every run.
+
+    Args:
+        trainer: of transformers.
+        dataset_name: public id of the training data, if the caller knows it.
+        seconds_before: spent on training before the resume that this process began with.
+        tokens: of the whole run, prompts included.
+    """
+    configs = getattr(trainer.model, "peft_config", {})
+    peft_config = configs.get(trainer.model.active_adapters[0]) if configs else None
+    return {
+        "echo_trainer": __version__,
+        **_base(trainer.model),
+        "adapter": _adapter(peft_config),
+        "hyperparameters": hyperparameters(trainer.args),
+        "data": {
+            "dataset": None if is_local(dataset_name) else dataset_name,
+            "n_train": length(trainer.train_dataset),
+            "n_eval": length(trainer.eval_dataset),
+            "fingerprint": fingerprint_of(trainer.train_dataset),
+            "revision": _data_revision(trainer.train_dataset),
+        },
+        "steps": {
+            "done": trainer.state.global_step,
+            "planned": trainer.state.max_steps,
+            "epoch": trainer.state.epoch,
+            "adapter": trainer.state.global_step,
+            "best_by": None,
+        },
+        "metrics": trainer.state.log_history,
+        "compute": _compute(trainer, seconds_before, tokens),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "git": _git(),
+        "device": trainer.args.device.type,
+        "n_processes": trainer.args.world_size,
+    }
+
+
 def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
     """
     The record of a run so far.
@@ -41,12 +83,19 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
     args, second = trainer.args, trainer.distillation
     # What a teacher wrote, and prompts nobody answered, are not shown: of a second training the labelled rows are.
     data = (trainer.train_dataset if second is None else second.labelled, trainer.processing_class)
-    configs = getattr(trainer.model, "peft_config", {})
-    peft_config = configs.get(trainer.model.active_adapters[0]) if configs else None
+    before = trainer.spent.before
+    record = common_record(trainer, dataset_name, before.seconds, trainer.spent.tokens)
+    record["steps"]["continued_from"] = before.step
+    record["data"] |= {
+        "n_train": length(data[0]),
+        "n_held_out": length(trainer.held_out.rows),
+        "max_length": args.max_length,
+    }
+    best = trainer.checkpoints.weights_of_step
+    if best:
+        record["steps"] |= {"adapter": best, "best_by": args.metric_for_best_model}
     return {
-        "echo_trainer": __version__,
-        **_base(trainer.model),
-        "adapter": _adapter(peft_config),
+        **record,
         "echo": {
             "enabled": args.echo_enabled,
             "source_layers": trainer.echo.source_layers if trainer.echo else None,
@@ -57,34 +106,10 @@ def run_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
             "probation": trainer.probation.record(),
             **{name: getattr(args, name) for name in args.__dataclass_fields__ if name.startswith("echo_")},
         },
-        "hyperparameters": hyperparameters(args),
-        "data": {
-            "dataset": None if is_local(dataset_name) else dataset_name,
-            "n_train": _length(data[0]),
-            "n_eval": _length(trainer.eval_dataset),
-            "n_held_out": _length(trainer.held_out.rows),
-            "max_length": args.max_length,
-            "fingerprint": fingerprint_of(trainer.train_dataset),
-            "revision": _data_revision(trainer.train_dataset),
-        },
         "distillation": second.record if second is not None else None,
         "rows": (second.rows if second is not None else None) or trainer.rows.record(),
         "prompt_format": None if args.card_prompt == "none" else prompt_format(*data),
         "example": example(*data) if args.card_prompt == "example" else None,
-        "steps": {
-            "done": trainer.state.global_step,
-            "planned": trainer.state.max_steps,
-            "epoch": trainer.state.epoch,
-            "continued_from": trainer.spent.before.step,
-            "adapter": trainer.checkpoints.weights_of_step or trainer.state.global_step,
-            "best_by": args.metric_for_best_model if trainer.checkpoints.weights_of_step else None,
-        },
-        "metrics": trainer.state.log_history,
-        "compute": _compute(trainer),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "git": _git(),
-        "device": args.device.type,
-        "n_processes": args.world_size,
     }
 
 
@@ -161,16 +186,13 @@ def _echo_pass(trainer: Any) -> str | None:
     return "; ".join(f"{verdict.form} for {verdict.kind}" for verdict in verdicts)
 
 
-def _compute(trainer: Any) -> dict[str, Any]:
-    """What the run cost, as far as it was measured."""
+def _compute(trainer: Any, seconds_before: float, tokens: int | None) -> dict[str, Any]:
+    """What the run cost, as far as it was measured, the parts before its resumes included."""
     import torch
 
     last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     runtime = last.get("train_runtime")  # of the part after a resume
-    found = {
-        "seconds": runtime and trainer.spent.before.seconds + runtime,
-        "tokens": trainer.spent.tokens or None,
-    }
+    found = {"seconds": runtime and seconds_before + runtime, "tokens": tokens or None}
     if trainer.args.device.type == "cuda":
         found |= {
             "device_name": torch.cuda.get_device_name(trainer.args.device),
@@ -216,7 +238,8 @@ def _git() -> dict[str, Any] | None:
     return {"commit": commit, "changed": bool(git("status", "--porcelain", "-uno"))} if commit else None
 
 
-def _length(dataset: Any) -> Any:
+def length(dataset: Any) -> Any:
+    """Rows of a dataset, by split where it has some; None of a stream."""
     if isinstance(dataset, dict):
-        return {name: _length(part) for name, part in dataset.items()}
+        return {name: length(part) for name, part in dataset.items()}
     return len(dataset) if hasattr(dataset, "__len__") else None

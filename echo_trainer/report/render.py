@@ -13,7 +13,7 @@ from ..adapter.engines import ENGINES, titles
 from ..adapter.rules import RULES, Verdict
 from ..resources import resource_folder
 
-TEMPLATE = "adapter.md.j2"
+TEMPLATE, BGRPO_TEMPLATE = "adapter.md.j2", "bgrpo.md.j2"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _METRICS = {"accuracy": "accuracy", "exact match": "exact_match", "exact_match": "exact_match", "f1": "f1"}
 
@@ -31,7 +31,7 @@ def render_card(record: dict[str, Any], curves: list[str] | None = None) -> str:
     """
     text = (
         _environment()
-        .get_template(TEMPLATE)
+        .get_template(BGRPO_TEMPLATE if record.get("bgrpo") else TEMPLATE)
         .render(
             run=record if curves is None else {**record, "curves": curves},
             metadata=yaml.safe_dump(metadata(record), sort_keys=False, allow_unicode=True, width=1000),
@@ -75,21 +75,22 @@ def _environment() -> jinja2.Environment:
 
 def metadata(record: dict[str, Any]) -> dict[str, Any]:
     """The card's YAML block, in the Hub's vocabulary."""
-    found: dict[str, Any] = {"library_name": "peft"}
+    whole = _is_whole(record)
+    found: dict[str, Any] = {"library_name": "transformers" if whole else "peft"}
     if record["base_model"]:
-        found |= {"base_model": record["base_model"], "base_model_relation": "adapter"}
+        found |= {"base_model": record["base_model"], "base_model_relation": "finetune" if whole else "adapter"}
     found["pipeline_tag"] = "text-generation"
     if record["license"]:
         found["license"] = record["license"]
     if record["data"]["dataset"]:
         found["datasets"] = [record["data"]["dataset"]]
     found["tags"] = [
-        *([f"base_model:adapter:{record['base_model']}"] if record["base_model"] else []),
-        "lora",
+        *([f"base_model:adapter:{record['base_model']}"] if record["base_model"] and not whole else []),
+        *(["lora"] if not whole else []),
         *(["dora"] if _method(record) == "DoRA" else []),
         *(["echo-lora"] if had_echo(record) else []),
         "trl",
-        "sft",
+        *(["grpo", "bgrpo"] if record.get("bgrpo") else ["sft"]),
     ]
     if record.get("evaluation"):
         found["model-index"] = [{"name": _name(record), "results": [_result(each) for each in record["evaluation"]]}]
@@ -100,6 +101,11 @@ def had_echo(record: dict[str, Any]) -> bool:
     """Whether an echo pass was seen to run; of older records, which do not say so, whether it was switched on."""
     seen = record["echo"].get("seen")
     return record["echo"]["enabled"] and (seen is None or seen["echo_passes"] > 0)
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Whether all weights were trained and there is no adapter."""
+    return bool(record.get("bgrpo") and record["bgrpo"]["whole_model"])
 
 
 def usage(record: dict[str, Any]) -> dict[str, Any]:
@@ -165,11 +171,12 @@ def _dora_in_engines() -> str:
 
 def title(record: dict[str, Any]) -> str:
     """The card's heading."""
+    what = "Fine-tuned" if _is_whole(record) else f"{_method(record)} adapter for"
     if record["base_model"]:
-        return f"{_method(record)} adapter for {record['base_model']}"
+        return f"{what} {record['base_model']}"
     if record["base_is_quickstart"]:
-        return f"{_method(record)} adapter for the quickstart base of echo_trainer"
-    return f"{_method(record)} adapter for a {record['base_model_type']} model"
+        return f"{what} the quickstart base of echo_trainer"
+    return f"{what} {'' if _is_whole(record) else 'a '}{record['base_model_type']} model"
 
 
 def last_metrics(history: list[dict[str, Any]], step: int) -> dict[str, Any]:

@@ -26,6 +26,50 @@ if TYPE_CHECKING:
     from .spent import Spent
 
 
+class SavingHost(Protocol):
+    """
+    A trainer, as what saves and pushes its adapter sees it.
+
+    Attributes:
+        args: with `portable_adapter`.
+        state, model, control, callback_handler, hub_model_id, is_fsdp_enabled: those of `transformers.Trainer`.
+        agreement, dataset_name, staging_folder: as of `Host`.
+        echo: the echo's parts of the model; None without one.
+    """
+
+    args: Any
+    state: Any
+    control: Any
+    model: Any
+    callback_handler: Any
+    hub_model_id: str | None
+    is_fsdp_enabled: bool
+    agreement: Agreement
+    dataset_name: str | None
+    staging_folder: str | None
+
+    @property
+    def echo(self) -> EchoSetup | None:
+        """See above."""
+        ...
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the main process of the run."""
+        ...
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model."""
+        ...
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model, then push it."""
+        ...
+
+    def save_gathered(self, folder: str, state_dict: dict) -> None:
+        """See `compat.trainer.JointTrainer`."""
+        ...
+
+
 class Host(Protocol):
     """
     `EchoSFTTrainer`, as its collaborators see it.

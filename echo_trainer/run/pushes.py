@@ -28,7 +28,7 @@ from ..hub.client import Patience, PushError, in_words
 from ..hub.files import ADAPTER, RESUME, TOKENIZER, copy_listed, copy_run
 from ..hub.last_words import Again, RefusedError, last_words
 from ..hub.push import Pushed, pack, preflight, send
-from .host import Host
+from .host import SavingHost
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Pushes:
 
     patience: Patience = Patience()
 
-    def __init__(self, host: Host):
+    def __init__(self, host: SavingHost):
         self.host = host
         self.final = False
         self._base: Base | None = None  # shapes of the base

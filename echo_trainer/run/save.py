@@ -14,6 +14,7 @@ from ..adapter.check import Report
 from ..adapter.read import read_adapter
 from ..files import publish_files
 from ..report.folder import saved_facts, write_run_folder
+from ..report.record import run_record
 from .checkpoint_files import STAGING, is_checkpoint
 from .final_save import (
     adapter_folders,
@@ -26,7 +27,7 @@ from .final_save import (
 )
 from .full_disk import clean_failure
 from .gathering import keeps_shards, whole_trainable_state
-from .host import Host
+from .host import SavingHost
 from .reload import UnloadableAdapterError, compare_reloaded
 
 logger = logging.getLogger(__name__)
@@ -36,10 +37,16 @@ UNLOADABLE = "unloadable"
 
 
 class Saver:
-    """Saving the final model for a trainer."""
+    """
+    Saving the final model for a trainer.
 
-    def __init__(self, host: Host):
-        self.host = host
+    Args:
+        host: the trainer.
+        make_record: the record of its run, from the trainer and the public id of its data.
+    """
+
+    def __init__(self, host: SavingHost, make_record: Callable[[Any, str | None], dict[str, Any]] = run_record):
+        self.host, self.make_record = host, make_record
         self._saved: dict[str, Any] | None = None  # facts of the adapter that was last saved into `output_dir`
 
     def save_model(self, save: Callable[..., None], output_dir: str | None, _internal_call: bool) -> None:
@@ -154,7 +161,7 @@ class Saver:
     def _describe(self, folder: str, saved: dict[str, Any] | None, dataset_name: str | None = None) -> None:
         """Write card, record and curves. Whatever fails there, disks aside, must not cost the adapter."""
         try:
-            write_run_folder(self.host, folder, saved, dataset_name)
+            write_run_folder(self.host, folder, saved, dataset_name, self.make_record)
         except OSError:
             raise
         except Exception:

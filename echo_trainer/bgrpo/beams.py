@@ -1,0 +1,80 @@
+"""The beams of each prompt, in the place of samples."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+SEARCH = {"do_sample": False, "length_penalty": 0.0, "early_stopping": "never"}
+"""
+Beams by *summed* log-probability, and an exact search: with `length_penalty=0` scores are not divided by a length, and
+with "never" a search ends when no running beam can come before a finished one.
+"""
+
+OF_SAMPLES = ("temperature", "top_p", "top_k", "min_p")
+"""What TRL sets for sampling, and a beam search has no use for."""
+
+
+class BeamHost(Protocol):
+    """The trainer, as `Beams` sees it."""
+
+    model: Any
+    generation_kwargs: dict[str, Any]
+
+    def use_generation(self, options: dict[str, Any]) -> None:
+        """See `compat.beams.BeamJointTrainer`."""
+
+
+class Beams:
+    """
+    Generation of a trainer: one beam search a prompt, whose beams are the group's rows, best first.
+
+    Args:
+        host: the trainer.
+    """
+
+    def __init__(self, host: BeamHost):
+        self.host = host
+
+    def generate(
+        self, generate: Callable[[list[list[int]]], tuple[list[list[int]], None]], prompts: list[list[int]], width: int
+    ) -> tuple[list[list[int]], None]:
+        """
+        Completions of the rows.
+
+        Args:
+            generate: TRL's generation; returns the completions of the prompts it is given.
+            prompts: token ids of each row; each prompt stands `width` times, one after the other.
+            width: G.
+
+        Returns:
+            Token ids of each row's completion, up to and with the token that ends it; and None, for TRL.
+
+        Raises:
+            RuntimeError: rows of a group have different prompts.
+        """
+        firsts = prompts[::width]
+        if len(prompts) % width or any(prompt != firsts[i // width] for i, prompt in enumerate(prompts)):
+            raise RuntimeError(
+                f"A batch of {len(prompts)} rows is not made of whole groups of {width} rows with the same prompt. "
+                f"Beams of a group are those of one prompt: leave the sampler and the data loader to TRL."
+            )
+        self.host.use_generation(beam_options(self.host.generation_kwargs, width))
+        training = self.host.model.training
+        self.host.model.eval()  # with dropout the most probable completions would be those of another model
+        try:
+            return generate(firsts)
+        finally:
+            self.host.model.train(training)
+
+
+def beam_options(options: dict[str, Any], width: int) -> dict[str, Any]:
+    """
+    Options of `generate` for a beam search.
+
+    Args:
+        options: TRL's, for sampling, or those of an earlier call.
+        width: G; with 1 the search is greedy.
+    """
+    kept = {name: value for name, value in options.items() if name not in OF_SAMPLES}
+    search = SEARCH if width > 1 else {"do_sample": False}
+    kept = {name: value for name, value in kept.items() if name not in SEARCH}
+    return {**kept, **search, "num_beams": width, "num_return_sequences": width}

@@ -1,0 +1,88 @@
+"""What a resumed run needs beside the optimizer: the beams in use.
+
+Beams are used for `num_iterations` steps, with the log-probabilities of the model that made them. TRL makes new ones
+when a run is resumed, from the model of that step, so a run resumed in between is another run.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+BEAMS = "beam_groups_{}.pt"
+"""In a checkpoint, one for each process."""
+
+
+class ResumeHost(Protocol):
+    """The trainer, as `Resumption` sees it."""
+
+    args: Any
+    accelerator: Any
+    micro_steps: int
+    generated: list[dict[str, Any]] | None
+
+
+class Resumption:
+    """
+    The beams in use, in checkpoints.
+
+    Args:
+        host: the trainer.
+    """
+
+    def __init__(self, host: ResumeHost):
+        self.host = host
+
+    def save(self, folder: str) -> None:
+        """Write micro-batches done, and the beams in use where a generation is not used up, into a checkpoint."""
+        host = self.host
+        in_use = bool(host.micro_steps % self._shape()["generate_every"])
+        state = {
+            "micro_steps": host.micro_steps,
+            "shape": self._shape(),
+            "generated": host.generated if in_use else None,
+        }
+        torch.save(state, self._path(folder))
+
+    def load(self, folder: str | None) -> None:
+        """
+        Go on with the beams of a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint has none of this process, or they were made with other options.
+        """
+        if folder is None:
+            return
+        path, host = self._path(folder), self.host
+        if not path.is_file():
+            raise ValueError(
+                f"The checkpoint {folder} has no {path.name}: it is not of BeamGRPOTrainer, or of fewer processes. "
+                f"Resume with the same number of processes, or start a new run from its adapter."
+            )
+        state = torch.load(path, map_location=host.accelerator.device, weights_only=True)
+        if state["shape"] != self._shape():
+            raise ValueError(
+                f"The checkpoint {folder} was made with {_in_words(state['shape'])}, and the run now has "
+                f"{_in_words(self._shape())}. Write the same options, or start a new run from its adapter."
+            )
+        host.micro_steps = state["micro_steps"]
+        if state["generated"] is not None:
+            host.generated = state["generated"]
+
+    def _path(self, folder: str) -> Path:
+        return Path(folder, BEAMS.format(self.host.accelerator.process_index))
+
+    def _shape(self) -> dict[str, int]:
+        args = self.host.args
+        return {
+            "generate_every": args.steps_per_generation * args.num_iterations,
+            "num_generations": args.num_generations,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        }
+
+
+def _in_words(shape: dict[str, int]) -> str:
+    named = {**shape, "steps_per_generation * num_iterations": shape["generate_every"]}
+    del named["generate_every"]
+    return ", ".join(f"{name} {value}" for name, value in named.items())

@@ -1,0 +1,143 @@
+"""`BeamGRPOTrainer`: `trl.GRPOTrainer` on the beams of each prompt. Reads as the diagram in `bgrpo/__init__.py`.
+
+| differs from TRL | by |
+|---|---|
+| completions are beams, best first | `beams`, in the place of TRL's generation |
+| rewards are those of a verifier and the rank | `scoring`, as TRL's only reward function |
+| a run resumed between two generations is the same run | `resumption` |
+| the final adapter is verified, described, moved into place whole | `run.save` |
+| only listed files are pushed, and no failure is silent | `run.pushes` |
+
+Advantages, ratio, clipping, KL and loss are TRL's.
+"""
+
+import inspect
+from typing import Any
+
+from trl import GRPOTrainer
+
+from ..compat.beams import BeamJointTrainer, require_beam_joints
+from ..compat.versions import warn_of_newer
+from ..run.agreement import Agreement
+from ..run.pushes import Pushes
+from ..run.save import Saver
+from .beams import Beams
+from .config import BeamGRPOConfig
+from .record import beam_record
+from .refuse import as_beam_config, refuse_arguments, refuse_few_prompts, refuse_wide_beams
+from .resumption import Resumption
+from .rewards import make_reward
+from .scoring import BeamReward
+from .verifier import Verifier
+
+
+class BeamGRPOTrainer(BeamJointTrainer):
+    """
+    Rank-aware beam GRPO: GRPO whose group is the beams of one beam search, rewarded by their rank.
+
+    ```python
+    from echo_trainer import BeamGRPOConfig, BeamGRPOTrainer
+
+    trainer = BeamGRPOTrainer(
+        model="my-sft-model",
+        verifier=lambda prompt, completion, row: completion.strip() == row["answer"],
+        args=BeamGRPOConfig(output_dir="out"),
+        train_dataset=dataset,  # a column "prompt", and what the verifier needs
+        peft_config=LoraConfig(target_modules="all-linear"),
+    )
+    trainer.train()
+    trainer.save_model()
+    ```
+
+    Args:
+        model: a causal language model, an adapter on one (`PeftModel`), or the name of a model.
+        verifier: (prompt, completion, row) -> True, False, or a score from 0 to 1; see `bgrpo.verifier`.
+        args: a [`BeamGRPOConfig`].
+        train_dataset, and the others: those of `trl.GRPOTrainer`, without `reward_funcs`.
+
+    Raises:
+        ValueError: an argument or an option cannot work with beams; nothing is written.
+        RuntimeError: the installed TRL has no place for beams.
+    """
+
+    _tag_names = ["trl", "grpo", "bgrpo"]
+    _name = "BGRPO"
+    args: BeamGRPOConfig
+    echo = None  # for `run.save`: there is no echo, and no engine that shards one
+
+    def __init__(
+        self, model: Any, verifier: Verifier, args: BeamGRPOConfig | None = None, *more: Any, **options: Any
+    ):
+        names = [name for name in inspect.signature(GRPOTrainer.__init__).parameters if name != "self"]
+        names = [name for name in names if name not in ("model", "reward_funcs", "args")]
+        if "reward_funcs" in options:
+            raise ValueError(
+                "`reward_funcs` is given. Rewards of beams are made of what a verifier says and of the rank: pass "
+                "`verifier`, a callable (prompt, completion, row), and choose `beam_reward` in BeamGRPOConfig."
+            )
+        if not callable(verifier):
+            raise ValueError(
+                f"`verifier` is {verifier!r}. Pass a callable (prompt, completion, row) that returns True or False."
+            )
+        require_beam_joints()
+        warn_of_newer()
+        call = {**dict(zip(names, more, strict=False)), **options, "model": model, "args": as_beam_config(args, model)}
+        refuse_arguments(call)
+        config = call["args"]
+        refuse_few_prompts(call.get("train_dataset"), config)
+        self.verifier = verifier
+        self.accuracy: list[dict[str, Any]] | None = None  # of `accuracy.compare`, for the card
+        self.dataset_name: str | None = None
+        self.staging_folder: str | None = None
+        self.agreement = Agreement()
+        self.beams, self.resumption = Beams(self), Resumption(self)
+        self.saver, self.pushes = Saver(self, beam_record), Pushes(self)
+        reward = make_reward(config.beam_reward, config.beam_decay, config.beam_wrong)
+        rewards = BeamReward(verifier, reward, config.beam_zero_sum, lambda: self.group_size)
+        super().__init__(**call, reward_funcs=rewards)
+        width = max(config.num_generations or 0, self.num_generations_eval)
+        refuse_wide_beams(width, self.model.config.get_text_config().vocab_size, len(self.eos_token_ids))
+
+    @property
+    def group_size(self) -> int:
+        """G: rows of a prompt, in training or, while the model is evaluated, in evaluation."""
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """
+        Train as TRL does, on beams.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the last one in `output_dir`.
+
+        Raises:
+            ValueError: the checkpoint is not of such a run, or was made with other options.
+        """
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.pushes.after_training()
+        return result
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """Write our model card and the record of the run to `output_dir`."""
+        self.saver.card(dataset_name)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Look whether pushing will work, and make the repository; what is wrong is a warning here."""
+        self.push_in_progress = None  # the Trainer's own bookkeeping, which stays empty
+        self.pushes.preflight(token, private)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **where: Any) -> Any:
+        """
+        Save the adapter in `output_dir`, then push it and compare its checksums.
+
+        Args:
+            commit_message: first line of the commit.
+            blocking: False returns a `Future` of the result.
+            where: `token`, `revision`, `private`, `base_model`, `dataset_name`, as of `EchoSFTTrainer.push_to_hub`.
+
+        Raises:
+            PushError: not pushed; the files are in `output_dir`, and the message holds the command to push again.
+        """
+        return self.pushes.push(commit_message, blocking, **where)
