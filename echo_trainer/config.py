@@ -3,11 +3,9 @@
 Override: only fields; their validation is in `options.py`. Everything `SFTConfig` knows keeps its meaning.
 """
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +16,6 @@ from trl import SFTConfig
 from .compat.identity import name_of
 from .fields import EchoFields
 from .options import (
-    TOKEN_FIELDS,
     check_echo_fields,
     check_row_fields,
     fill_from_preset,
@@ -123,27 +120,6 @@ class EchoSFTConfig(EchoFields, SFTConfig):
     def resolved_echo_seed(self) -> int:
         """`echo_seed`, or `seed` where it is not set."""
         return self.seed if self.echo_seed is None else self.echo_seed
-
-    def __copy__(self) -> "EchoSFTConfig":
-        return self._duplicate(self.__dict__.copy())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "EchoSFTConfig":
-        return self._duplicate(copy.deepcopy(self.__dict__, memo))
-
-    def _duplicate(self, values: dict[str, Any]) -> "EchoSFTConfig":
-        duplicate = object.__new__(type(self))
-        duplicate.__dict__.update(values)
-        return duplicate
-
-    def __getstate__(self) -> dict[str, Any]:
-        """
-        What `torch.save` and `pickle` see: everything except access tokens, since that may become a file.
-
-        A process that is being spawned gets all of it, through a pipe.
-        """
-        if get_spawning_popen() is not None:
-            return self.__dict__.copy()
-        return {name: None if name in TOKEN_FIELDS else value for name, value in self.__dict__.items()}
 
 
 def as_echo_config(args: Any, model: Any) -> EchoSFTConfig:

@@ -13,6 +13,7 @@ from .options import (
     PRESETS,
     TEACHERS,
     WHEN_USELESS,
+    WithoutTokens,
 )
 from .passes.echo import AUTO, pass_options
 
@@ -38,7 +39,7 @@ def _said(meanings: dict[str, str]) -> str:
 
 
 @dataclass
-class EchoFields:
+class EchoFields(WithoutTokens):
     """See [`EchoSFTConfig`], which has the table of symbols, units and ranges."""
 
     echo_preset: str = field(

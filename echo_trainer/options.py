@@ -1,6 +1,8 @@
 """Values that options of `EchoSFTConfig` can have; everything else is refused with what to write instead."""
 
-from typing import Any
+import copy
+from multiprocessing.context import get_spawning_popen
+from typing import Any, Self
 
 from .method.aggregation import AGGREGATIONS
 from .method.depth import ABOVE, CKA, DEPTH, LOWEST
@@ -41,6 +43,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """What a preset gives to options that are None."""
 TOKEN_FIELDS = ("hub_token", "push_to_hub_token")
+
+
+class WithoutTokens:
+    """A configuration whose copies are whole, and whose pickles, which may become files, hold no access token."""
+
+    def __copy__(self) -> Self:
+        return self._duplicate(self.__dict__.copy())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._duplicate(copy.deepcopy(self.__dict__, memo))
+
+    def _duplicate(self, values: dict[str, Any]) -> Self:
+        duplicate = object.__new__(type(self))
+        duplicate.__dict__.update(values)
+        return duplicate
+
+    def __getstate__(self) -> dict[str, Any]:
+        """
+        What `torch.save` and `pickle` see: everything except access tokens, since that may become a file.
+
+        A process that is being spawned gets all of it, through a pipe.
+        """
+        if get_spawning_popen() is not None:
+            return self.__dict__.copy()
+        return {name: None if name in TOKEN_FIELDS else value for name, value in self.__dict__.items()}
 
 
 def fill_from_preset(config: Any) -> None:

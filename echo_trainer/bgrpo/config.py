@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import GRPOConfig
 
-from ..options import TOKEN_FIELDS
+from ..options import WithoutTokens
 from .rewards import REWARDS, WRONG, Reward
 
 OURS = ("num_beams", "num_return_sequences", "do_sample", "length_penalty", "early_stopping")
@@ -25,7 +25,7 @@ else:
 
 
 @dataclass
-class BeamGRPOConfig(GRPOConfig):
+class BeamGRPOConfig(WithoutTokens, GRPOConfig):
     r"""
     Configuration of [`BeamGRPOTrainer`]: every option of `trl.GRPOConfig`, and how beams are rewarded.
 
@@ -40,6 +40,7 @@ class BeamGRPOConfig(GRPOConfig):
     | `per_device_train_batch_size` * `steps_per_generation` | rows of a process | 10 * 20 | a multiple of G |
     | `num_iterations` | steps on the same beams | 5 (1) | >= 1 |
     | `beta` | beta | 0.01 (0) | >= 0 |
+    | `use_bias_correction_kl` | KL times rho | False (True) | |
     | `scale_rewards` | division by the standard deviation | "none" ("group") | "none", "group", "batch" |
     | `loss_type` | mean over the completion tokens of a micro-batch | "bnpo" ("dapo") | TRL's |
     | `learning_rate`, `max_grad_norm` | | 1e-5 (1e-6), 0.5 (1) | > 0 |
@@ -72,6 +73,13 @@ class BeamGRPOConfig(GRPOConfig):
     )
     num_iterations: int = field(default=5, metadata={"help": "Optimizer steps on the same beams."})
     beta: float = field(default=0.01, metadata={"help": "Weight of the KL divergence from the model at the start."})
+    use_bias_correction_kl: bool = field(
+        default=False,
+        metadata={
+            "help": "Multiply the KL term by the ratio. That makes its gradient right for samples of the policy, "
+            "which beams are not; the paper has the plain k3 estimate."
+        },
+    )
     scale_rewards: str = field(
         default="none",
         metadata={
@@ -115,8 +123,9 @@ class BeamGRPOConfig(GRPOConfig):
         refuse_split_groups(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What `torch.save` and `pickle` see: everything except access tokens, since that may become a file."""
-        return {name: None if name in TOKEN_FIELDS else value for name, value in self.__dict__.items()}
+        """What `torch.save` and `pickle` see: no access token, and of a reward of one's own the name."""
+        state, reward = super().__getstate__(), self.beam_reward
+        return {**state, "beam_reward": getattr(reward, "__name__", repr(reward)) if callable(reward) else reward}
 
 
 def check_beam_fields(config: Any) -> None:

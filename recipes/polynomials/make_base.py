@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEST_SEED, TEST_ROWS = 10, 600
-ROWS, BATCH, RATE = 200_000, 128, 1.5e-3
+ROWS, BATCH, RATE = 120_000, 128, 1.5e-3
 IGNORED = -100
 
 

@@ -1,0 +1,146 @@
+"""Measure BGRPO and GRPO from the same start, at beam widths 1, 2, 5 and 10, with the exact verifier.
+
+    python recipes/polynomials/measure.py choose base runs     # a learning rate for each arm, on other seeds
+    python recipes/polynomials/measure.py report base runs     # the reported seeds, results/ and the table
+
+One core. A run that is finished is kept: the same command goes on after the last one. See README.md, which was
+written before the reported seeds were run.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from peft import LoraConfig
+from polynomials import make_rows, right
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from echo_trainer import BeamGRPOConfig, BeamGRPOTrainer
+from echo_trainer.ablation.statistics import compare, holm
+from echo_trainer.bgrpo.accuracy import WIDTHS, best_scores
+from echo_trainer.bgrpo.rewards import simple
+from echo_trainer.bgrpo.scoring import BeamReward
+from echo_trainer.plots import DASHES, ECHO, INK, PLAIN, THIRD, figure, legend_below, tidy, write
+
+ARMS = ("grpo", "bgrpo")
+RATES = (5e-4, 2e-3)
+CHOSEN = {"grpo": None, "bgrpo": None}
+"""Rates that `choose` found; set before the reported seeds were run."""
+CHOICE_SEEDS, SEEDS = (100,), (0, 1, 2, 3, 4)
+STEPS, WIDTH, PROMPTS, LONGEST = 60, 10, 10, 12
+TEST, VALIDATION = (10, 300), (11, 300)
+"""Seed and number of the rows; `make_base.py` has kept the test rows out of the base's training."""
+RESULTS = Path(__file__).parent / "results"
+
+SHARED = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": PROMPTS * WIDTH,
+    "gradient_accumulation_steps": 1,
+    "num_generations": WIDTH,
+    "num_iterations": 5,
+    "beta": 0.01,
+    "max_grad_norm": 0.5,
+    "scale_rewards": "none",
+    "loss_type": "bnpo",
+    "use_bias_correction_kl": False,
+    "max_completion_length": LONGEST,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 5,
+    "disable_tqdm": True,
+}
+
+
+def held_out() -> tuple[list[dict], list[dict]]:
+    """Test and validation rows, with no prompt in common."""
+    test = make_rows(TEST[1], TEST[0])
+    return test, make_rows(VALIDATION[1], VALIDATION[0], frozenset(row["prompt"] for row in test))
+
+
+def trainer_of(arm: str, base: str, seed: int, rate: float, out: Path):
+    """The trainer of a run: the same prompts in the same order for both arms of a seed."""
+    test, validation = held_out()
+    prompts = make_rows(3000, 1000 + seed, frozenset(row["prompt"] for row in test + validation))
+    common = {
+        "model": base,
+        "train_dataset": Dataset.from_list(prompts),
+        "processing_class": AutoTokenizer.from_pretrained(base),
+        "peft_config": LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    }
+    options = {**SHARED, "output_dir": str(out / "trainer"), "seed": seed, "learning_rate": rate}
+    if arm == "bgrpo":
+        return BeamGRPOTrainer(verifier=right, args=BeamGRPOConfig(**options), **common)
+    reward = BeamReward(right, simple, False, lambda: WIDTH)  # 1 or -0.1, whatever the place in the group
+    return GRPOTrainer(reward_funcs=reward, args=GRPOConfig(temperature=1.0, **options), **common)
+
+
+def hits(model, tokenizer, rows) -> dict[str, list[float]]:
+    """By width, whether one of the beams of each row is right."""
+    return {str(width): best_scores(model, tokenizer, rows, right, width, LONGEST, 50) for width in WIDTHS}
+
+
+def run(arm: str, base: str, seed: int, rate: float, out: Path, rows: list[dict], name: str) -> dict:
+    """One run, or what it left."""
+    path = out / f"{name}-{arm}-{rate:g}-{seed}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    begun, cpu = time.perf_counter(), time.process_time()
+    trainer = trainer_of(arm, base, seed, rate, out)
+    trainer.train()
+    trained = time.process_time() - cpu
+    found = {
+        "arm": arm,
+        "seed": seed,
+        "rate": rate,
+        "hits": hits(trainer.model, trainer.processing_class, rows),
+        "cpu_seconds": {"training": trained, "all": time.process_time() - cpu},
+        "seconds": time.perf_counter() - begun,
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    path.write_text(json.dumps(found))
+    means = {width: round(float(np.mean(values)), 3) for width, values in found["hits"].items()}
+    print(f"{path.stem}: {means}, {found['seconds']:.0f} s", flush=True)
+    return found
+
+
+def start(base: str, out: Path, rows: list[dict], name: str) -> dict:
+    """The SFT-only arm: the base itself."""
+    path = out / f"{name}-sft.json"
+    if not path.is_file():
+        model = AutoModelForCausalLM.from_pretrained(base)
+        path.write_text(json.dumps({"hits": hits(model, AutoTokenizer.from_pretrained(base), rows)}))
+    found = json.loads(path.read_text())
+    print(f"{path.stem}: { {width: round(float(np.mean(v)), 3) for width, v in found['hits'].items()} }", flush=True)
+    return found
+
+
+def choose(base: str, out: Path) -> None:
+    """The rate of each arm with the best mean over all widths, on validation rows and seeds that are not reported."""
+    _, rows = held_out()
+    start(base, out, rows, "validation")
+    for arm in ARMS:
+        means = {}
+        for rate in RATES:
+            runs = [run(arm, base, seed, rate, out, rows, "validation") for seed in CHOICE_SEEDS]
+            means[rate] = float(np.mean([list(r["hits"].values()) for r in runs]))
+        print(arm, {f"{rate:g}": round(mean, 4) for rate, mean in means.items()}, "best", max(means, key=means.get))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["choose", "report"])
+    parser.add_argument("base")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    choose(arguments.base, arguments.out)

@@ -1,0 +1,72 @@
+"""A run that was stopped and resumed is the same run, bit for bit; also between two generations, in a later epoch."""
+
+import shutil
+
+import pytest
+import torch
+from beam_cases import beam_trainer
+from models import lora_config
+from trl.trainer.utils import RepeatSampler
+
+from echo_trainer.bgrpo.resumption import BEAMS
+from echo_trainer.compat.beams import OrderByEpoch
+
+SETTINGS = {"max_steps": 11, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
+"""Three generations of four prompts an epoch, two steps on each: epochs begin at the steps 0, 6 and so on."""
+
+
+def trainer(folder, **settings):
+    lora = lora_config(init_lora_weights=True, lora_dropout=0.2)
+    return beam_trainer(folder, lora=lora, **{**SETTINGS, **settings})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = trainer(tmp_path_factory.mktemp("whole"))
+    run.train()
+    return run
+
+
+@pytest.mark.parametrize("step", [2, 3, 6, 9])
+def test_resumed_run_is_the_same(whole, tmp_path, step):
+    shutil.copytree(f"{whole.args.output_dir}/checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    for (name, value), (_, expected) in zip(
+        resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(value, expected), name
+    losses = [{entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry} for run in (resumed, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 11
+
+
+def test_beams_that_are_used_up_are_not_kept(whole):
+    sizes = [
+        torch.load(f"{whole.args.output_dir}/checkpoint-{step}/{BEAMS.format(0)}", weights_only=True)["generated"]
+        for step in (3, 4)
+    ]
+    assert len(sizes[0]) == 2 and sizes[1] is None
+
+
+@pytest.mark.parametrize("changed", [{"num_iterations": 3}, {"num_generations": 2, "per_device_train_batch_size": 6}])
+def test_other_beams_are_refused(whole, tmp_path, changed):
+    with pytest.raises(ValueError, match="was made with"):
+        trainer(tmp_path, **changed).train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
+
+
+def test_a_checkpoint_without_beams_is_refused(whole, tmp_path):
+    folder = shutil.copytree(f"{whole.args.output_dir}/checkpoint-3", tmp_path / "checkpoint-3")
+    (folder / BEAMS.format(0)).unlink()
+    with pytest.raises(ValueError, match="has no beam_groups_0.pt"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(folder))
+
+
+def test_epochs_have_the_order_that_trl_gives_them():
+    def sampler():
+        return RepeatSampler(list(range(9)), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=4)
+
+    ongoing = sampler()
+    for epoch in range(3):
+        alone = OrderByEpoch(sampler())  # as in a run that is resumed in this epoch
+        alone.set_epoch(epoch)
+        assert list(alone) == list(ongoing) and len(alone) == len(ongoing)
