@@ -9,6 +9,7 @@ from trl import GRPOConfig
 
 from ..options import WithoutTokens
 from .rewards import REWARDS, WRONG, Reward
+from .verifier import load_callable
 
 OURS = ("num_beams", "num_return_sequences", "do_sample", "length_penalty", "early_stopping")
 """Options of `generate` that make the group; nobody else may set them."""
@@ -113,6 +114,8 @@ class BeamGRPOConfig(WithoutTokens, GRPOConfig):
         if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False  # refused on a CPU, or slow
         refuse_what_samples(self)
+        if isinstance(self.beam_reward, str) and ":" in self.beam_reward:
+            self.beam_reward = load_callable(self.beam_reward, "beam_reward")
         check_beam_fields(self)
         if not self.num_generations or self.num_generations < 2:
             raise ValueError(

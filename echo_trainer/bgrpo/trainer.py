@@ -65,9 +65,7 @@ class BeamGRPOTrainer(BeamJointTrainer):
     args: BeamGRPOConfig
     echo = None  # for `run.save`: there is no echo, and no engine that shards one
 
-    def __init__(
-        self, model: Any, verifier: Verifier, args: BeamGRPOConfig | None = None, *more: Any, **options: Any
-    ):
+    def __init__(self, model: Any, verifier: Verifier, args: BeamGRPOConfig | None = None, *more: Any, **options: Any):
         names = [name for name in inspect.signature(GRPOTrainer.__init__).parameters if name != "self"]
         names = [name for name in names if name not in ("model", "reward_funcs", "args")]
         if "reward_funcs" in options:
@@ -108,11 +106,13 @@ class BeamGRPOTrainer(BeamJointTrainer):
         Train as TRL does, on beams.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last one in `output_dir`.
+            resume_from_checkpoint: a checkpoint folder, or True (or "true") for the last one in `output_dir`.
 
         Raises:
             ValueError: the checkpoint is not of such a run, or was made with other options.
         """
+        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() in ("true", "false"):
+            resume_from_checkpoint = resume_from_checkpoint.lower() == "true"
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.pushes.after_training()
         return result

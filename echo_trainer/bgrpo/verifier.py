@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..resources import resource_folder
+
 Verifier = Callable[[Any, Any, dict[str, Any]], float]
 """
 (prompt, completion, row) -> right.
@@ -50,7 +52,8 @@ def load_callable(name: str, what: str) -> Callable[..., Any]:
     A function by its name.
 
     Args:
-        name: "FILE.py:FUNCTION", the file relative to the working directory, or "MODULE:FUNCTION".
+        name: "FILE.py:FUNCTION", or "MODULE:FUNCTION". A file is looked for in the working directory, then among the
+            recipes that ship with the package.
         what: the option, for errors.
 
     Raises:
@@ -60,9 +63,11 @@ def load_callable(name: str, what: str) -> Callable[..., Any]:
     if not place or not function:
         raise ValueError(f"`{what}` is {name!r}. Write FILE.py:FUNCTION, or MODULE:FUNCTION.")
     if place.endswith(".py"):
-        if not Path(place).is_file():
+        shipped = resource_folder("recipes") / place.removeprefix("recipes/")
+        path = next((path for path in (Path(place), shipped) if path.is_file()), None)
+        if path is None:
             raise ValueError(f"`{what}` names the file {place}, and there is none at {Path(place).resolve()}.")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None  # a file that ends in .py has both
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -14,6 +14,7 @@ _COMMANDS = {
     "quickstart": ("..quickstart", "fine-tune the embedded base with LoRA and with Echo-LoRA, offline, in minutes"),
     "sft": (".sft", "fine-tune a model from a recipe or from options"),
     "evaluate": (".evaluate", "measure a model or an adapter: commonsense tasks, GSM8K, or your own prompts"),
+    "bgrpo": (".bgrpo", "train on beams that a verifier judges, rewarded by rank (beam GRPO)"),
     "distill": (".distill", "have the echo of a run answer prompts, and train its adapter on the answers as well"),
     "bench": (".bench", "measure what an echo step costs beside plain LoRA"),
     "select-layers": (".select_layers", "choose the layers worth adapting, by CKA on your model and data"),
@@ -64,13 +65,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if name in ("check", "export"):
             return serving_command(name, rest)
-        if name in ("sft", "select-layers", "distill"):  # a wrong name and broken YAML are said before torch is loaded
+        if name in (
+            "sft",
+            "select-layers",
+            "distill",
+            "bgrpo",
+        ):  # a wrong name and broken YAML are said before torch is loaded
             named_recipe(rest)
         return importlib.import_module(_COMMANDS[name][0], __name__).main(rest)
     except KeyboardInterrupt:
         print(
             f"\necho-trainer {name}: interrupted. What was finished is kept: the same command goes on from there "
-            f"(sft: with --resume_from_checkpoint true).",
+            f"(sft, bgrpo: with --resume_from_checkpoint true).",
             file=sys.stderr,
         )
         return 130

@@ -93,18 +93,18 @@ def parse(arguments: list[str], parser: TrlParser | None = None, classes: tuple[
     path, options, rest = named_recipe(arguments)
     parser = parser or make_parser(classes=classes)
     if path is not None:
-        check_options(path, options, classes)
+        check_options(path, options, classes, parser.prog)
         parser.set_defaults_with_config(**options)
     *found, unknown = parser.parse_args_into_dataclasses(rest, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         options = [f"--{field.name}" for cls in classes for field in dataclasses.fields(cls)]
-        raise ValueError(_unknown(unknown[0], options))
+        raise ValueError(_unknown(unknown[0], options, parser.prog))
     return tuple(found)
 
 
-def _unknown(word: str, options: list[str]) -> str:
+def _unknown(word: str, options: list[str], command: str) -> str:
     close = difflib.get_close_matches(word.split("=")[0], options, n=1)
-    advice = f"Did you mean {close[0]}?" if close else "`--help-all` lists the options of `echo-trainer sft`."
+    advice = f"Did you mean {close[0]}?" if close else f"`--help-all` lists the options of `{command}`."
     return f"There is no option {word!r}, and nothing that it could be the value of. {advice}"
 
 

@@ -20,7 +20,9 @@ _NAMES = {
 }
 
 
-def check_options(path: str | Path, recipe: dict[str, Any], classes: tuple[type, ...]) -> None:
+def check_options(
+    path: str | Path, recipe: dict[str, Any], classes: tuple[type, ...], command: str = "echo-trainer sft"
+) -> None:
     """
     Refuse what cannot work.
 
@@ -28,6 +30,7 @@ def check_options(path: str | Path, recipe: dict[str, Any], classes: tuple[type,
         path: of the recipe, for errors.
         recipe: its content.
         classes: the dataclasses whose fields it may set.
+        command: that takes the recipe, for errors.
 
     Raises:
         ValueError: an unknown key, a list or mapping where a single value belongs (or the other way round),
@@ -44,8 +47,8 @@ def check_options(path: str | Path, recipe: dict[str, Any], classes: tuple[type,
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)
             raise ValueError(
-                f"The recipe {path} has the key {key!r}, which is no option of `echo-trainer sft`. "
-                + (f"Did you mean {close[0]!r}?" if close else "`echo-trainer sft --help` lists the options.")
+                f"The recipe {path} has the key {key!r}, which is no option of `{command}`. "
+                + (f"Did you mean {close[0]!r}?" if close else f"`{command} --help` lists the options.")
             )
         _check_kind(path, key, value, hints[key])
         allowed = choices.get(key)

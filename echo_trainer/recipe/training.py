@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DatasetMixtureConfig, get_peft_config, get_quantization_config
+from trl import DatasetMixtureConfig, GRPOConfig, get_peft_config, get_quantization_config
 
 from ..config import EchoSFTConfig
 from ..files import RUN_RECORD
@@ -102,7 +102,7 @@ def warn_of_silence(config: EchoSFTConfig) -> None:
         )
 
 
-def refuse_finished(config: EchoSFTConfig, overwrite: bool) -> None:
+def refuse_finished(config: EchoSFTConfig | GRPOConfig, overwrite: bool) -> None:
     """
     Keep a finished run from being replaced by accident; with `overwrite` what a run writes is deleted first.
 
@@ -125,7 +125,7 @@ def refuse_finished(config: EchoSFTConfig, overwrite: bool) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def model_options(adapter: AdapterArguments, config: EchoSFTConfig) -> dict[str, Any]:
+def model_options(adapter: AdapterArguments, config: EchoSFTConfig | GRPOConfig) -> dict[str, Any]:
     """How the base is loaded: `model_init_kwargs`, and the arguments that stand for some of them."""
     return {
         "revision": adapter.model_revision,
@@ -159,7 +159,7 @@ def _model_name(adapter: AdapterArguments) -> str:
     return adapter.model_name_or_path
 
 
-def _given_options(config: EchoSFTConfig) -> dict[str, Any]:
+def _given_options(config: EchoSFTConfig | GRPOConfig) -> dict[str, Any]:
     given = config.model_init_kwargs or {}
     assert isinstance(given, dict)  # text is what the command line gives, and it is parsed when the config is made
     return given

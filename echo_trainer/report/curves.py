@@ -26,7 +26,11 @@ def write_curves(history: list[dict[str, Any]], folder: Path) -> list[str]:
         losses = {"echo/ce_plain_routed": "plain, routed samples", "echo/ce_echo": "echo, same samples",
                   "echo/kd": "distillation"}  # fmt: skip
     elif beams:  # the loss of GRPO starts at zero and says nothing
-        losses = {"beams/any_right": "best of the beams", "beams/first_right": "first beam", "beams/right": "all beams"}
+        losses = {
+            "beams/any_right": "best of the beams",
+            "beams/first_right": "first beam",
+            "beams/right": "all beams",
+        }
     else:
         losses = {"loss": "training loss"}
     _lines(axes[0], steps, losses, (PLAIN, ECHO, THIRD))

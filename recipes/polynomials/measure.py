@@ -9,7 +9,6 @@ written before the reported seeds were run.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -21,11 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from echo_trainer import BeamGRPOConfig, BeamGRPOTrainer
-from echo_trainer.ablation.statistics import compare, holm
 from echo_trainer.bgrpo.accuracy import WIDTHS, best_scores
 from echo_trainer.bgrpo.rewards import simple
 from echo_trainer.bgrpo.scoring import BeamReward
-from echo_trainer.plots import DASHES, ECHO, INK, PLAIN, THIRD, figure, legend_below, tidy, write
 
 ARMS = ("grpo", "bgrpo")
 RATES = (5e-4, 2e-3)

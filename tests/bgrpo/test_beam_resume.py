@@ -36,7 +36,10 @@ def test_resumed_run_is_the_same(whole, tmp_path, step):
         resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
     ):
         assert torch.equal(value, expected), name
-    losses = [{entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry} for run in (resumed, whole)]
+    losses = [
+        {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
+        for run in (resumed, whole)
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 11
 
 

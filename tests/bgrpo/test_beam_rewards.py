@@ -82,7 +82,9 @@ def test_a_batch_is_taken_group_by_group_with_its_columns():
     assert logged == {"beams/right": 0.75, "beams/first_right": 1.0, "beams/any_right": 1.0, "beams/mixed": 0.5}
 
 
-@pytest.mark.parametrize(("said", "error"), [(None, TypeError), ("yes", TypeError), (2, ValueError), (math.nan, ValueError)])
+@pytest.mark.parametrize(
+    ("said", "error"), [(None, TypeError), ("yes", TypeError), (2, ValueError), (math.nan, ValueError)]
+)
 def test_a_verifier_that_says_something_else_is_named(said, error):
     reward = BeamReward(lambda *_: said, simple, False, lambda: 1)
     with pytest.raises(error, match="verifier returned"):
