@@ -52,7 +52,7 @@ def parse_beams(arguments: list[str]) -> tuple[BeamArguments, BeamGRPOConfig, Ad
         FileNotFoundError: there is no such recipe.
         ValueError: the recipe or an option cannot work.
     """
-    path, options, rest = named_recipe(arguments)
+    _, options, rest = named_recipe(arguments)
     echoes = [key for key in options if str(key).startswith("echo_")]
     echoes += [word.lstrip("-").split("=")[0] for word in rest if word.startswith("--echo_")]
     if echoes:

@@ -177,9 +177,9 @@ def refuse_split_groups(config: Any) -> None:
     if rows % width:
         raise ValueError(
             f"A process generates per_device_train_batch_size * steps_per_generation = "
-            f"{config.per_device_train_batch_size} * {config.steps_per_generation} = {rows} rows at a time, which is no "
-            f"multiple of num_generations={width}: the beams of a prompt come from one search, so a group lies on one "
-            f"process. Write per_device_train_batch_size={width}, or another multiple."
+            f"{config.per_device_train_batch_size} * {config.steps_per_generation} = {rows} rows at a time, which is "
+            f"no multiple of num_generations={width}: the beams of a prompt come from one search, so a group lies on "
+            f"one process. Write per_device_train_batch_size={width}, or another multiple."
         )
     width = config.num_generations_eval or width
     if config.eval_strategy != "no" and config.per_device_eval_batch_size % width:

@@ -61,7 +61,7 @@ def refuse_arguments(call: dict[str, Any]) -> None:
         if found := [column for column in IMAGES if column in columns]:
             raise ValueError(f"`{name}` has the column {found[0]!r}. Beam GRPO trains on text: leave it out.")
     model, args = call["model"], call["args"]
-    if isinstance(model, str) or isinstance(model, PeftModel) or call.get("peft_config") is not None:
+    if isinstance(model, str | PeftModel) or call.get("peft_config") is not None:
         return
     if args.beta and name_of(model.config) is None:
         raise ValueError(

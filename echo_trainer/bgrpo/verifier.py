@@ -41,8 +41,8 @@ def score_of(verifier: Verifier, prompt: Any, completion: Any, row: dict[str, An
         ) from None
     if not (math.isfinite(score) and 0 <= score <= 1):
         raise ValueError(
-            f"The verifier returned {score} for the completion {completion!r}. A score is from 0 (wrong) to 1 (right); "
-            f"rewards beyond that are made by `beam_reward`, which may be a function of (right, rank, group size)."
+            f"The verifier returned {score} for the completion {completion!r}. A score is from 0 (wrong) to 1 "
+            f"(right); rewards beyond that are made by `beam_reward`, a function of (right, rank, group size)."
         )
     return score
 

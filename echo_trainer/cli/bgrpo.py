@@ -7,8 +7,8 @@ from .short_help import on_a_screen
 
 HEAD = """echo-trainer bgrpo [--config RECIPE] [--OPTION VALUE ...]
 
-Rank-aware beam GRPO: train a model on its own beams, judged by a verifier and rewarded by rank. For tasks whose answers
-a program can check, and models that answer with a beam search. Begin with a model or adapter that is often nearly right.
+Rank-aware beam GRPO: train a model on its own beams, judged by a verifier and rewarded by rank. For tasks whose
+answers a program can check, and models that answer with a beam search; the model must be right now and then already.
 
   echo-trainer bgrpo --config polynomials/bgrpo
   echo-trainer bgrpo --model_name_or_path base --adapter_name_or_path runs/sft --dataset_name prompts.jsonl \\

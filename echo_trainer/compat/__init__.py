@@ -11,7 +11,7 @@ name of another library (`tests/compat/test_compat.py` searches for them).
 | `replay` | transformers | keys and values from what a layer was given | they are kept, said |
 | `checkpointing` | transformers | the function that checkpoints a layer | error by name |
 | `trainer` | trl, transformers, accelerate | methods of the trainers without a public hook | error by name |
-| `beams` | trl, transformers | where `GRPOTrainer` generates, and what it keeps between two generations | error by name |
+| `beams` | trl, transformers | how `GRPOTrainer` generates, and what it keeps meanwhile | error by name |
 | `preparation` | trl | rows as `SFTTrainer` prepares them, without a trainer | error by name |
 | `attention` | transformers | which attention kernel a model runs on | error by name |
 | `building` | transformers, accelerate | models without weights; replaced forwards | the auto class is asked |

@@ -5,11 +5,11 @@ completions would be samples, or a resumed run another one, without a word.
 
 | private | of | why there is no public way |
 |---|---|---|
-| `_generate_single_turn` | trl | completions of a batch; `rollout_func` must tokenize and decode by itself, and warns |
+| `_generate_single_turn` | trl | completions of a batch; a `rollout_func` must tokenize by itself, and warns |
 | `generation_config`, `generation_kwargs` | trl | how completions are generated; TRL always samples |
-| `_step`, `_buffered_inputs` | trl | completions are used for several steps; a resumed run must go on with the same ones |
-| `_get_train_sampler` | trl | its permutations are drawn one after the other, a resumed run begins with the first |
-| `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler` | transformers | when a checkpoint is written, read |
+| `_step`, `_buffered_inputs` | trl | completions serve several steps; a resumed run must go on with the same |
+| `_get_train_sampler` | trl | permutations come one after the other; a resumed run begins with the first |
+| `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler` | transformers | a checkpoint is written, read |
 | `_save` | transformers | the final adapter is verified before it gets its name |
 | `_push_from_checkpoint`, `_finish_current_push` | transformers | pushes only listed files, and says what failed |
 """

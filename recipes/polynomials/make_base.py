@@ -2,8 +2,8 @@
 
     python recipes/polynomials/make_base.py polynomials-base
 
-About ten minutes on one core. The folder then holds the model, its tokenizer and, in `prompts/`, rows to train on with a
-verifier and rows to test with; it is what every arm starts from.
+About ten minutes on one core. The folder then holds the model, its tokenizer and, in `prompts/`, rows to train on with
+a verifier and rows to test with; it is what every arm starts from.
 """
 
 import argparse

@@ -29,8 +29,8 @@ RATES = (5e-4, 2e-3)
 CHOSEN = {"grpo": None, "bgrpo": None}
 """Rates that `choose` found; set before the reported seeds were run."""
 CHOICE_SEEDS, SEEDS = (100,), (0, 1, 2, 3, 4)
-STEPS, WIDTH, PROMPTS, LONGEST = 60, 10, 10, 12
-TEST, VALIDATION = (10, 300), (11, 300)
+STEPS, WIDTH, PROMPTS, LONGEST = 40, 10, 10, 12
+TEST, VALIDATION = (10, 300), (11, 150)
 """Seed and number of the rows; `make_base.py` has kept the test rows out of the base's training."""
 RESULTS = Path(__file__).parent / "results"
 

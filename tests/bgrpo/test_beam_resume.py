@@ -60,7 +60,7 @@ def test_other_beams_are_refused(whole, tmp_path, changed):
 def test_a_checkpoint_without_beams_is_refused(whole, tmp_path):
     folder = shutil.copytree(f"{whole.args.output_dir}/checkpoint-3", tmp_path / "checkpoint-3")
     (folder / BEAMS.format(0)).unlink()
-    with pytest.raises(ValueError, match="has no beam_groups_0.pt"):
+    with pytest.raises(ValueError, match="has no beam_groups_0"):
         trainer(tmp_path).train(resume_from_checkpoint=str(folder))
 
 

@@ -89,7 +89,7 @@ def test_a_gamed_verifier_is_caught():
 
 
 def test_wrong_ones_are_those_sympy_calls_wrong():
-    """Q with one coefficient changed, and others' Q: right exactly where f is a polynomial in it by sympy's remainders."""
+    """Q with one coefficient changed, and others' Q: right where sympy's remainders say so."""
     some = list(pairs(30))
     for i, (outer, inner) in enumerate(some):
         f = polynomials.compose(outer, inner)
