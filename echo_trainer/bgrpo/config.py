@@ -122,8 +122,11 @@ class BeamGRPOConfig(WithoutTokens, GRPOConfig):
                 f"num_generations={self.num_generations}: a group is compared with itself, so it needs at least two "
                 f"beams. Write num_generations=10, or train with `SFTTrainer`."
             )
+        if self.generation_batch_size is None:  # before TRL, which speaks of all processes together
+            refuse_split_groups(self, self.steps_per_generation or self.gradient_accumulation_steps)
         super().__post_init__()
-        refuse_split_groups(self)
+        assert self.steps_per_generation is not None  # set by `GRPOConfig`
+        refuse_split_groups(self, self.steps_per_generation)
 
     def __getstate__(self) -> dict[str, Any]:
         """What `torch.save` and `pickle` see: no access token, and of a reward of one's own the name."""
@@ -171,13 +174,13 @@ def refuse_what_samples(config: Any) -> None:
         )
 
 
-def refuse_split_groups(config: Any) -> None:
-    """Refuse, with a ValueError, batches that do not hold whole groups on every process."""
-    rows, width = config.per_device_train_batch_size * config.steps_per_generation, config.num_generations
+def refuse_split_groups(config: Any, steps: int) -> None:
+    """Refuse, with a ValueError, batches that do not hold whole groups on every process; `steps` of a generation."""
+    rows, width = config.per_device_train_batch_size * steps, config.num_generations
     if rows % width:
         raise ValueError(
             f"A process generates per_device_train_batch_size * steps_per_generation = "
-            f"{config.per_device_train_batch_size} * {config.steps_per_generation} = {rows} rows at a time, which is "
+            f"{config.per_device_train_batch_size} * {steps} = {rows} rows at a time, which is "
             f"no multiple of num_generations={width}: the beams of a prompt come from one search, so a group lies on "
             f"one process. Write per_device_train_batch_size={width}, or another multiple."
         )

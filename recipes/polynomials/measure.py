@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from echo_trainer import BeamGRPOConfig, BeamGRPOTrainer
+from echo_trainer.ablation.statistics import compare, holm
 from echo_trainer.bgrpo.accuracy import WIDTHS, best_scores
 from echo_trainer.bgrpo.rewards import simple
 from echo_trainer.bgrpo.scoring import BeamReward
+from echo_trainer.plots import DASHES, ECHO, INK, PLAIN, THIRD, figure, legend_below, tidy, write
 
 ARMS = ("grpo", "bgrpo")
 RATES = (5e-4, 2e-3)
@@ -133,6 +135,99 @@ def choose(base: str, out: Path) -> None:
         print(arm, {f"{rate:g}": round(mean, 4) for rate, mean in means.items()}, "best", max(means, key=means.get))
 
 
+def report(base: str, out: Path) -> None:
+    """Run the reported seeds, and write `results/`: figures, table and picture."""
+    rows, _ = held_out()
+    runs = {"sft": [start(base, out, rows, "test")] * len(SEEDS), **{arm: [] for arm in ARMS}}
+    for seed in SEEDS:  # both arms of a seed one after the other: what is there can be compared at any time
+        for arm in ARMS:
+            runs[arm].append(run(arm, base, seed, CHOSEN[arm], out, rows, "test"))
+    scores = {
+        arm: {w: np.array([one["hits"][str(w)] for one in found]) for w in WIDTHS} for arm, found in runs.items()
+    }
+    summary = summarise(scores)
+    summary["cpu_minutes"] = sum(one["cpu_seconds"]["all"] for arm in ARMS for one in runs[arm]) / 60
+    summary["rates"], summary["seeds"] = CHOSEN, list(SEEDS)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (RESULTS / "table.md").write_text(table(summary))
+    draw(summary, RESULTS / "accuracy.png")
+    print(table(summary))
+
+
+def summarise(scores: dict[str, dict[int, np.ndarray]]) -> dict:
+    """
+    Accuracies and paired differences, in points.
+
+    Args:
+        scores: by arm and width, 0 or 1 for each seed and prompt, (S, I).
+    """
+    pairs = [("bgrpo", "grpo"), ("bgrpo", "sft"), ("grpo", "sft")]
+    accuracy = {arm: {str(w): _points(compare([found[w]])) for w in WIDTHS} for arm, found in scores.items()}
+    differences = [
+        {"arms": [a, b], "width": w, **_points(compare([scores[a][w] - scores[b][w]]))}
+        for a, b in pairs
+        for w in WIDTHS
+    ]
+    primary = next(d for d in differences if d["arms"] == ["bgrpo", "grpo"] and d["width"] == WIDTH)
+    others = [d for d in differences if d is not primary]
+    for one, corrected in zip(others, holm([d["p"] for d in others]), strict=True):
+        one["p_corrected"] = corrected
+    return {"accuracy": accuracy, "differences": differences, "n_items": scores["sft"][1].shape[1]}
+
+
+def _points(found) -> dict:
+    values = {"value": found.difference, "low": found.low, "high": found.high}
+    return {**{name: round(100 * value, 2) for name, value in values.items()}, "p": found.p}
+
+
+def table(summary: dict) -> str:
+    """The tables of README.md."""
+    names = {"sft": "SFT only", "grpo": "GRPO", "bgrpo": "BGRPO"}
+    widths, rule = "greedy | width 2 | width 5 | width 10 |", "|---|---|---|---|---|"
+    lines = [f"| right of {summary['n_items']} prompts, % | {widths}", rule]
+    for arm, name in names.items():
+        found = summary["accuracy"][arm]
+        lines.append(f"| {name} | " + " | ".join(f"{found[str(w)]['value']:.1f}" for w in WIDTHS) + " |")
+    lines += ["", f"| difference, points [95 %] | {widths}", rule]
+    for a, b in (("bgrpo", "grpo"), ("bgrpo", "sft"), ("grpo", "sft")):
+        cells = [
+            f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
+            for d in summary["differences"]
+            if d["arms"] == [a, b]
+        ]
+        lines.append(f"| {names[a]} - {names[b]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(summary: dict, path: Path) -> None:
+    """Accuracy by width: SFT before, both arms after, with intervals over seeds and prompts."""
+    drawn = figure(11, 4)
+    left, right_axis = drawn.subplots(1, 2)
+    kinds = {"sft": ("SFT only (before)", PLAIN), "grpo": ("GRPO", THIRD), "bgrpo": ("BGRPO", ECHO)}
+    for (arm, (label, colour)), dashes in zip(kinds.items(), DASHES, strict=False):
+        values = [summary["accuracy"][arm][str(w)]["value"] for w in WIDTHS]
+        left.plot(WIDTHS, values, label=label, color=colour, linestyle=dashes, marker="o", linewidth=1.8)
+    left.set(ylabel="right, % of test prompts")
+    pairs = {("bgrpo", "grpo"): ("BGRPO - GRPO", ECHO), ("bgrpo", "sft"): ("BGRPO - SFT", PLAIN),
+             ("grpo", "sft"): ("GRPO - SFT", THIRD)}  # fmt: skip
+    for i, (pair, (label, colour)) in enumerate(pairs.items()):
+        found = [d for d in summary["differences"] if tuple(d["arms"]) == pair]
+        places = [w * (1 + 0.05 * (i - 1)) for w in WIDTHS]
+        values = np.array([d["value"] for d in found])
+        reach = np.abs([[d["low"], d["high"]] for d in found] - values[:, None]).T
+        right_axis.errorbar(places, values, reach, label=label, color=colour, marker="o", capsize=3, linestyle="none")
+    right_axis.set(ylabel="difference, points (95 %)")
+    right_axis.axhline(0, color=INK, linewidth=0.9)
+    for axis in (left, right_axis):
+        axis.set(xlabel="beam width", xscale="log")
+        axis.set_xticks(WIDTHS, [str(w) for w in WIDTHS])
+        axis.minorticks_off()
+        tidy(axis)
+        legend_below(axis)
+    write(drawn, path)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["choose", "report"])
@@ -140,4 +235,4 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    choose(arguments.base, arguments.out)
+    {"choose": choose, "report": report}[arguments.what](arguments.base, arguments.out)

@@ -41,7 +41,7 @@ CONFIGS = [
     ({"beam_decay": 0.0}, "beam_decay=0.0"),
     ({"beam_decay": float("nan")}, "beam_decay=nan"),
     ({"beam_wrong": -0.1}, "beam_wrong=-0.1"),
-    ({"generation_batch_size": 300}, "divisible"),  # TRL's own words
+    ({"generation_batch_size": 305}, "divisible"),  # TRL's own words
 ]
 
 
@@ -113,10 +113,9 @@ def test_the_trainer_counts_the_vocabulary(tmp_path):
         beam_trainer(tmp_path, num_generations=60, per_device_train_batch_size=60)
 
 
-@pytest.mark.parametrize("joint", ["_generate_single_turn", "_get_train_sampler"])
-def test_a_joint_that_is_gone_is_named(tmp_path, monkeypatch, joint):
-    monkeypatch.delattr(GRPOTrainer, joint)
-    with pytest.raises(RuntimeError, match=f"uses {joint} of trl.GRPOTrainer"):
+def test_a_joint_that_is_gone_is_named(monkeypatch):
+    monkeypatch.delattr(GRPOTrainer, "_generate_single_turn")
+    with pytest.raises(RuntimeError, match="uses _generate_single_turn of "):
         beams.require_beam_joints()
 
 

@@ -27,7 +27,7 @@ def whole(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("step", [2, 3, 6, 9])
+@pytest.mark.parametrize("step", [2, 3, 9])
 def test_resumed_run_is_the_same(whole, tmp_path, step):
     shutil.copytree(f"{whole.args.output_dir}/checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     resumed = trainer(tmp_path)

@@ -193,3 +193,37 @@ def test_a_base_is_made(tmp_path, monkeypatch):
     rows = [row["completion"] for row in polynomials.make_rows(8, 0)]
     learnt = [tokenizer.decode(row[row != -100]) for row in labels]
     assert sorted(learnt) == sorted(f"{text} </s>" for text in rows) and ids.shape == labels.shape
+
+
+def test_the_table_of_results(tmp_path):
+    """Accuracies and paired differences in points, from hits by seed and prompt; and its picture."""
+    import numpy as np
+
+    measure = load("measure")
+    draw = np.random.default_rng(0)
+    base = (draw.random((1, 40)) < 0.4).astype(float).repeat(3, axis=0)
+    better = np.maximum(base, draw.random((3, 40)) < 0.3)
+    arms = {"sft": base, "grpo": base, "bgrpo": better}
+    summary = measure.summarise({arm: dict.fromkeys(measure.WIDTHS, hits) for arm, hits in arms.items()})
+    assert summary["accuracy"]["sft"]["10"]["value"] == pytest.approx(100 * base.mean(), abs=0.01)
+    gains = {tuple(d["arms"]): d for d in summary["differences"] if d["width"] == 10}
+    assert gains["bgrpo", "grpo"]["value"] == pytest.approx(100 * (better - base).mean(), abs=0.01)
+    assert gains["bgrpo", "grpo"]["low"] > 0 and "p_corrected" not in gains["bgrpo", "grpo"]
+    assert gains["grpo", "sft"]["value"] == gains["grpo", "sft"]["high"] == 0
+    assert gains["bgrpo", "sft"]["p_corrected"] >= gains["bgrpo", "sft"]["p"]
+    assert measure.table(summary).count("| BGRPO") == 3
+    measure.draw(summary, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("arm", ["grpo", "bgrpo"])
+def test_an_arm_of_the_measurement(base, tmp_path, monkeypatch, arm):
+    """One step of each arm; a run that is finished is kept."""
+    measure = load("measure")
+    monkeypatch.setitem(measure.SHARED, "max_steps", 1)
+    monkeypatch.setattr(measure, "WIDTHS", (1, 2))
+    rows = polynomials.make_rows(4, 3)
+    found = measure.run(arm, str(base), 0, 1e-3, tmp_path, rows, "test")
+    assert set(found["hits"]) == {"1", "2"} and len(found["hits"]["2"]) == 4
+    monkeypatch.setattr(measure, "trainer_of", None)
+    assert measure.run(arm, str(base), 0, 1e-3, tmp_path, rows, "test") == found
