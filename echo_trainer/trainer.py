@@ -192,7 +192,7 @@ class EchoSFTTrainer(DistillingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save an ordinary PEFT adapter with its card and record into `output_dir` (None: that of the arguments)."""
         with self.attachment.hidden():
-            self.saver.save_model(super().save_model, output_dir, _internal_call)
+            self.saver.save_model(super().save_model, self.save_gathered, output_dir, _internal_call)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None

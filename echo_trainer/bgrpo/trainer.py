@@ -63,6 +63,8 @@ class BeamGRPOTrainer(BeamJointTrainer):
     _tag_names = ["trl", "grpo", "bgrpo"]
     _name = "BGRPO"
     args: BeamGRPOConfig
+    saver: Saver
+    pushes: Pushes
     echo = None  # for `run.save`: there is no echo, and no engine that shards one
 
     def __init__(self, model: Any, verifier: Verifier, args: BeamGRPOConfig | None = None, *more: Any, **options: Any):
@@ -91,9 +93,9 @@ class BeamGRPOTrainer(BeamJointTrainer):
         self.beams, self.resumption = Beams(self), Resumption(self)
         self.saver, self.pushes = Saver(self, beam_record), Pushes(self)
         reward = make_reward(config.beam_reward, config.beam_decay, config.beam_wrong)
-        rewards = BeamReward(verifier, reward, config.beam_zero_sum, lambda: self.group_size)
+        rewards: Any = BeamReward(verifier, reward, config.beam_zero_sum, lambda: self.group_size)
         super().__init__(**call, reward_funcs=rewards)
-        width = max(config.num_generations or 0, self.num_generations_eval)
+        width = max(self.num_generations, self.num_generations_eval)
         refuse_wide_beams(width, self.model.config.get_text_config().vocab_size, len(self.eos_token_ids))
 
     @property

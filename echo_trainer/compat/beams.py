@@ -21,8 +21,9 @@ from typing import Any, Protocol
 import torch
 import transformers
 import trl
+from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from trl import GRPOTrainer
 
 from .trainer import PushJoints, SaveJoints
@@ -104,9 +105,14 @@ class BeamJointTrainer(GRPOTrainer):
     See the module's docstring.
 
     Attributes:
+        model, num_generations, num_generations_eval, max_completion_length: TRL's, as they are once it is built.
         beams, saver, pushes, resumption: what the private methods are handed over to; there before `__init__`.
     """
 
+    model: PeftModel | PreTrainedModel
+    num_generations: int
+    num_generations_eval: int
+    max_completion_length: int
     beams: BeamJoints
     saver: SaveJoints
     pushes: PushJoints
@@ -139,7 +145,7 @@ class BeamJointTrainer(GRPOTrainer):
         return self._buffered_inputs
 
     @generated.setter
-    def generated(self, batches: list[dict[str, Any]]) -> None:
+    def generated(self, batches: list[dict[str, Any]] | None) -> None:
         self._buffered_inputs = batches
 
     # The joints

@@ -111,7 +111,7 @@ def refuse_finished(config: EchoSFTConfig | GRPOConfig, overwrite: bool) -> None
     """
     if config.resume_from_checkpoint:
         return
-    folder = Path(config.output_dir)
+    folder = Path(str(config.output_dir))
     if not (folder / RUN_RECORD).is_file():
         return
     if not overwrite:

@@ -65,10 +65,6 @@ class SavingHost(Protocol):
         """Save the model, then push it."""
         ...
 
-    def save_gathered(self, folder: str, state_dict: dict) -> None:
-        """See `compat.trainer.JointTrainer`."""
-        ...
-
 
 class Host(Protocol):
     """
@@ -169,10 +165,6 @@ class Host(Protocol):
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Save the model, then push it."""
-        ...
-
-    def save_gathered(self, folder: str, state_dict: dict) -> None:
-        """See `compat.trainer.JointTrainer`."""
         ...
 
     def whole_batches(self) -> Any:

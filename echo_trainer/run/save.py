@@ -49,12 +49,19 @@ class Saver:
         self.host, self.make_record = host, make_record
         self._saved: dict[str, Any] | None = None  # facts of the adapter that was last saved into `output_dir`
 
-    def save_model(self, save: Callable[..., None], output_dir: str | None, _internal_call: bool) -> None:
+    def save_model(
+        self,
+        save: Callable[..., None],
+        save_gathered: Callable[[str, dict], None],
+        output_dir: str | None,
+        _internal_call: bool,
+    ) -> None:
         """
         Save as transformers does. With FSDP2 the adapter alone is gathered, for sharded state dicts as well.
 
         Args:
             save: the Trainer's `save_model`.
+            save_gathered: see `compat.trainer.JointTrainer`.
             output_dir, _internal_call: its arguments.
         """
         host = self.host
@@ -62,7 +69,7 @@ class Saver:
         if not host.is_fsdp_enabled or host.echo is None or (keeps_shards(host) and is_checkpoint(folder)):
             save(output_dir, _internal_call)
             return
-        host.save_gathered(folder, whole_trainable_state(host.model))
+        save_gathered(folder, whole_trainable_state(host.model))
         if host.args.push_to_hub and not _internal_call:
             host.push_to_hub(commit_message="Model save", revision=host.args.hub_revision)
 
