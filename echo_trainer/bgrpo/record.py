@@ -15,10 +15,12 @@ def beam_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]
         dataset_name: public id of the training data, if the caller knows it.
     """
     args, reward = trainer.args, trainer.args.beam_reward
+    seconds_before, tokens = trainer.resumption.seconds_before, int(trainer.state.num_input_tokens_seen)
+    record = common_record(trainer, dataset_name, seconds_before, tokens)
+    if args.load_best_model_at_end and trainer.state.best_global_step:
+        record["steps"] |= {"adapter": trainer.state.best_global_step, "best_by": args.metric_for_best_model}
     return {
-        **common_record(
-            trainer, dataset_name, trainer.resumption.seconds_before, int(trainer.state.num_input_tokens_seen)
-        ),
+        **record,
         "echo": {"enabled": False},
         "prompt_format": None,
         "example": None,

@@ -4,6 +4,7 @@ Beams are used for `num_iterations` steps, with the log-probabilities of the mod
 when a run is resumed, from the model of that step, so a run resumed in between is another run.
 """
 
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,17 +29,22 @@ class Resumption:
 
     Args:
         host: the trainer.
+
+    Attributes:
+        seconds_before: spent on training up to the checkpoint that the run goes on from.
     """
 
     def __init__(self, host: ResumeHost):
         self.host = host
+        self._begin(0.0)
 
     def save(self, folder: str) -> None:
-        """Write micro-batches done, and the beams in use where a generation is not used up, into a checkpoint."""
+        """Write micro-batches and time spent, and the beams in use where they are not used up, into a checkpoint."""
         host = self.host
         in_use = bool(host.micro_steps % self._shape()["generate_every"])
         state = {
             "micro_steps": host.micro_steps,
+            "seconds": self.seconds_before + time.monotonic() - self._since,
             "shape": self._shape(),
             "generated": host.generated if in_use else None,
         }
@@ -51,6 +57,7 @@ class Resumption:
         Raises:
             ValueError: the checkpoint has none of this process, or they were made with other options.
         """
+        self._begin(0.0)
         if folder is None:
             return
         path, host = self._path(folder), self.host
@@ -65,9 +72,13 @@ class Resumption:
                 f"The checkpoint {folder} was made with {_in_words(state['shape'])}, and the run now has "
                 f"{_in_words(self._shape())}. Write the same options, or start a new run from its adapter."
             )
+        self._begin(state["seconds"])
         host.micro_steps = state["micro_steps"]
         if state["generated"] is not None:
             host.generated = state["generated"]
+
+    def _begin(self, seconds_before: float) -> None:
+        self.seconds_before, self._since = seconds_before, time.monotonic()
 
     def _path(self, folder: str) -> Path:
         return Path(folder, BEAMS.format(self.host.accelerator.process_index))

@@ -30,9 +30,7 @@ _NEVER = re.compile(r"hub_|_dir$|_path$|^run_name|^report_to|^project|trackio|_f
                     r"^dataset_text|^card_")  # fmt: skip
 
 
-def common_record(
-    trainer: Any, dataset_name: str | None, seconds_before: float, tokens: int | None
-) -> dict[str, Any]:
+def common_record(trainer: Any, dataset_name: str | None, seconds_before: float, tokens: int | None) -> dict[str, Any]:
     """
     What is written down about every run.
 

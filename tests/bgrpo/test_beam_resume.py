@@ -41,6 +41,9 @@ def test_resumed_run_is_the_same(whole, tmp_path, step):
         for run in (resumed, whole)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 11
+    kept = torch.load(tmp_path / f"checkpoint-{step}" / BEAMS.format(0), weights_only=True)
+    assert resumed.resumption.seconds_before == kept["seconds"] > 0  # the card says what all parts have cost
+    assert resumed.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
 
 
 def test_beams_that_are_used_up_are_not_kept(whole):
