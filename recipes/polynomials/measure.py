@@ -1,7 +1,7 @@
 """Measure BGRPO and GRPO from the same start, at beam widths 1, 2, 5 and 10, with the exact verifier.
 
     python recipes/polynomials/measure.py choose base runs     # a learning rate for each arm, on other seeds
-    python recipes/polynomials/measure.py report base runs     # the reported seeds, results/ and the table
+    python recipes/polynomials/measure.py report base runs     # that, then the reported seeds, results/ and the table
 
 One core. A run that is finished is kept: the same command goes on after the last one. See README.md, which was
 written before the reported seeds were run.
@@ -28,8 +28,6 @@ from echo_trainer.plots import DASHES, ECHO, INK, PLAIN, THIRD, figure, legend_b
 
 ARMS = ("grpo", "bgrpo")
 RATES = (5e-4, 2e-3)
-CHOSEN = {"grpo": None, "bgrpo": None}
-"""Rates that `choose` found; set before the reported seeds were run."""
 CHOICE_SEEDS, SEEDS = (100,), (0, 1, 2, 3, 4)
 STEPS, WIDTH, PROMPTS, LONGEST = 40, 10, 10, 12
 TEST, VALIDATION = (10, 300), (11, 150)
@@ -123,31 +121,35 @@ def start(base: str, out: Path, rows: list[dict], name: str) -> dict:
     return found
 
 
-def choose(base: str, out: Path) -> None:
+def choose(base: str, out: Path) -> dict[str, float]:
     """The rate of each arm with the best mean over all widths, on validation rows and seeds that are not reported."""
     _, rows = held_out()
     start(base, out, rows, "validation")
+    chosen = {}
     for arm in ARMS:
         means = {}
         for rate in RATES:
             runs = [run(arm, base, seed, rate, out, rows, "validation") for seed in CHOICE_SEEDS]
             means[rate] = float(np.mean([list(r["hits"].values()) for r in runs]))
-        print(arm, {f"{rate:g}": round(mean, 4) for rate, mean in means.items()}, "best", max(means, key=means.get))
+        chosen[arm] = max(means, key=lambda rate: means[rate])
+        print(arm, {f"{rate:g}": round(mean, 4) for rate, mean in means.items()}, "best", chosen[arm], flush=True)
+    return chosen
 
 
 def report(base: str, out: Path) -> None:
     """Run the reported seeds, and write `results/`: figures, table and picture."""
+    chosen = choose(base, out)
     rows, _ = held_out()
     runs = {"sft": [start(base, out, rows, "test")] * len(SEEDS), **{arm: [] for arm in ARMS}}
     for seed in SEEDS:  # both arms of a seed one after the other: what is there can be compared at any time
         for arm in ARMS:
-            runs[arm].append(run(arm, base, seed, CHOSEN[arm], out, rows, "test"))
+            runs[arm].append(run(arm, base, seed, chosen[arm], out, rows, "test"))
     scores = {
         arm: {w: np.array([one["hits"][str(w)] for one in found]) for w in WIDTHS} for arm, found in runs.items()
     }
     summary = summarise(scores)
     summary["cpu_minutes"] = sum(one["cpu_seconds"]["all"] for arm in ARMS for one in runs[arm]) / 60
-    summary["rates"], summary["seeds"] = CHOSEN, list(SEEDS)
+    summary["rates"], summary["seeds"] = chosen, list(SEEDS)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
     (RESULTS / "table.md").write_text(table(summary))
