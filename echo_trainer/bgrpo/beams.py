@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 SEARCH = {"do_sample": False, "length_penalty": 0.0, "early_stopping": "never"}
 """
-Beams by *summed* log-probability, and an exact search: with `length_penalty=0` scores are not divided by a length, and
-with "never" a search ends when no running beam can come before a finished one.
+Beams by *summed* log-probability: with `length_penalty=0` scores are not divided by a length, and with "never" a
+search goes on until no running beam can come before a finished one.
 """
 
 OF_SAMPLES = ("temperature", "top_p", "top_k", "min_p")

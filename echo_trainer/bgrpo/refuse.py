@@ -12,6 +12,8 @@ from ..config import EchoSFTConfig
 from .config import BeamGRPOConfig
 
 IMAGES = ("image", "images")
+TAKEN = ("completion", "completion_ids")
+"""Columns that TRL does not hand to a reward function."""
 
 
 def as_beam_config(args: Any, model: Any) -> BeamGRPOConfig:
@@ -60,6 +62,11 @@ def refuse_arguments(call: dict[str, Any]) -> None:
         columns = getattr(call.get(name), "column_names", None) or ()
         if found := [column for column in IMAGES if column in columns]:
             raise ValueError(f"`{name}` has the column {found[0]!r}. Beam GRPO trains on text: leave it out.")
+        if found := [column for column in TAKEN if column in columns]:
+            raise ValueError(
+                f"`{name}` has the column {found[0]!r}, which TRL takes for what the model writes, so the verifier "
+                f"would not see it. Rename it, to 'answer' for example, or remove it."
+            )
     model, args = call["model"], call["args"]
     if isinstance(model, str | PeftModel) or call.get("peft_config") is not None:
         return

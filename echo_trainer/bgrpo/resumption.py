@@ -66,7 +66,7 @@ class Resumption:
                 f"The checkpoint {folder} has no {path.name}: it is not of BeamGRPOTrainer, or of fewer processes. "
                 f"Resume with the same number of processes, or start a new run from its adapter."
             )
-        state = torch.load(path, map_location=host.accelerator.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["shape"] != self._shape():
             raise ValueError(
                 f"The checkpoint {folder} was made with {_in_words(state['shape'])}, and the run now has "
@@ -75,7 +75,7 @@ class Resumption:
         self._begin(state["seconds"])
         host.micro_steps = state["micro_steps"]
         if state["generated"] is not None:
-            host.generated = state["generated"]
+            host.generated = [_on(batch, host.accelerator.device) for batch in state["generated"]]
 
     def _begin(self, seconds_before: float) -> None:
         self.seconds_before, self._since = seconds_before, time.monotonic()
@@ -91,6 +91,11 @@ class Resumption:
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
         }
+
+
+def _on(batch: dict[str, Any], device: Any) -> dict[str, Any]:
+    """A micro-batch on a device; `torch.load` does not know "cpu:0", which a process among others has."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def _in_words(shape: dict[str, int]) -> str:

@@ -111,5 +111,5 @@ if __name__ == "__main__":
     prompts = make_rows(PROMPT_ROWS, PROMPT_SEED, frozenset(row["prompt"] for row in test))
     (arguments.folder / "prompts").mkdir(exist_ok=True)
     for split, part in (("train", prompts), ("test", test)):
-        lines = "\n".join(json.dumps(row) for row in part)
+        lines = "\n".join(json.dumps({"prompt": row["prompt"], "answer": row["completion"]}) for row in part)
         (arguments.folder / "prompts" / f"{split}.jsonl").write_text(lines + "\n", encoding="utf-8")

@@ -27,9 +27,9 @@ from echo_trainer.bgrpo.scoring import BeamReward
 from echo_trainer.plots import DASHES, ECHO, INK, PLAIN, THIRD, figure, legend_below, tidy, write
 
 ARMS = ("grpo", "bgrpo")
-RATES = (5e-4, 2e-3)
+RATES = (5e-5, 2e-4)
 CHOICE_SEEDS, SEEDS = (100,), (0, 1, 2, 3, 4)
-STEPS, WIDTH, PROMPTS, LONGEST = 40, 10, 10, 12
+STEPS, WIDTH, PROMPTS, LONGEST = 40, 10, 20, 12
 TEST, VALIDATION = (10, 300), (11, 150)
 """Seed and number of the rows; `make_base.py` has kept the test rows out of the base's training."""
 RESULTS = Path(__file__).parent / "results"
@@ -39,7 +39,7 @@ SHARED = {
     "per_device_train_batch_size": PROMPTS * WIDTH,
     "gradient_accumulation_steps": 1,
     "num_generations": WIDTH,
-    "num_iterations": 5,
+    "num_iterations": 2,
     "beta": 0.01,
     "max_grad_norm": 0.5,
     "scale_rewards": "none",
@@ -70,7 +70,7 @@ def trainer_of(arm: str, base: str, seed: int, rate: float, out: Path):
     prompts = make_rows(3000, 1000 + seed, frozenset(row["prompt"] for row in test + validation))
     common = {
         "model": base,
-        "train_dataset": Dataset.from_list(prompts),
+        "train_dataset": Dataset.from_list([{"prompt": row["prompt"]} for row in prompts]),
         "processing_class": AutoTokenizer.from_pretrained(base),
         "peft_config": LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     }

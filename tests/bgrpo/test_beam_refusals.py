@@ -85,6 +85,8 @@ def test_rows(tmp_path):
         beam_trainer(tmp_path, rows=prompt_rows(3))
     with pytest.raises(ValueError, match="has the column 'images'"):
         beam_trainer(tmp_path, rows=[{**row, "images": []} for row in prompt_rows()])
+    with pytest.raises(ValueError, match="the column 'completion', which TRL takes"):
+        beam_trainer(tmp_path, rows=[{**row, "completion": "w1"} for row in prompt_rows()])
 
 
 @pytest.mark.parametrize("verifier", [None, "right"])

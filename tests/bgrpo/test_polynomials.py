@@ -153,7 +153,8 @@ def base(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     (folder / "prompts").mkdir()
     for split, count in (("train", 40), ("test", 6)):
-        lines = [json.dumps(row) for row in polynomials.make_rows(count, count)]
+        rows = [{"prompt": row["prompt"]} for row in polynomials.make_rows(count, count)]
+        lines = [json.dumps(row) for row in rows]
         (folder / "prompts" / f"{split}.jsonl").write_text("\n".join(lines))
     return folder
 
