@@ -6,7 +6,7 @@ when a run is resumed, from the model of that step, so a run resumed in between 
 
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -14,27 +14,18 @@ BEAMS = "beam_groups_{}.pt"
 """In a checkpoint, one for each process."""
 
 
-class ResumeHost(Protocol):
-    """The trainer, as `Resumption` sees it."""
-
-    args: Any
-    accelerator: Any
-    micro_steps: int
-    generated: list[dict[str, Any]] | None
-
-
 class Resumption:
     """
     The beams in use, in checkpoints.
 
     Args:
-        host: the trainer.
+        host: a `compat.beams.BeamJointTrainer`.
 
     Attributes:
         seconds_before: spent on training up to the checkpoint that the run goes on from.
     """
 
-    def __init__(self, host: ResumeHost):
+    def __init__(self, host: Any):
         self.host = host
         self._begin(0.0)
 
