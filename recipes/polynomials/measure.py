@@ -2,6 +2,7 @@
 
     python recipes/polynomials/measure.py choose base runs     # a learning rate for each arm, on other seeds
     python recipes/polynomials/measure.py report base runs     # that, then the reported seeds, results/ and the table
+    python recipes/polynomials/measure.py equal base runs      # afterwards, not planned: GRPO at the rate of BGRPO
 
 One core. A run that is finished is kept: the same command goes on after the last one. See README.md, which was
 written before the reported seeds were run.
@@ -138,22 +139,32 @@ def choose(base: str, out: Path) -> dict[str, float]:
 
 def report(base: str, out: Path) -> None:
     """Run the reported seeds, and write `results/`: figures, table and picture."""
-    chosen = choose(base, out)
+    write_results(choose(base, out), base, out, "results")
+
+
+def equal(base: str, out: Path) -> None:
+    """The same with one rate for both arms: that of BGRPO."""
+    rate = choose(base, out)["bgrpo"]
+    write_results(dict.fromkeys(ARMS, rate), base, out, "equal-rate")
+
+
+def write_results(rates: dict[str, float], base: str, out: Path, name: str) -> None:
+    """Run every arm and seed at its rate, and write figures, table and picture of `name`."""
     rows, _ = held_out()
     runs = {"sft": [start(base, out, rows, "test")] * len(SEEDS), **{arm: [] for arm in ARMS}}
     for seed in SEEDS:  # both arms of a seed one after the other: what is there can be compared at any time
         for arm in ARMS:
-            runs[arm].append(run(arm, base, seed, chosen[arm], out, rows, "test"))
+            runs[arm].append(run(arm, base, seed, rates[arm], out, rows, "test"))
     scores = {
         arm: {w: np.array([one["hits"][str(w)] for one in found]) for w in WIDTHS} for arm, found in runs.items()
     }
     summary = summarise(scores)
     summary["cpu_minutes"] = sum(one["cpu_seconds"]["all"] for arm in ARMS for one in runs[arm]) / 60
-    summary["rates"], summary["seeds"] = chosen, list(SEEDS)
+    summary["rates"], summary["seeds"] = rates, list(SEEDS)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (RESULTS / "table.md").write_text(table(summary))
-    draw(summary, RESULTS / "accuracy.png")
+    (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(table(summary))
+    draw(summary, RESULTS / f"{name}.png")
     print(table(summary))
 
 
@@ -232,9 +243,9 @@ def draw(summary: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["choose", "report"])
+    parser.add_argument("what", choices=["choose", "report", "equal"])
     parser.add_argument("base")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    {"choose": choose, "report": report}[arguments.what](arguments.base, arguments.out)
+    {"choose": choose, "report": report, "equal": equal}[arguments.what](arguments.base, arguments.out)
