@@ -2,13 +2,13 @@
 
 from typing import Any, Self
 
-from ..compat.trainer import JointTrainer
+from ..run.publishing import PublishingTrainer
 from .options import DistillOptions
 from .phase import Distillation, distill
 from .soft import LENGTHS, SoftLabels
 
 
-class DistillingTrainer(JointTrainer):
+class DistillingTrainer(PublishingTrainer):
     """
     Override: `compute_loss` and `log`, for rows that hold a teacher's distributions; all else is handed on.
 
