@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from trl import DatasetMixtureConfig, GRPOConfig, get_peft_config, get_quantization_config
 
 from ..config import EchoSFTConfig
-from ..files import RUN_RECORD
+from ..files import ADAPTER_WEIGHTS, RUN_RECORD
 from ..method.depth import CKA
 from ..rendering.forms import RowOptions
 from ..rendering.rendering import Rendering
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 OF_A_RUN = ("checkpoint-*", "evaluation", "assets", "adapter_*", "README.md", RUN_RECORD)
 """What a run writes into its folder and a new run must not find there."""
+
+WHOLE_MODELS = ("model.safetensors", "model.safetensors.index.json")
+"""What a run without an adapter leaves at its end."""
 
 
 def run(
@@ -104,16 +107,23 @@ def warn_of_silence(config: EchoSFTConfig) -> None:
 
 def refuse_finished(config: EchoSFTConfig | GRPOConfig, overwrite: bool) -> None:
     """
-    Keep a finished run from being replaced by accident; with `overwrite` what a run writes is deleted first.
+    Keep a run from being replaced by accident; with `overwrite` what a run writes is deleted first.
 
     Raises:
-        ValueError: `output_dir` holds a finished run.
+        ValueError: `output_dir` holds a run that has finished, or one that was stopped.
     """
     if config.resume_from_checkpoint:
         return
     folder = Path(str(config.output_dir))
-    if not (folder / RUN_RECORD).is_file():
+    checkpoints = list(folder.glob("checkpoint-*"))
+    if not (folder / RUN_RECORD).is_file() and not checkpoints:
         return
+    if not overwrite and not any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, *WHOLE_MODELS)):
+        raise ValueError(
+            f"output_dir is {config.output_dir}, which holds a run that was stopped before it ended, with "
+            f"{len(checkpoints)} checkpoints. Write `resume_from_checkpoint: true` to go on with it, "
+            f"`overwrite_output_dir: true` to delete it and begin anew, or name another folder."
+        )
     if not overwrite:
         raise ValueError(
             f"output_dir is {config.output_dir}, which holds a finished run. Training into it would replace its "

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from ..files import RUN_RECORD
+from ..files import ADAPTER_WEIGHTS
 from ..manifest import read_manifest, write_manifest
 from ..method.sites import site_key
 from ..passes.setup import EchoSetup
@@ -145,7 +145,7 @@ class Checkpoints:
             if found is not None and not host.is_world_process_zero():
                 self._check_own_part(found)
             host.spent.begin(found)
-        if found is None and not self.begun and os.path.isfile(os.path.join(host.args.output_dir, RUN_RECORD)):
+        if found is None and not self.begun and os.path.isfile(os.path.join(host.args.output_dir, ADAPTER_WEIGHTS)):
             logger.warning(
                 "output_dir is %s, which holds a finished run: saving into it replaces its adapter, card and record.",
                 host.args.output_dir,

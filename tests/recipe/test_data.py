@@ -144,6 +144,21 @@ def test_a_resumed_run_says_where_it_goes_on(run, capsys):
     assert "Going on from step 1 of 2." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kept", ["checkpoint-1", "echo_run.json", "both"])
+def test_a_run_that_was_stopped_is_not_called_finished(run, tmp_path, capsys, kept):
+    """Of a killed run its checkpoints are there, and the record that came with them; the adapter is not."""
+    out = tmp_path / "out"
+    if kept != "echo_run.json":
+        (out / "checkpoint-1").mkdir(parents=True)
+    if kept != "checkpoint-1":
+        out.mkdir(exist_ok=True)
+        (out / "echo_run.json").write_text("{}")
+    assert run() == 2
+    said = capsys.readouterr().err
+    assert "a run that was stopped before it ended" in said and "`resume_from_checkpoint: true` to go on" in said
+    assert run("--max_steps", "1", "--overwrite_output_dir", "true") == 0
+
+
 def test_messages_without_a_chat_template_are_refused_in_words(run, tmp_path, capsys):
     bare = tiny_tokenizer()
     bare.chat_template = None
