@@ -36,10 +36,10 @@ def run(
 ) -> EchoSFTTrainer:
     """Train, save and, if asked, push. Returns the trainer."""
     model: Any = _model_name(adapter)
-    check_base(model, adapter.model_revision, config.trust_remote_code)
     Agreement().decide(lambda: refuse_finished(config, data.overwrite_output_dir))
     config.model_init_kwargs = model_options(adapter, config)
     dataset = load_data(data, mixture)
+    check_base(model, adapter.model_revision, config.trust_remote_code)
     evaluate = config.eval_strategy != "no"
     if not evaluate and data.dataset_test_split in dataset:
         logger.warning(
