@@ -95,6 +95,7 @@ def test_what_a_run_would_refuse_is_refused(place, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
     Path("out/echo_run.json").write_text("{}")
+    Path("out/adapter_model.safetensors").touch()
     assert cli.main(["sft", *words(place), "--dry-run"]) == 2
     assert "holds a finished run" in capsys.readouterr().err
     assert cli.main(["sft", *words(place), "--overwrite_output_dir", "true", "--dry-run"]) == 0
