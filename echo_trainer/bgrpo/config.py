@@ -8,7 +8,7 @@ import torch
 from trl import GRPOConfig
 
 from ..options import WithoutTokens
-from .rewards import REWARDS, WRONG, Reward
+from .rewards import REWARDS, WRONG, Reward, name_of_reward
 from .verifier import load_callable
 
 OURS = ("num_beams", "num_return_sequences", "do_sample", "length_penalty", "early_stopping")
@@ -125,13 +125,17 @@ class BeamGRPOConfig(WithoutTokens, GRPOConfig):
         if self.generation_batch_size is None:  # before TRL, which speaks of all processes together
             refuse_split_groups(self, self.steps_per_generation or self.gradient_accumulation_steps)
         super().__post_init__()
+        refuse_what_samples(self)  # again: TRL has parsed options that were given as JSON
         assert self.steps_per_generation is not None  # set by `GRPOConfig`
         refuse_split_groups(self, self.steps_per_generation)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is logged, as JSON: of a reward of one's own the name."""
+        return {**super().to_dict(), "beam_reward": name_of_reward(self.beam_reward)}
+
     def __getstate__(self) -> dict[str, Any]:
         """What `torch.save` and `pickle` see: no access token, and of a reward of one's own the name."""
-        state, reward = super().__getstate__(), self.beam_reward
-        return {**state, "beam_reward": getattr(reward, "__name__", repr(reward)) if callable(reward) else reward}
+        return {**super().__getstate__(), "beam_reward": name_of_reward(self.beam_reward)}
 
 
 def check_beam_fields(config: Any) -> None:

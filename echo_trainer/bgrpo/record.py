@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..report.record import common_record
-from .rewards import REWARDS
+from .rewards import name_of_reward
 
 
 def beam_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def beam_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]
         trainer: a `BeamGRPOTrainer`.
         dataset_name: public id of the training data, if the caller knows it.
     """
-    args, reward = trainer.args, trainer.args.beam_reward
+    args = trainer.args
     seconds_before, tokens = trainer.resumption.seconds_before, int(trainer.state.num_input_tokens_seen)
     record = common_record(trainer, dataset_name, seconds_before, tokens)
     if args.load_best_model_at_end and trainer.state.best_global_step:
@@ -33,7 +33,7 @@ def beam_record(trainer: Any, dataset_name: str | None = None) -> dict[str, Any]
             "scale_rewards": args.scale_rewards,
             "loss_type": args.loss_type,
             "max_completion_length": args.max_completion_length,
-            "reward": reward if reward in REWARDS else getattr(reward, "__name__", type(reward).__name__),
+            "reward": name_of_reward(args.beam_reward),
             "decay": args.beam_decay or args.num_generations,
             "wrong": args.beam_wrong,
             "zero_sum": args.beam_zero_sum,

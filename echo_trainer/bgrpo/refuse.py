@@ -68,7 +68,10 @@ def refuse_arguments(call: dict[str, Any]) -> None:
                 f"would not see it. Rename it, to 'answer' for example, or remove it."
             )
     model, args = call["model"], call["args"]
-    if isinstance(model, str | PeftModel) or call.get("peft_config") is not None:
+    if isinstance(model, str) or call.get("peft_config") is not None:
+        return
+    refuse_frozen(model)
+    if isinstance(model, PeftModel):
         return
     if args.beta and name_of(model.config) is None:
         raise ValueError(
@@ -76,6 +79,21 @@ def refuse_arguments(call: dict[str, Any]) -> None:
             f"and this model was made in memory. Save it and pass the folder, train a LoRA (peft_config), or write "
             f"beta=0."
         )
+
+
+def refuse_frozen(model: Any) -> None:
+    """Refuse, with a ValueError, a model none of whose weights is trained."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The PeftModel has no trainable parameter (all have requires_grad=False), so nothing would be trained. "
+            "Load it with PeftModel.from_pretrained(model, adapter, is_trainable=True)."
+        )
+    raise ValueError(
+        "All weights of the model are frozen (requires_grad=False), so nothing would be trained. Pass a `peft_config` "
+        "to train a LoRA on it, or call model.requires_grad_(True) to train all weights."
+    )
 
 
 def refuse_few_prompts(dataset: Any, args: BeamGRPOConfig) -> None:

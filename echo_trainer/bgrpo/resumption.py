@@ -29,6 +29,11 @@ class Resumption:
         self.host = host
         self._begin(0.0)
 
+    def begin(self) -> None:
+        """Forget the beams of an earlier call of `train`: they are of the model and the rows of that time."""
+        self._begin(0.0)
+        self.host.micro_steps, self.host.generated = 0, None
+
     def save(self, folder: str) -> None:
         """Write micro-batches and time spent, and the beams in use where they are not used up, into a checkpoint."""
         host = self.host
@@ -48,7 +53,6 @@ class Resumption:
         Raises:
             ValueError: the checkpoint has none of this process, or they were made with other options.
         """
-        self._begin(0.0)
         if folder is None:
             return
         path, host = self._path(folder), self.host
@@ -61,7 +65,8 @@ class Resumption:
         if state["shape"] != self._shape():
             raise ValueError(
                 f"The checkpoint {folder} was made with {_in_words(state['shape'])}, and the run now has "
-                f"{_in_words(self._shape())}. Write the same options, or start a new run from its adapter."
+                f"{_in_words(self._shape())}. Write the same options and start as many processes, or start a new run "
+                f"from its adapter."
             )
         self._begin(state["seconds"])
         host.micro_steps = state["micro_steps"]
@@ -77,6 +82,7 @@ class Resumption:
     def _shape(self) -> dict[str, int]:
         args = self.host.args
         return {
+            "num_processes": self.host.accelerator.num_processes,
             "generate_every": args.steps_per_generation * args.num_iterations,
             "num_generations": args.num_generations,
             "per_device_train_batch_size": args.per_device_train_batch_size,

@@ -47,6 +47,11 @@ def make_reward(reward: str | Reward, decay: float | None = None, wrong: float =
     return partial(REWARDS[reward], decay=decay, wrong=wrong) if isinstance(reward, str) else reward
 
 
+def name_of_reward(reward: str | Reward) -> str:
+    """How a reward is called in logs, records and pickles; a callable without a name by its class."""
+    return reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
+
+
 def group_rewards(scores: Sequence[float], reward: Reward, zero_sum: bool = False) -> list[float]:
     """
     Rewards of the beams of one prompt.

@@ -1,4 +1,4 @@
-"""A run of beam GRPO from its arguments: data, model, accuracy before, training, accuracy after, saving."""
+"""A run of beam GRPO from its arguments: data, model, accuracy before, training, saving, accuracy after."""
 
 import logging
 from collections.abc import Callable
@@ -65,14 +65,14 @@ def run(
 
     before = measured("before") if rows else None
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model(config.output_dir, _internal_call=True)  # before a verifier can fail on it; pushed below
     if before is not None:
         trainer.accuracy = before_and_after(before, measured("after"), len(rows))
         if trainer.is_world_process_zero():
             draw(trainer.accuracy, Path(config.output_dir, "assets", PICTURE))
+            trainer.create_model_card()
     if config.push_to_hub:
         trainer.push_to_hub()
-    else:
-        trainer.save_model(config.output_dir)
     tell(
         f"What was trained is in {config.output_dir}. Answer with num_beams={trainer.num_generations}, as in training."
     )

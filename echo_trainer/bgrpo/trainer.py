@@ -115,6 +115,7 @@ class BeamGRPOTrainer(BeamJointTrainer):
         """
         if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() in ("true", "false"):
             resume_from_checkpoint = resume_from_checkpoint.lower() == "true"
+        self.resumption.begin()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.pushes.after_training()
         return result

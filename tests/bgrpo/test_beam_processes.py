@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from beam_cases import G
+from beam_cases import G, beam_trainer
+from beam_worker import SETTINGS
 from paths import ROOT
 
 from echo_trainer import check_adapter
@@ -50,3 +51,11 @@ def test_both_processes_have_the_same_weights_and_one_adapter_is_saved(output):
 def test_resumed_run_is_the_same_on_each_process(output):
     for whole, resumed in zip(results(output, "whole"), results(output, "resumed"), strict=True):
         assert resumed["weights"] == whole["weights"] and resumed["seen"] == []  # the beams of the checkpoint
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_run_of_fewer_processes_is_another_run(output, tmp_path, step):
+    with pytest.raises(
+        ValueError, match=r"made with num_processes 2, .* now has num_processes 1, .* as many processes"
+    ):
+        beam_trainer(tmp_path, **SETTINGS).train(resume_from_checkpoint=str(output / "run" / f"checkpoint-{step}"))

@@ -29,6 +29,9 @@ CONFIGS = [
         "generation_kwargs sets num_beams, length_penalty",
     ),
     ({"generation_kwargs": {"temperature": 0.5}}, "generation_kwargs sets temperature"),
+    ({"generation_kwargs": '{"repetition_penalty": 1.5}'}, "generation_kwargs sets repetition_penalty"),
+    ({"generation_kwargs": '{"num_beams": 2, "do_sample": true}'}, "generation_kwargs sets num_beams, do_sample"),
+    ({"generation_kwargs": '{"top_p": 0.9}'}, "generation_kwargs sets top_p"),
     ({"per_device_train_batch_size": 3, "num_generations": 2, "gradient_accumulation_steps": 1}, "no multiple of"),
     (
         {"per_device_train_batch_size": 4, "num_generations": 3, "gradient_accumulation_steps": 2},

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from beam_cases import beam_trainer
+from beam_cases import G, beam_trainer
 from models import lora_config
 from trl.trainer.utils import RepeatSampler
 
@@ -58,6 +58,15 @@ def test_beams_that_are_used_up_are_not_kept(whole):
 def test_other_beams_are_refused(whole, tmp_path, changed):
     with pytest.raises(ValueError, match="was made with"):
         trainer(tmp_path, **changed).train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
+
+
+def test_training_again_makes_new_beams(tmp_path):
+    """The second call of `train` begins a run, whose first beams are those of the model as it is then."""
+    judged = []
+    run = beam_trainer(tmp_path, verifier=lambda *given: judged.append(given) or len(judged) % 2, max_steps=1)
+    for calls in (1, 2, 3):
+        run.train()
+        assert len(judged) == calls * 4 * G and run.micro_steps == 2
 
 
 def test_a_checkpoint_without_beams_is_refused(whole, tmp_path):

@@ -1,10 +1,13 @@
 """Rewards by rank, as numbers."""
 
+import json
 import math
+from functools import partial
 
 import beam_reference
 import pytest
 
+from echo_trainer import BeamGRPOConfig
 from echo_trainer.bgrpo.rewards import DECAY_OF_PAPER, group_rewards, make_reward, rank, reverse_rank, simple
 from echo_trainer.bgrpo.scoring import BeamReward
 
@@ -89,3 +92,21 @@ def test_a_verifier_that_says_something_else_is_named(said, error):
     reward = BeamReward(lambda *_: said, simple, False, lambda: 1)
     with pytest.raises(error, match="verifier returned"):
         reward(prompts=["p"], completions=["c"], log_metric=lambda *_: None)
+
+
+class Halves:
+    def __call__(self, right, rank, size):
+        return right / 2
+
+
+def by_half(right, rank, size):
+    return right / 2
+
+
+@pytest.mark.parametrize(
+    ("own", "name"), [(by_half, "by_half"), (Halves(), "Halves"), (partial(rank, decay=2.0), "partial")]
+)
+def test_own_reward_is_logged_by_its_name(tmp_path, own, name):
+    """TensorBoard and others log the options as JSON."""
+    config = BeamGRPOConfig(str(tmp_path), use_cpu=True, beam_reward=own)
+    assert json.loads(config.to_json_string())["beam_reward"] == config.to_sanitized_dict()["beam_reward"] == name
