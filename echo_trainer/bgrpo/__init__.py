@@ -5,7 +5,7 @@ Rank-aware beam GRPO: GRPO whose group is the beams of one beam search, rewarded
     (prompt, completion, row) ──> right or wrong                        [verifier]
     (right, rank, G) ──> reward r_i                                     [rewards, scoring]
     A_i = r_i - mean of the group's; clipped ratio, beta times KL       trl.GRPOTrainer
-    what cannot work, said before anything is loaded                    [config, refuse]
+    what cannot work, said before anything is loaded                    [config, refuse, start]
     the trainer; what a resume needs; its record and card               [trainer, resumption, record]
     accuracy by beam width, before and after                            [accuracy, plot]
     `echo-trainer bgrpo`                                                [arguments, run]

@@ -53,9 +53,14 @@ class Beams:
         """
         firsts = prompts[::width]
         if len(prompts) % width or any(prompt != firsts[i // width] for i, prompt in enumerate(prompts)):
+            instead = (
+                "leave the sampler and the data loader to TRL"
+                if self.host.model.training
+                else f"write per_device_eval_batch_size={width}, or a multiple, or num_generations_eval=1 (greedy)"
+            )
             raise RuntimeError(
                 f"A batch of {len(prompts)} rows is not made of whole groups of {width} rows with the same prompt. "
-                f"Beams of a group are those of one prompt: leave the sampler and the data loader to TRL."
+                f"Beams of a group are those of one prompt: {instead}."
             )
         self.host.use_generation(beam_options(self.host.generation_kwargs, width))
         training = self.host.model.training

@@ -42,6 +42,7 @@ class BeamGRPOConfig(WithoutTokens, GRPOConfig):
     | `num_iterations` | steps on the same beams | 5 (1) | >= 1 |
     | `beta` | beta | 0.01 (0) | >= 0 |
     | `use_bias_correction_kl` | KL times rho | False (True) | |
+    | `disable_dropout` | beams and both log-probabilities by the same model | True (False) | |
     | `scale_rewards` | division by the standard deviation | "none" ("group") | "none", "group", "batch" |
     | `loss_type` | mean over the completion tokens of a micro-batch | "bnpo" ("dapo") | TRL's |
     | `learning_rate`, `max_grad_norm` | | 1e-5 (1e-6), 0.5 (1) | > 0 |
@@ -79,6 +80,13 @@ class BeamGRPOConfig(WithoutTokens, GRPOConfig):
         metadata={
             "help": "Multiply the KL term by the ratio. That makes its gradient right for samples of the policy, "
             "which beams are not; the paper has the plain k3 estimate."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={
+            "help": "Train without dropout, which would move the ratio of fresh beams away from 1 by chance, so that "
+            "tokens are clipped before anything is learnt."
         },
     )
     scale_rewards: str = field(

@@ -3,13 +3,13 @@
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel
 from transformers import ProcessorMixin
 from trl import GRPOConfig
 
 from ..compat.identity import name_of
 from ..config import EchoSFTConfig
 from .config import BeamGRPOConfig
+from .start import refuse_start
 
 IMAGES = ("image", "images")
 TAKEN = ("completion", "completion_ids")
@@ -67,33 +67,7 @@ def refuse_arguments(call: dict[str, Any]) -> None:
                 f"`{name}` has the column {found[0]!r}, which TRL takes for what the model writes, so the verifier "
                 f"would not see it. Rename it, to 'answer' for example, or remove it."
             )
-    model, args = call["model"], call["args"]
-    if isinstance(model, str) or call.get("peft_config") is not None:
-        return
-    refuse_frozen(model)
-    if isinstance(model, PeftModel):
-        return
-    if args.beta and name_of(model.config) is None:
-        raise ValueError(
-            f"beta={args.beta} compares with the model at the start, which is loaded again from where it came from, "
-            f"and this model was made in memory. Save it and pass the folder, train a LoRA (peft_config), or write "
-            f"beta=0."
-        )
-
-
-def refuse_frozen(model: Any) -> None:
-    """Refuse, with a ValueError, a model none of whose weights is trained."""
-    if any(parameter.requires_grad for parameter in model.parameters()):
-        return
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "The PeftModel has no trainable parameter (all have requires_grad=False), so nothing would be trained. "
-            "Load it with PeftModel.from_pretrained(model, adapter, is_trainable=True)."
-        )
-    raise ValueError(
-        "All weights of the model are frozen (requires_grad=False), so nothing would be trained. Pass a `peft_config` "
-        "to train a LoRA on it, or call model.requires_grad_(True) to train all weights."
-    )
+    refuse_start(call["model"], call.get("peft_config"), call["args"].beta)
 
 
 def refuse_few_prompts(dataset: Any, args: BeamGRPOConfig) -> None:

@@ -28,6 +28,7 @@ from .refuse import as_beam_config, refuse_arguments, refuse_few_prompts, refuse
 from .resumption import Resumption
 from .rewards import make_reward
 from .scoring import BeamReward
+from .start import copied_as_it_is, refuse_other_reference
 from .verifier import Verifier
 
 
@@ -94,7 +95,11 @@ class BeamGRPOTrainer(BeamJointTrainer):
         self.saver, self.pushes = Saver(self, beam_record), Pushes(self)
         reward = make_reward(config.beam_reward, config.beam_decay, config.beam_wrong)
         rewards: Any = BeamReward(verifier, reward, config.beam_zero_sum, lambda: self.group_size)
-        super().__init__(**call, reward_funcs=rewards)
+        with copied_as_it_is(model):
+            super().__init__(**call, reward_funcs=rewards)
+        if self.ref_model is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which split both
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            refuse_other_reference(self.model, reference, config.beta)
         width = max(self.num_generations, self.num_generations_eval)
         refuse_wide_beams(width, self.model.config.get_text_config().vocab_size, len(self.eos_token_ids))
 

@@ -17,7 +17,7 @@ SETTINGS = {"max_steps": 11, "num_iterations": 2, "save_strategy": "steps", "sav
 
 def trainer(folder, **settings):
     lora = lora_config(init_lora_weights=True, lora_dropout=0.2)
-    return beam_trainer(folder, lora=lora, **{**SETTINGS, **settings})
+    return beam_trainer(folder, lora=lora, disable_dropout=False, **{**SETTINGS, **settings})
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from beam_cases import G, beam_trainer, even_length, prompt_rows, tiny_base
 from beam_reference import beam_search
+from datasets import Dataset
 from models import adapted, lora_config, tiny_model, tiny_tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -143,10 +144,35 @@ def test_an_adapter_goes_on_against_itself(tmp_path):
     check_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("dropout", [0.05, 0.3])
+def test_fresh_beams_have_a_ratio_of_one(tmp_path, dropout):
+    """Dropout would clip tokens of beams that the model has just made, and move it away from itself."""
+    trainer = beam_trainer(tmp_path, lora=None, model=adapted(tiny_model(), lora_dropout=dropout), max_steps=1)
+    trainer.train()
+    assert figures(trainer, "clip_ratio/region_mean") == [0.0] and figures(trainer, "kl") == [0.0]
+
+
+def test_dropout_of_a_new_adapter_is_off(tmp_path):
+    trainer = beam_trainer(tmp_path, lora=lora_config(init_lora_weights=True, lora_dropout=0.5), max_steps=1)
+    trainer.train()
+    assert figures(trainer, "clip_ratio/region_mean") == [0.0]
+    assert trainer.model.peft_config["default"].lora_dropout == 0.5  # as it was written
+
+
+@pytest.mark.parametrize(("size", "wide"), [(8, 3), (4, 3), (3, 2)])
+def test_evaluation_in_batches_that_split_groups(tmp_path, size, wide):
+    trainer = beam_trainer(
+        tmp_path,
+        more={"eval_dataset": Dataset.from_list(prompt_rows(5))},
+        per_device_eval_batch_size=size,
+        num_generations_eval=wide,
+    )
+    with pytest.raises(RuntimeError, match=f"groups of {wide} .* per_device_eval_batch_size={wide}, or a multiple"):
+        trainer.evaluate()
+
+
 def test_evaluation_has_its_own_width(tmp_path):
     """`num_generations_eval=1` is greedy, and the reward then is its accuracy."""
-    from datasets import Dataset
-
     rows = prompt_rows(8)
     trainer = beam_trainer(
         tmp_path,
