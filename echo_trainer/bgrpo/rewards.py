@@ -64,10 +64,14 @@ def group_rewards(scores: Sequence[float], reward: Reward, zero_sum: bool = Fals
         reward: of a beam.
         zero_sum: scale the negative rewards of a mixed group so that the group's sum is zero; without a negative
             one, or without a positive one, nothing is scaled.
+
+    Raises:
+        TypeError: a reward is no number.
+        ValueError: a reward is NaN or infinite.
     """
     if all(score == scores[0] for score in scores):
         return [float(score) for score in scores]
-    rewards = [reward(score, i, len(scores)) for i, score in enumerate(scores)]
+    rewards = [_number(reward, score, i, len(scores)) for i, score in enumerate(scores)]
     gains, losses = sum(r for r in rewards if r > 0), -sum(r for r in rewards if r < 0)
     if not zero_sum or not gains or not losses:
         return rewards
@@ -76,3 +80,22 @@ def group_rewards(scores: Sequence[float], reward: Reward, zero_sum: bool = Fals
 
 def _between(right: float, if_right: float, if_wrong: float) -> float:
     return right * if_right + (1 - right) * if_wrong
+
+
+def _number(reward: Reward, right: float, rank: int, group_size: int) -> float:
+    where = f"(right {right}, rank {rank}, group size {group_size})"
+    try:
+        said = reward(right, rank, group_size)
+    except Exception as error:
+        error.add_note(f"Raised by beam_reward for {where}.")
+        raise
+    try:
+        found = float(said)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"beam_reward returned {said!r} for {where}. Return one number.") from None
+    if not math.isfinite(found):
+        raise ValueError(
+            f"beam_reward returned {found} for {where}, and the advantages of the whole group would be NaN. Return a "
+            f"finite number."
+        )
+    return found

@@ -57,4 +57,11 @@ class BeamReward:
             ("mixed", lambda group: float(min(group) != max(group))),
         ):
             log_metric(f"beams/{name}", sum(map(figure, groups)) / len(groups))
-        return [reward for group in groups for reward in group_rewards(group, self.reward, self.zero_sum)]
+        return [reward for i, group in enumerate(groups) for reward in self._rewards(group, prompts[i * size])]
+
+    def _rewards(self, group: list[float], prompt: Any) -> list[float]:
+        try:
+            return group_rewards(group, self.reward, self.zero_sum)
+        except Exception as error:
+            error.add_note(f"The beams are those of the prompt {prompt!r}, with the scores {group}.")
+            raise

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,11 @@ def score_of(verifier: Verifier, prompt: Any, completion: Any, row: dict[str, An
         TypeError: it says nothing, or no number.
         ValueError: the number is outside [0, 1].
     """
-    said = verifier(prompt, completion, row)
+    try:
+        said = verifier(prompt, completion, row)
+    except Exception as error:
+        error.add_note(f"Raised by the verifier for prompt {prompt!r}, completion {completion!r} and row {row!r}.")
+        raise
     try:
         score = float(said)
     except (TypeError, ValueError):
@@ -67,16 +72,34 @@ def load_callable(name: str, what: str) -> Callable[..., Any]:
         path = next((path for path in (Path(place), shipped) if path.is_file()), None)
         if path is None:
             raise ValueError(f"`{what}` names the file {place}, and there is none at {Path(place).resolve()}.")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None  # a file that ends in .py has both
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
     else:
-        try:
-            module = importlib.import_module(place)
-        except ImportError as error:
-            raise ValueError(f"`{what}` names the module {place!r}, which cannot be imported: {error}.") from error
+        path = None
+    try:
+        module = importlib.import_module(place) if path is None else _load_file(path, f"{path.stem}_of_{what}")
+    except Exception as error:
+        kind = "module" if path is None else "file"
+        raise ValueError(
+            f"`{what}` names the {kind} {place!r}, which cannot be imported: {type(error).__name__}: {error}. Mend "
+            f"what it says; `python {path or f'-m {place}'}` shows where."
+        ) from error
     found = getattr(module, function, None)
     if not callable(found):
         raise ValueError(f"`{what}` names {function!r} of {place}, where there is no such function.")
     return found
+
+
+def _load_file(path: Path, name: str) -> Any:
+    """A file as a module; as for a script, its neighbours can be imported while it is loaded."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # a file that ends in .py has both
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their module
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(folder)
+    return module

@@ -5,7 +5,9 @@ import math
 from functools import partial
 
 import beam_reference
+import numpy as np
 import pytest
+import torch
 
 from echo_trainer import BeamGRPOConfig
 from echo_trainer.bgrpo.rewards import DECAY_OF_PAPER, group_rewards, make_reward, rank, reverse_rank, simple
@@ -110,3 +112,38 @@ def test_own_reward_is_logged_by_its_name(tmp_path, own, name):
     """TensorBoard and others log the options as JSON."""
     config = BeamGRPOConfig(str(tmp_path), use_cpu=True, beam_reward=own)
     assert json.loads(config.to_json_string())["beam_reward"] == config.to_sanitized_dict()["beam_reward"] == name
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (None, TypeError), (np.array([1.0, 2.0]), TypeError), (torch.ones(2), TypeError), ("much", TypeError),
+        (math.nan, ValueError), (math.inf, ValueError), (torch.tensor(-math.inf), ValueError),
+    ],
+)  # fmt: skip
+def test_a_reward_that_is_no_number_is_named(said, error):
+    reward = BeamReward(lambda prompt, completion, row: completion == "c", lambda *_: said, False, lambda: 2)
+    with pytest.raises(error, match=r"beam_reward returned .* for \(right 1.0, rank 0, group size 2\)") as caught:
+        reward(prompts=["p", "p"], completions=["c", "d"], log_metric=lambda *_: None)
+    assert caught.value.__notes__ == ["The beams are those of the prompt 'p', with the scores [1.0, 0.0]."]
+
+
+@pytest.mark.parametrize("said", [np.float32(0.5), torch.tensor(0.5), True])
+def test_rewards_of_other_kinds_become_numbers(said):
+    rewards = group_rewards([1, 0], lambda *_: said)
+    assert rewards == [float(said)] * 2 and {type(reward) for reward in rewards} == {float}
+
+
+@pytest.mark.parametrize("broken", [lambda *_: 1 / 0, lambda prompt, completion, row: row["answer"], lambda one: one])
+def test_the_row_of_a_verifier_that_raises_is_named(broken):
+    reward = BeamReward(broken, simple, False, lambda: 1)
+    with pytest.raises((ZeroDivisionError, KeyError, TypeError)) as caught:
+        reward(prompts=["p"], completions=["c"], number=[3], log_metric=lambda *_: None)
+    assert caught.value.__notes__ == ["Raised by the verifier for prompt 'p', completion 'c' and row {'number': 3}."]
+
+
+@pytest.mark.parametrize("broken", [lambda *_: 1 / 0, lambda right, rank: right])
+def test_the_beam_of_a_reward_that_raises_is_named(broken):
+    with pytest.raises((ZeroDivisionError, TypeError)) as caught:
+        group_rewards([0, 1], broken)
+    assert caught.value.__notes__ == ["Raised by beam_reward for (right 0, rank 0, group size 2)."]
