@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..plots import ECHO, INK, PLAIN, figure, legend_below, tidy, write
-from .beams import SEARCH
+from .beams import SEARCH, refuse_empty
 from .verifier import Verifier, score_of
 
 WIDTHS = (1, 2, 5, 10)
@@ -101,6 +101,7 @@ def _encoded(tokenizer: Any, prompts: list[Any]) -> Any:
             prompts, add_generation_prompt=True, tokenize=True, padding=True, return_dict=True, return_tensors="pt"
         )
     found.pop("token_type_ids", None)
+    refuse_empty([row.nonzero() for row in found["attention_mask"]])
     return found
 
 

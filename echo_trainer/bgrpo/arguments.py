@@ -60,5 +60,15 @@ def parse_beams(arguments: list[str]) -> tuple[BeamArguments, BeamGRPOConfig, Ad
             f"{echoes[0]} is an option of the echo, which belongs to supervised fine-tuning: train with "
             f"`echo-trainer sft` first, then its adapter with `{PROG} --adapter_name_or_path`."
         )
-    found = parse(arguments, make_parser(PROG, CLASSES), CLASSES)
-    return cast("tuple[BeamArguments, BeamGRPOConfig, AdapterArguments]", found)
+    found = cast(
+        "tuple[BeamArguments, BeamGRPOConfig, AdapterArguments]", parse(arguments, make_parser(PROG, CLASSES), CLASSES)
+    )
+    data = found[0]
+    if data.beam_eval_rows < 0:
+        raise ValueError(f"beam_eval_rows={data.beam_eval_rows}: write a number of rows, or 0 for no measurement.")
+    if not data.beam_eval_widths or min(data.beam_eval_widths) < 1:
+        raise ValueError(
+            f"beam_eval_widths={data.beam_eval_widths}: a search has at least one beam (1 is greedy). Write widths "
+            f"such as 1 5 10, or --beam_eval_rows 0 for no measurement."
+        )
+    return found

@@ -1,6 +1,6 @@
 """The beams of each prompt, in the place of samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 SEARCH = {"do_sample": False, "length_penalty": 0.0, "early_stopping": "never"}
@@ -50,6 +50,7 @@ class Beams:
 
         Raises:
             RuntimeError: rows of a group have different prompts.
+            ValueError: a prompt is empty.
         """
         firsts = prompts[::width]
         if len(prompts) % width or any(prompt != firsts[i // width] for i, prompt in enumerate(prompts)):
@@ -62,6 +63,7 @@ class Beams:
                 f"A batch of {len(prompts)} rows is not made of whole groups of {width} rows with the same prompt. "
                 f"Beams of a group are those of one prompt: {instead}."
             )
+        refuse_empty(firsts)
         self.host.use_generation(beam_options(self.host.generation_kwargs, width))
         training = self.host.model.training
         self.host.model.eval()  # with dropout the most probable completions would be those of another model
@@ -69,6 +71,15 @@ class Beams:
             return generate(firsts)
         finally:
             self.host.model.train(training)
+
+
+def refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse, with a ValueError, prompts (token ids) without a token: a search has nothing to begin with."""
+    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
+        raise ValueError(
+            f"Prompt {empty[0]} of {len(prompts)} in this batch has no tokens, so there is nothing to go on from. "
+            f"Remove rows with an empty prompt, or begin every prompt with a word."
+        )
 
 
 def beam_options(options: dict[str, Any], width: int) -> dict[str, Any]:

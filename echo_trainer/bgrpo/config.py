@@ -147,7 +147,12 @@ class BeamGRPOConfig(WithoutTokens, GRPOConfig):
 
 
 def check_beam_fields(config: Any) -> None:
-    """Refuse rewards that there are not, with a ValueError."""
+    """Refuse rewards that there are not, and verifiers that would see nothing, with a ValueError."""
+    if config.remove_unused_columns:
+        raise ValueError(
+            "remove_unused_columns=True would remove all columns but the prompt, and the verifier reads them. Leave "
+            "it out (False)."
+        )
     if not callable(config.beam_reward) and config.beam_reward not in REWARDS:
         raise ValueError(
             f"beam_reward={config.beam_reward!r} is none of {', '.join(REWARDS)}, and no function of (right, rank, "

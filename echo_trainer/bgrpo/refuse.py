@@ -1,5 +1,6 @@
 """What beam GRPO cannot do, said before a model is loaded or trained."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -9,11 +10,12 @@ from trl import GRPOConfig
 from ..compat.identity import name_of
 from ..config import EchoSFTConfig
 from .config import BeamGRPOConfig
+from .scoring import NOT_COLUMNS
 from .start import refuse_start
 
 IMAGES = ("image", "images")
-TAKEN = ("completion", "completion_ids")
-"""Columns that TRL does not hand to a reward function."""
+TAKEN = ("completion", "prompts", "completions", *NOT_COLUMNS)
+"""Names that TRL gives to something else than a column where it calls a reward function."""
 
 
 def as_beam_config(args: Any, model: Any) -> BeamGRPOConfig:
@@ -59,15 +61,25 @@ def refuse_arguments(call: dict[str, Any]) -> None:
             "`processing_class` is the processor of a model with images. Beam GRPO trains on text: pass its tokenizer."
         )
     for name in ("train_dataset", "eval_dataset"):
-        columns = getattr(call.get(name), "column_names", None) or ()
-        if found := [column for column in IMAGES if column in columns]:
-            raise ValueError(f"`{name}` has the column {found[0]!r}. Beam GRPO trains on text: leave it out.")
-        if found := [column for column in TAKEN if column in columns]:
-            raise ValueError(
-                f"`{name}` has the column {found[0]!r}, which TRL takes for what the model writes, so the verifier "
-                f"would not see it. Rename it, to 'answer' for example, or remove it."
-            )
+        given = call.get(name)
+        for dataset in given.values() if isinstance(given, dict) else (given,):
+            _refuse_columns(name, getattr(dataset, "column_names", None) or ())
     refuse_start(call["model"], call.get("peft_config"), call["args"].beta)
+
+
+def _refuse_columns(name: str, columns: Sequence[str]) -> None:
+    if columns and "prompt" not in columns:
+        raise ValueError(
+            f"`{name}` has the columns {', '.join(columns)}, and no column 'prompt', which is what the model answers. "
+            f"Rename the one that holds prompts (on the command line: --prompt_column)."
+        )
+    if found := [column for column in IMAGES if column in columns]:
+        raise ValueError(f"`{name}` has the column {found[0]!r}. Beam GRPO trains on text: leave it out.")
+    if found := [column for column in TAKEN if column in columns]:
+        raise ValueError(
+            f"`{name}` has the column {found[0]!r}, which TRL takes for its own (what the model writes, for example), "
+            f"so the verifier would not see it. Rename it, to 'answer' for example, or remove it."
+        )
 
 
 def refuse_few_prompts(dataset: Any, args: BeamGRPOConfig) -> None:

@@ -5,10 +5,11 @@ from dataclasses import fields
 import pytest
 from beam_cases import beam_trainer, prompt_rows
 from datasets import Dataset
-from models import tiny_model
+from models import tiny_model, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer, SFTConfig
 
 from echo_trainer import BeamGRPOConfig, BeamGRPOTrainer, EchoSFTConfig, cli
+from echo_trainer.bgrpo.accuracy import best_scores
 from echo_trainer.bgrpo.refuse import refuse_wide_beams
 from echo_trainer.bgrpo.verifier import load_callable
 from echo_trainer.compat import beams
@@ -44,6 +45,7 @@ CONFIGS = [
     ({"beam_decay": 0.0}, "beam_decay=0.0"),
     ({"beam_decay": float("nan")}, "beam_decay=nan"),
     ({"beam_wrong": -0.1}, "beam_wrong=-0.1"),
+    ({"remove_unused_columns": True}, "remove_unused_columns=True would remove"),
     ({"generation_batch_size": 305}, "divisible"),  # TRL's own words
 ]
 
@@ -88,8 +90,38 @@ def test_rows(tmp_path):
         beam_trainer(tmp_path, rows=prompt_rows(3))
     with pytest.raises(ValueError, match="has the column 'images'"):
         beam_trainer(tmp_path, rows=[{**row, "images": []} for row in prompt_rows()])
-    with pytest.raises(ValueError, match="the column 'completion', which TRL takes"):
-        beam_trainer(tmp_path, rows=[{**row, "completion": "w1"} for row in prompt_rows()])
+    with pytest.raises(ValueError, match="has the columns question, number, and no column 'prompt'"):
+        beam_trainer(tmp_path, rows=[{"question": row["prompt"], "number": row["number"]} for row in prompt_rows()])
+
+
+@pytest.mark.parametrize("name", ["completion", "prompts", "completions", "environments", "log_metric"])
+def test_columns_that_are_taken(tmp_path, name):
+    with pytest.raises(ValueError, match=f"`train_dataset` has the column '{name}', which TRL takes"):
+        beam_trainer(tmp_path, rows=[{**row, name: "w1"} for row in prompt_rows()])
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "w1", "completion": "w2"}, "the column 'completion'"),
+        ({"prompt": "w1", "images": []}, "the column 'images'"),
+        ({"text": "w1"}, "no column 'prompt'"),
+    ],
+)
+def test_datasets_of_evaluation_by_name(tmp_path, row, words):
+    datasets = {"good": Dataset.from_list([{"prompt": "w1"}]), "bad": Dataset.from_list([row])}
+    with pytest.raises(ValueError, match=f"`eval_dataset` has .*{words}"):
+        beam_trainer(tmp_path, more={"eval_dataset": datasets})
+
+
+@pytest.mark.parametrize("place", [0, 5, 11])
+def test_empty_prompts(tmp_path, place):
+    rows = prompt_rows()
+    rows[place]["prompt"] = ""
+    with pytest.raises(ValueError, match="has no tokens, so there is nothing"):
+        beam_trainer(tmp_path, rows=rows, max_steps=6, num_iterations=1).train()
+    with pytest.raises(ValueError, match=f"Prompt {place} of 12 in this batch has no tokens"):
+        best_scores(tiny_model(), tiny_tokenizer(), rows, lambda *_: True, 2, 2)
 
 
 @pytest.mark.parametrize("verifier", [None, "right"])
@@ -159,6 +191,9 @@ def test_functions_by_name(name, words):
         (["--model_name_or_path", "base"], "No dataset_name"),
         (["--model_name_or_path", "base", "--dataset_name", "rows.jsonl"], "No verifier"),
         (["--config", "polynomials/bgrpo", "--lora_layers", "cka"], "leave it out"),
+        (["--beam_eval_widths", "0"], "beam_eval_widths=[0]: a search has at least one"),
+        (["--beam_eval_widths", "1", "-2"], "beam_eval_widths=[1, -2]"),
+        (["--beam_eval_rows", "-1"], "beam_eval_rows=-1"),
         (
             ["--config", "polynomials/bgrpo", "--dataset_name", "rows.jsonl", "--prompt_column", "text"],
             "no column 'text'",
