@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..plots import ECHO, INK, PLAIN, figure, legend_below, tidy, write
-from .beams import SEARCH, refuse_empty
+from .beams import beam_options, refuse_empty
 from .verifier import Verifier, score_of
 
 WIDTHS = (1, 2, 5, 10)
@@ -22,6 +22,8 @@ def best_scores(
     width: int,
     max_new_tokens: int,
     batch_size: int = 32,
+    options: dict[str, Any] | None = None,
+    template: dict[str, Any] | None = None,
 ) -> list[float]:
     """
     The score of the best beam of each row: what a user gets who looks through all of them with the verifier.
@@ -34,25 +36,24 @@ def best_scores(
         width: beam width; 1 is greedy.
         max_new_tokens: longest completion.
         batch_size: rows whose beams are searched at a time.
+        options: of `generate`, such as a trainer's `generation_kwargs`, which go before those of the model.
+        template: keyword arguments of the chat template.
     """
     training, side = model.training, tokenizer.padding_side
     tokenizer.padding_side = "left"
     model.eval()
-    search = SEARCH if width > 1 else {"do_sample": False}
+    longest = {"pad_token_id": tokenizer.pad_token_id, **(options or {}), "max_new_tokens": max_new_tokens}
+    search = beam_options(longest, width)
+    ends = search.get("eos_token_id", model.generation_config.eos_token_id)
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
     found = []
     try:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            inputs = _encoded(tokenizer, [row["prompt"] for row in part]).to(model.device)
-            ids = model.generate(
-                **inputs,
-                **search,
-                num_beams=width,
-                num_return_sequences=width,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            inputs = _encoded(tokenizer, [row["prompt"] for row in part], template or {}).to(model.device)
+            ids = model.generate(**inputs, **search)
+            answers = [_until_end(row, ends) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             for i, row in enumerate(part):
                 others = {name: value for name, value in row.items() if name != "prompt"}
                 beams = texts[i * width : (i + 1) * width]
@@ -64,11 +65,17 @@ def best_scores(
 
 
 def accuracy_by_width(
-    model: Any, tokenizer: Any, rows: Any, verifier: Verifier, max_new_tokens: int, widths: Iterable[int] = WIDTHS
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    verifier: Verifier,
+    max_new_tokens: int,
+    widths: Iterable[int] = WIDTHS,
+    **how: Any,
 ) -> dict[int, float]:
-    """The mean of `best_scores` for each width."""
+    """The mean of `best_scores` for each width; `how` are `options` and `template`."""
     rows = list(rows)
-    scores = {width: best_scores(model, tokenizer, rows, verifier, width, max_new_tokens) for width in widths}
+    scores = {width: best_scores(model, tokenizer, rows, verifier, width, max_new_tokens, **how) for width in widths}
     return {width: sum(found) / len(found) for width, found in scores.items()}
 
 
@@ -93,16 +100,28 @@ def draw(accuracy: list[dict[str, Any]], path: str | Path) -> Path:
     return write(drawn, path)
 
 
-def _encoded(tokenizer: Any, prompts: list[Any]) -> Any:
+def _encoded(tokenizer: Any, prompts: list[Any], template: dict[str, Any]) -> Any:
     if isinstance(prompts[0], str):
         found = tokenizer(prompts, padding=True, return_tensors="pt")
     else:
         found = tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, tokenize=True, padding=True, return_dict=True, return_tensors="pt"
+            prompts,
+            add_generation_prompt=True,
+            tokenize=True,
+            padding=True,
+            return_dict=True,
+            return_tensors="pt",
+            **template,
         )
     found.pop("token_type_ids", None)
     refuse_empty([row.nonzero() for row in found["attention_mask"]])
     return found
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """As in training: up to and with the first token that ends; a search fills short beams with that token."""
+    end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: end + 1]
 
 
 def _as(prompt: Any, text: str) -> Any:

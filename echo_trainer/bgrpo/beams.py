@@ -13,6 +13,17 @@ OF_SAMPLES = ("temperature", "top_p", "top_k", "min_p")
 """What TRL sets for sampling, and a beam search has no use for."""
 
 
+CONSTRAINTS = (
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "min_length",
+    "min_new_tokens", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "renormalize_logits",
+    "guidance_scale", "typical_p", "epsilon_cutoff", "eta_cutoff", "watermarking_config",
+)  # fmt: skip
+"""Options of a model's `generation_config` that change which beams are found, and that TRL leaves as they are."""
+
+NEUTRAL = {"guidance_scale": 1, "typical_p": 1, "encoder_repetition_penalty": 1}
+
+
 class BeamHost(Protocol):
     """The trainer, as `Beams` sees it."""
 
@@ -94,3 +105,15 @@ def beam_options(options: dict[str, Any], width: int) -> dict[str, Any]:
     search = SEARCH if width > 1 else {"do_sample": False}
     kept = {name: value for name, value in kept.items() if name not in SEARCH}
     return {**kept, **search, "num_beams": width, "num_return_sequences": width}
+
+
+def constraints_of(generation_config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """
+    What a model brings with it that would rank beams by something else than their log-probability.
+
+    Args:
+        generation_config: of the model.
+        options: of the run, which go before those of the model.
+    """
+    given = {name: getattr(generation_config, name, None) for name in CONSTRAINTS if options.get(name) is None}
+    return {name: value for name, value in given.items() if value and value != NEUTRAL.get(name)}

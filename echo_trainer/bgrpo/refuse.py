@@ -94,6 +94,17 @@ def refuse_few_prompts(dataset: Any, args: BeamGRPOConfig) -> None:
         )
 
 
+def refuse_no_step(state: Any, args: BeamGRPOConfig) -> None:
+    """Refuse, with a ValueError, a run that ended without a step though there should be some: its stream was short."""
+    assert args.generation_batch_size is not None and args.num_generations  # set by `GRPOConfig`
+    if state.max_steps > 0 and not state.global_step:
+        raise ValueError(
+            f"Nothing was trained: the streamed dataset ended before the {args.generation_batch_size} / "
+            f"{args.num_generations} = {args.generation_batch_size // args.num_generations} prompts that a generation "
+            f"takes. Give more prompts, or lower gradient_accumulation_steps or steps_per_generation."
+        )
+
+
 def refuse_wide_beams(width: int, vocabulary: int, n_ends: int) -> None:
     """
     Refuse more beams than a first token allows, with a ValueError.

@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
 from ..recipe.arguments import AdapterArguments
@@ -22,6 +25,7 @@ from .verifier import load_callable
 logger = logging.getLogger(__name__)
 
 PICTURE = "beams.png"
+TOKENIZER = "tokenizer_config.json"
 
 
 def run(
@@ -49,6 +53,7 @@ def run(
         args=config,
         train_dataset=splits[data.dataset_train_split],
         eval_dataset=splits.get(data.dataset_test_split) if config.eval_strategy != "no" else None,
+        processing_class=_tokenizer(data, config),
         quantization_config=quantization,
         peft_config=peft_config,
     )
@@ -58,7 +63,9 @@ def run(
 
     def measured(when: str) -> dict[int, float]:
         tokenizer, longest = trainer.processing_class, trainer.max_completion_length
-        found = accuracy_by_width(trainer.model, tokenizer, rows, verifier, longest, data.beam_eval_widths)
+        as_in_training = {"options": trainer.generation_kwargs, "template": config.chat_template_kwargs}
+        widths = data.beam_eval_widths
+        found = accuracy_by_width(trainer.model, tokenizer, rows, verifier, longest, widths, **as_in_training)
         words = ", ".join(f"{100 * value:.1f} % with {width}" for width, value in found.items())
         tell(f"Right on {len(rows)} held-out prompts, {when} training, by beam width: {words}.")
         return found
@@ -122,7 +129,38 @@ def _model(data: BeamArguments, config: BeamGRPOConfig, adapter: AdapterArgument
     config.model_init_kwargs = options = model_options(adapter, config)
     if data.adapter_name_or_path is None:
         return name, quantization, get_peft_config(adapter)
+    if ignored := _given_for_lora(adapter):
+        logger.warning(
+            "adapter_name_or_path is %s, an adapter with a form of its own, so %s will do nothing.",
+            data.adapter_name_or_path,
+            ", ".join(f"{option}={value}" for option, value in ignored.items()),
+        )
     config.model_init_kwargs = None
     options = {"dtype": "float32", **{key: value for key, value in options.items() if value is not None}}
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **options)
     return PeftModel.from_pretrained(model, data.adapter_name_or_path, is_trainable=True), None, None
+
+
+def _given_for_lora(adapter: AdapterArguments) -> dict[str, Any]:
+    """Options of a new adapter that are not at their defaults."""
+    plain = AdapterArguments()
+    names = [option.name for option in fields(adapter) if option.name.startswith(("lora_", "use_rslora", "use_dora"))]
+    return {name: getattr(adapter, name) for name in names if getattr(adapter, name) != getattr(plain, name)}
+
+
+def _tokenizer(data: BeamArguments, config: BeamGRPOConfig) -> Any:
+    """The tokenizer that was saved with the adapter to go on with, and its chat template; None: that of the base."""
+    name = data.adapter_name_or_path
+    if name is None:
+        return None
+    if Path(name).is_dir():
+        if not Path(name, TOKENIZER).is_file():
+            return None
+    else:
+        try:
+            hf_hub_download(name, TOKENIZER)
+        except EntryNotFoundError:  # there is none, or the Hub cannot be asked
+            logger.warning("No tokenizer was found beside the adapter %s: that of the base is used.", name)
+            return None
+    sides = {"padding_side": "left", "truncation_side": "left"}  # as TRL loads that of a base
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **sides)

@@ -12,6 +12,7 @@ Advantages, ratio, clipping, KL and loss are TRL's.
 """
 
 import inspect
+import logging
 from typing import Any
 
 from trl import GRPOTrainer
@@ -21,15 +22,17 @@ from ..compat.versions import warn_of_newer
 from ..run.agreement import Agreement
 from ..run.pushes import Pushes
 from ..run.save import Saver
-from .beams import Beams
+from .beams import Beams, constraints_of
 from .config import BeamGRPOConfig
 from .record import beam_record
-from .refuse import as_beam_config, refuse_arguments, refuse_few_prompts, refuse_wide_beams
+from .refuse import as_beam_config, refuse_arguments, refuse_few_prompts, refuse_no_step, refuse_wide_beams
 from .resumption import Resumption
 from .rewards import make_reward
 from .scoring import BeamReward
 from .start import copied_as_it_is, refuse_other_reference
 from .verifier import Verifier
+
+logger = logging.getLogger(__name__)
 
 
 class BeamGRPOTrainer(BeamJointTrainer):
@@ -100,6 +103,13 @@ class BeamGRPOTrainer(BeamJointTrainer):
         if self.ref_model is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which split both
             reference = self.accelerator.unwrap_model(self.ref_model)
             refuse_other_reference(self.model, reference, config.beta)
+        if found := constraints_of(self.model.generation_config, self.generation_kwargs):
+            logger.warning(
+                "The model's generation_config has %s, so beams are not its most probable completions: they are what "
+                "the model would answer with these rules, which the loss does not know. If that is not meant, set "
+                "them to None in model.generation_config (generation_config.json of a folder).",
+                ", ".join(f"{name}={value}" for name, value in found.items()),
+            )
         width = max(self.num_generations, self.num_generations_eval)
         refuse_wide_beams(width, self.model.config.get_text_config().vocab_size, len(self.eos_token_ids))
 
@@ -116,12 +126,14 @@ class BeamGRPOTrainer(BeamJointTrainer):
             resume_from_checkpoint: a checkpoint folder, or True (or "true") for the last one in `output_dir`.
 
         Raises:
-            ValueError: the checkpoint is not of such a run, or was made with other options.
+            ValueError: the checkpoint is not of such a run, or was made with other options; or a streamed dataset
+                has too few prompts for one step.
         """
         if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() in ("true", "false"):
             resume_from_checkpoint = resume_from_checkpoint.lower() == "true"
         self.resumption.begin()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        refuse_no_step(self.state, self.args)
         self.pushes.after_training()
         return result
 

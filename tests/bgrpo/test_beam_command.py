@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from beam_cases import prompt_rows, tiny_base
+from models import adapted, tiny_model, tiny_tokenizer
 
 from echo_trainer import check_adapter, cli
 
@@ -54,3 +55,26 @@ def test_card_and_record_have_what_was_measured_after(folder):
     record = json.loads(Path("out/echo_run.json").read_text())["bgrpo"]
     assert [row["width"] for row in record["accuracy"]] == [1, 3]
     assert "| 1 (greedy) |" in Path("out/README.md").read_text() and Path("out/assets/beams.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "ignored"),
+    [
+        ("w33 {{ messages[0]['content'] }}", ["--lora_r", "64", "--lora_alpha", "8"], "lora_r=64, lora_alpha=8"),
+        ("{{ messages[0]['content'] }} w9", ["--use_dora"], "lora_r=4, use_dora=True"),
+        (None, [], "lora_r=4"),
+    ],
+)
+def test_an_adapter_brings_its_tokenizer_and_its_form(folder, caplog, template, options, ignored):
+    base = adapted(tiny_model())
+    base.save_pretrained("sft")
+    if template is not None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained("sft")
+    options = [*options, "--portable_adapter", "False", "--beam_eval_rows", "0"]
+    assert command("--verifier", "checks.py:right", "--adapter_name_or_path", "sft", *options) == 0
+    written = Path("out/chat_template.jinja").read_text()
+    assert written == (template or tiny_tokenizer().chat_template)
+    assert json.loads(Path("out/adapter_config.json").read_text())["r"] == 4
+    assert f"so {ignored} will do nothing" in caplog.text

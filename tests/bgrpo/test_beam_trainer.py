@@ -5,15 +5,14 @@ import json
 import pytest
 import torch
 from beam_cases import G, beam_trainer, even_length, prompt_rows, tiny_base
-from beam_reference import beam_search
 from datasets import Dataset
-from models import adapted, lora_config, tiny_model, tiny_tokenizer
+from models import adapted, lora_config, tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
 from echo_trainer import BeamGRPOConfig, check_adapter
-from echo_trainer.bgrpo.accuracy import accuracy_by_width, before_and_after, best_scores, draw
+from echo_trainer.bgrpo.accuracy import best_scores
 
 
 def figures(trainer, name):
@@ -189,22 +188,33 @@ def test_evaluation_has_its_own_width(tmp_path):
     assert figures(trainer, "eval_beams/first_right") == [pytest.approx(sum(greedy) / 8)]
 
 
-def test_accuracy_by_width(tmp_path):
-    model, tokenizer, rows = tiny_model().eval(), tiny_tokenizer(), prompt_rows(7)
-    found = accuracy_by_width(model, tokenizer, rows, even_length, 4, (1, 3))
-    one = best_scores(model, tokenizer, rows[3:4], even_length, 3, 4)
-    assert best_scores(model, tokenizer, rows, even_length, 3, 4, batch_size=2)[3] == one[0]
-    for width in (1, 3):
-        right = []
-        for row in rows:
-            beams = beam_search(model, tokenizer(row["prompt"])["input_ids"], width, 4, {1})
-            texts = [tokenizer.decode(list(tokens), skip_special_tokens=True) for tokens, _ in beams]
-            right.append(any(even_length(row["prompt"], text, row) for text in texts))
-        assert found[width] == sum(right) / 7
-    assert tokenizer.padding_side == "right"
-    table = before_and_after(found, {1: 0.5, 3: 1.0}, 7)
-    assert table[1] == {"width": 3, "before": found[3], "after": 1.0, "n": 7}
-    assert draw(table, tmp_path / "beams.png").stat().st_size > 5000
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("no_repeat_ngram_size", 2), ("min_new_tokens", 3), ("suppress_tokens", [10, 11]), ("bad_words_ids", [[10]]),
+        ("exponential_decay_length_penalty", (1, 3.0)),
+    ],
+)  # fmt: skip
+def test_rules_of_the_model_are_named(tmp_path, caplog, name, value):
+    model = tiny_model()
+    beam_trainer(tmp_path, model=model)
+    assert "generation_config has" not in caplog.text
+    setattr(model.generation_config, name, value)
+    beam_trainer(tmp_path, model=model)
+    assert f"generation_config has {name}={value}, so beams are not" in caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_stream_that_is_too_short(tmp_path, count):
+    stream = Dataset.from_list(prompt_rows(count)).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"Nothing was trained: the streamed dataset ended before the 12 / 3 = 4"):
+        beam_trainer(tmp_path, more={"train_dataset": stream}).train()
+
+
+def test_a_stream(tmp_path):
+    trainer = beam_trainer(tmp_path, more={"train_dataset": Dataset.from_list(prompt_rows(4)).to_iterable_dataset()})
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_lora_kinds(tmp_path):

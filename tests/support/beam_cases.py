@@ -49,7 +49,10 @@ def beam_trainer(folder, *, model=None, lora=True, verifier=even_length, rows=No
         model=tiny_model() if model is None else model,
         verifier=verifier,
         args=BeamGRPOConfig(output_dir=str(folder), **{**SETTINGS, **settings}),
-        train_dataset=Dataset.from_list(prompt_rows() if rows is None else rows),
         peft_config=peft_config,
-        **{"processing_class": tiny_tokenizer(), **(more or {})},
+        **{
+            "train_dataset": Dataset.from_list(prompt_rows() if rows is None else rows),
+            "processing_class": tiny_tokenizer(),
+            **(more or {}),
+        },
     )
