@@ -46,6 +46,7 @@ def command(*words):
 def test_a_verifier_that_fails_after_training_does_not_cost_the_adapter(folder):
     with pytest.raises(KeyError, match="late"):
         command("--verifier", "checks.py:breaks_after_training")
+    assert Path("out/adapter_model.safetensors").is_file()
     check_adapter("out", base="base")
     assert json.loads(Path("out/echo_run.json").read_text())["bgrpo"]["accuracy"] is None
 
