@@ -44,8 +44,8 @@ def best_scores(
     model.eval()
     longest = {"pad_token_id": tokenizer.pad_token_id, **(options or {}), "max_new_tokens": max_new_tokens}
     search = beam_options(longest, width)
-    ends = search.get("eos_token_id", model.generation_config.eos_token_id)
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    given: Any = search.get("eos_token_id", model.generation_config.eos_token_id)
+    ends: set[int] = {given} if isinstance(given, int) else set(given or ())
     found = []
     try:
         for start in range(0, len(rows), batch_size):

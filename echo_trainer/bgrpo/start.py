@@ -51,7 +51,7 @@ def copied_as_it_is(model: Any) -> Iterator[None]:
     Args:
         model: of the trainer; anything but a `PeftModel` is left alone.
     """
-    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    configs: list[Any] = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
     kept = [(config, config.init_lora_weights) for config in configs if hasattr(config, "init_lora_weights")]
     try:
         for config, _ in kept:

@@ -64,6 +64,9 @@ class BeamJoints(Protocol):
 class ResumeJoints(Protocol):
     """What a resume needs beside the optimizer."""
 
+    def begin(self) -> None:
+        """Training begins; nothing is left of an earlier call."""
+
     def save(self, folder: str) -> None:
         """Write it into a checkpoint."""
 
