@@ -104,7 +104,7 @@ def distill_run(
     folder = Path(name).parent if is_checkpoint(name) else Path(name)
     if Path(config.output_dir).resolve() == folder.resolve():
         raise ValueError(f"--output_dir {config.output_dir} is the folder of the run itself. Name another one.")
-    Agreement().decide(lambda: refuse_finished(config, data.overwrite_output_dir))
+    Agreement().decide(lambda: refuse_finished(config, data.overwrite_output_dir, goes_on=True))
     said = row_options(str(folder))
     record = _record(folder)
     if options.teacher == "echo":

@@ -105,9 +105,14 @@ def warn_of_silence(config: EchoSFTConfig) -> None:
         )
 
 
-def refuse_finished(config: EchoSFTConfig | GRPOConfig, overwrite: bool) -> None:
+def refuse_finished(config: EchoSFTConfig | GRPOConfig, overwrite: bool, goes_on: bool = False) -> None:
     """
     Keep a run from being replaced by accident; with `overwrite` what a run writes is deleted first.
+
+    Args:
+        config: of the run that is to begin.
+        overwrite: whether what is there may be deleted.
+        goes_on: whether the command goes on with a run that was stopped, by itself.
 
     Raises:
         ValueError: `output_dir` holds a run that has finished, or one that was stopped.
@@ -118,7 +123,10 @@ def refuse_finished(config: EchoSFTConfig | GRPOConfig, overwrite: bool) -> None
     checkpoints = list(folder.glob("checkpoint-*"))
     if not (folder / RUN_RECORD).is_file() and not checkpoints:
         return
-    if not overwrite and not any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, *WHOLE_MODELS)):
+    finished = any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, *WHOLE_MODELS))
+    if not overwrite and not finished and goes_on:
+        return
+    if not overwrite and not finished:
         raise ValueError(
             f"output_dir is {config.output_dir}, which holds a run that was stopped before it ended, with "
             f"{len(checkpoints)} checkpoints. Write `resume_from_checkpoint: true` to go on with it, "
