@@ -26,6 +26,8 @@ _COMMANDS = {
     "env": (".env", "print versions, device and kernels: the first thing to paste into a report"),
 }
 
+_TAKE_RECIPES = ("sft", "select-layers", "distill", "bgrpo")
+
 PASSING_WARNINGS = (
     r"`(is_)?gradient_checkpointing` is deprecated",  # TRL's default, under its older name
     r"'pin_memory' argument is set as true but no accelerator",
@@ -65,12 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if name in ("check", "export"):
             return serving_command(name, rest)
-        if name in (
-            "sft",
-            "select-layers",
-            "distill",
-            "bgrpo",
-        ):  # a wrong name and broken YAML are said before torch is loaded
+        if name in _TAKE_RECIPES:  # a wrong name and broken YAML are said before torch is loaded
             named_recipe(rest)
         return importlib.import_module(_COMMANDS[name][0], __name__).main(rest)
     except KeyboardInterrupt:
