@@ -16,7 +16,7 @@ SHOWN = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "recipes/*/README.md",
-    "recipes/*/results/*/*.md",
+    "recipes/*/results/**/*.md",
     "model_cards/example/*.md",
 )
 OUTSIDE = [path.relative_to(ROOT).as_posix() for pattern in SHOWN for path in sorted(ROOT.glob(pattern))]
