@@ -144,11 +144,17 @@ def base_question(rng: random.Random, story: Story) -> tuple[str, str]:
     )
 
 
-def task_question(rng: random.Random, story: Story) -> tuple[str, str]:
-    """The question of the fine-tuning task: who has the thing, and where is that person?"""
+def task_question(rng: random.Random, story: Story, latent: bool = False) -> tuple[str, str]:
+    """
+    The question of the fine-tuning task: who has the thing, and where is that person?
+
+    Args:
+        latent: answer the place alone. Who has the thing must then be found without writing it down.
+    """
     thing = rng.choice(list(story.holder))
     holder = story.holder[thing]
-    return f"where is the {thing}?", f"with {holder} in the {story.place[holder]}."
+    place = f"in the {story.place[holder]}."
+    return f"where is the {thing}?", place if latent else f"with {holder} {place}"
 
 
 def ask(question: str) -> str:
@@ -157,7 +163,7 @@ def ask(question: str) -> str:
 
 
 def make_items(
-    rng: random.Random, count: int, taken: set[str], events: tuple[int, int] = (1, 2)
+    rng: random.Random, count: int, taken: set[str], events: tuple[int, int] = (1, 2), latent: bool = False
 ) -> list[dict[str, str]]:
     """`count` prompt-completion items about stories that are not in `taken`, which is added to."""
     items: list[dict[str, str]] = []
@@ -166,19 +172,24 @@ def make_items(
         if story.text in taken:
             continue
         taken.add(story.text)
-        question, answer = task_question(rng, story)
+        question, answer = task_question(rng, story, latent)
         items.append({"prompt": story.text + ask(question), "completion": f" {answer}"})
     return items
 
 
 def write_data(
-    out: Path, seed: int = 0, train: int = 3000, test: int = 1000, events: tuple[int, int] = (1, 2)
+    out: Path,
+    seed: int = 0,
+    train: int = 3000,
+    test: int = 1000,
+    events: tuple[int, int] = (1, 2),
+    latent: bool = False,
 ) -> None:
     """Write `train.jsonl` and `test.jsonl` into `out`; no story is in both."""
     rng = random.Random(seed)
     taken: set[str] = set()
     for name, count in (("test", test), ("train", train)):
-        lines = [json.dumps(item) + "\n" for item in make_items(rng, count, taken, events)]
+        lines = [json.dumps(item) + "\n" for item in make_items(rng, count, taken, events, latent)]
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
@@ -189,9 +200,10 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=3000, help="training items")
     parser.add_argument("--test", type=int, default=1000, help="test items")
     parser.add_argument("--events", type=int, nargs=2, default=(1, 2), help="fewest and most events of a story")
+    parser.add_argument("--latent", action="store_true", help="answer the place alone, not who has the thing")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    write_data(args.out, args.seed, args.train, args.test, tuple(args.events))
+    write_data(args.out, args.seed, args.train, args.test, tuple(args.events), args.latent)
     for name in ("train", "test"):
         path = args.out / f"{name}.jsonl"
         print(f"{path.name}: {path.stat().st_size:,} bytes; {path.open(encoding='utf-8').readline().strip()}")
