@@ -90,6 +90,8 @@ _ARMS = (
         {"echo_positions": "predicting"},
     ),
     Arm("strong", "Echo-LoRA with the preset `strong`", "strong", _STRONG),
+    Arm("strong-third", "`strong` that begins with a third of its strength", "strong", _STRONG | {"echo_scale": 0.3}),
+    Arm("strong-tenth", "`strong` that begins with a tenth of its strength", "strong", _STRONG | {"echo_scale": 0.1}),
     Arm(
         "strong-zero",
         "`strong` with z = 0: both passes agree and their loss counts once, so it is LoRA at the rate of `strong`",
