@@ -32,7 +32,8 @@ def row_of(given: dict[str, str]) -> dict | None:
         ValueError: the row is no question with numbered options.
     """
     question = QUESTION.match(given["instruction"])
-    options = {number: text.strip() for number, text in OPTION.findall(given["instruction"])}
+    listed = given["instruction"][question.end(1) :] if question else ""
+    options = {number: text.strip() for number, text in OPTION.findall(listed)}
     if question is None or given["answer"].removeprefix("answer") not in options:
         raise ValueError(f"This is no question with numbered options: {given!r}")
     if len(set(options.values())) < len(options):

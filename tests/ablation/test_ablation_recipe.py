@@ -84,7 +84,8 @@ def test_the_labels_recipe(monkeypatch):
 
 def test_shipped_recipes_say_what_they_need():
     names = [name for name in available_recipes() if name.startswith("ablation/")]
-    assert set(names) == {f"ablation/{name}" for name in ("depth", "embedded", "labels", "smollm2", "strong")}
+    shipped = ("depth", "embedded", "labels", "latent", "smollm2", "strong", "upper")
+    assert set(names) == {f"ablation/{name}" for name in shipped}
     for name in names:
         text = recipe_path(name).read_text()
         assert re.match(r"# .*\n(#.*\n)*# Needs: .*\n(#.*\n)*# Expect: ", text)

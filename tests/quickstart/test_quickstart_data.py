@@ -103,3 +103,18 @@ def test_the_generator_writes_the_committed_files(tmp_path):
     subprocess.run([sys.executable, str(script), "--out", str(tmp_path)], check=True, capture_output=True)
     for name in NAMES:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (DATA / f"{name}.jsonl").read_bytes()
+
+
+def test_latent_answers_leave_out_who_has_the_thing(tmp_path):
+    """The same stories and questions, the place alone as the answer."""
+    script = ROOT / "recipes" / "quickstart" / "make_data.py"
+    written = {}
+    for option in ((), ("--latent",)):
+        command = [sys.executable, str(script), "--out", str(tmp_path), "--train", "50", "--test", "20", *option]
+        subprocess.run(command, check=True, capture_output=True)
+        rows = [line for name in NAMES for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()]
+        written[option] = [json.loads(row) for row in rows]
+    for said, latent in zip(*written.values(), strict=True):
+        assert said["prompt"] == latent["prompt"]
+        assert re.fullmatch(r" in the \w+\.", latent["completion"])
+        assert re.fullmatch(r" with \w+" + re.escape(latent["completion"]), said["completion"])
