@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ..evaluation.echo import EchoReader
 from ..evaluation.evaluate import Record, Task, accuracy, evaluate_task
 from ..evaluation.readers import Reader
 from .data import accuracy_modes
@@ -27,7 +26,7 @@ def evaluate_run(
     model = trainer.accelerator.unwrap_model(trainer.model)
     tokenizer = cast("PreTrainedTokenizerBase", trainer.processing_class)
     size = bench.recipe.evaluation_batch_size
-    echo = _echo_of(trainer, tokenizer)
+    echo = trainer.teacher()
     passes = 4 if echo is not None else 2
     total, done = sum(passes * len(task.items) for task in bench.tests) + len(bench.held_out.items), 0
 
@@ -55,13 +54,6 @@ def evaluate_run(
             summary[task.name] |= {"echo_nll": _means(nll)["nll"], "echo_accuracy": accuracy(answers)}
             items[task.name] |= {"echo_nll": _rounded(nll), "echo_correct": [int(r.correct) for r in answers]}
     return summary, items
-
-
-def _echo_of(trainer: AblationTrainer, tokenizer: Any) -> EchoReader | None:
-    """The echo pass of a run whose samples saw their own echo; that of a control is no teacher."""
-    if trainer.echo is None or trainer.echo_of_arm != "own":
-        return None
-    return EchoReader(trainer.echo, tokenizer, trainer.args.echo_positions)
 
 
 def _means(records: list[Record]) -> dict[str, Any]:

@@ -112,7 +112,13 @@ def run_one(bench: Workbench, run: Run, spec: dict[str, Any], output: Path, repo
     return result
 
 
-def build_trainer(bench: Workbench, run: Run, scratch: Path, report: Report) -> AblationTrainer:
+def build_trainer(
+    bench: Workbench,
+    run: Run,
+    scratch: Path,
+    report: Report,
+    trainer_class: type[AblationTrainer] = AblationTrainer,
+) -> AblationTrainer:
     """The trainer of a run. Train it before building another: constructors seed the global generators."""
     arm = ARMS[run.arm]
     options = {
@@ -148,7 +154,7 @@ def build_trainer(bench: Workbench, run: Run, scratch: Path, report: Report) -> 
     model, peft_config = adapter.model_name_or_path, get_peft_config(adapter)
     if adapter.lora_layers is not None:
         model, _, peft_config = on_chosen_layers(adapter, config, peft_config, dataset)
-    trainer = AblationTrainer(
+    trainer = trainer_class(
         model=model,
         args=config,
         train_dataset=dataset,

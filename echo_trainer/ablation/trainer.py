@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..evaluation.echo import EchoReader
+from ..evaluation.readers import Reader
 from ..method.forms import EchoForm
 from ..passes.echo import ROWS
 from ..trainer import EchoSFTTrainer
@@ -56,6 +58,12 @@ class AblationTrainer(EchoSFTTrainer):
         else:
             self._sizes.append((ROWS, plain_sizes(rows, length, 0)))
             self._scored.append(inputs["labels"][..., 1:].ne(-100).sum())
+
+    def teacher(self) -> Reader | None:
+        """The echo pass of a run whose samples saw their own echo; that of a control is no teacher."""
+        if self.echo is None or self.echo_of_arm != "own":
+            return None
+        return EchoReader(self.echo, self.processing_class, self.args.echo_positions)
 
     def sizes(self) -> dict[EchoForm, np.ndarray]:
         """Sizes of what was trained on (`flops.SIZES`): by the form of its echo pass, the sum over micro-batches."""
