@@ -148,4 +148,4 @@ def find_arms(names: list[str]) -> list[Arm]:
     if len(set(names)) != len(names):
         raise ValueError(f"An arm is named twice: {' '.join(names)}. Name each once.")
     wanted = {BASELINE, *names, *(ARMS[name].flops_of for name in names if ARMS[name].flops_of)}
-    return [arm for arm in _ARMS if arm.name in wanted]
+    return [arm for arm in ARMS.values() if arm.name in wanted]
