@@ -126,6 +126,12 @@ class Ema(Averaging, ExtraLoss):
         return distillation(self.logits_NV(outputs[0], inputs["labels"]), teacher, 2.0, "echo").sum()
 
 
+class EmaShort(Ema):
+    """The same with an average of about ten steps."""
+
+    decay = 0.9
+
+
 class EmaStrong(Averaging):
     """`strong` whose echo pass runs with the averaged LoRA weights; z and the echo networks are those of the step."""
 

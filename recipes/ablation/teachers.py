@@ -10,7 +10,7 @@ plain path, which is deployed, the teacher, and the paired difference of the pla
 
 import argparse
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from teacher_trainers import (
     Ema,
+    EmaShort,
     EmaStrong,
     GivenNetworks,
     HiddenKD,
@@ -29,15 +30,14 @@ from teacher_trainers import (
 )
 
 from echo_trainer.ablation.arms import ARMS, Arm
-from echo_trainer.ablation.choice import choose_rates
 from echo_trainer.ablation.comparison import collect, paired
 from echo_trainer.ablation.data import fingerprints
 from echo_trainer.ablation.echoes import NETWORKS
 from echo_trainer.ablation.evaluating import evaluate_run
 from echo_trainer.ablation.files import ITEMS, RESULT
-from echo_trainer.ablation.plan import Run, digest, final_runs, run_folder, selection_runs, specification
+from echo_trainer.ablation.plan import Run, digest, run_folder, specification
 from echo_trainer.ablation.recipe import AblationRecipe, load_recipe
-from echo_trainer.ablation.results import is_finished
+from echo_trainer.ablation.results import is_finished, load_result
 from echo_trainer.ablation.run_one import Workbench, build_trainer
 from echo_trainer.ablation.trainer import AblationTrainer
 from echo_trainer.files import write_json
@@ -45,6 +45,7 @@ from echo_trainer.progress import Lines
 from echo_trainer.quiet import quiet_libraries
 
 REFERENCES, COMPETITOR = ["lora", "lora-longer", "strong"], "lora-longer"
+REFERENCE_RATE = 4e-3
 PLAIN = {"echo_p_start": 0.0, "echo_p_end": 0.0}
 STRONG = {"echo_preset": "strong"}
 WHOLE = STRONG | {"echo_pass": "full"}
@@ -53,6 +54,7 @@ TEACHERS = {
     "r-drop-0.05": (RDrop, PLAIN | {"lora_dropout": 0.05}, "own"),
     "r-drop-0.1": (RDrop, PLAIN | {"lora_dropout": 0.1}, "own"),
     "ema": (Ema, PLAIN, "own"),
+    "ema-0.9": (EmaShort, PLAIN, "own"),
     "ema-strong": (EmaStrong, WHOLE, "own"),
     "hidden-kd": (HiddenKD, WHOLE, "own"),
     "hidden-kd-upper": (HiddenKDUpper, WHOLE, "own"),
@@ -77,10 +79,28 @@ def train_and_evaluate(bench: Workbench, run: Run, spec: dict[str, Any], output:
     write_json(run_folder(output, run) / RESULT, result | {"batches": trainer.batch_checksums()})
 
 
+def rates_of(recipe: AblationRecipe, arm: str) -> list[float]:
+    """Those that are tried; for a reference `strong.yaml` has chosen out of four, on other seeds."""
+    return [REFERENCE_RATE] if arm in REFERENCES else recipe.learning_rates
+
+
+def choose(recipe: AblationRecipe, output: Path) -> dict[str, dict[str, Any]]:
+    """The rate of each arm, by the mean held-out NLL of the rates that every seed was trained with."""
+    rates = {}
+    for arm in recipe.arms:
+        there = {
+            r: [load_result(output, Run(arm, "lora", seed, r)) for seed in recipe.seeds] for r in rates_of(recipe, arm)
+        }
+        scores = {r: float(np.mean([x["held_out_nll"] for x in found])) for r, found in there.items() if all(found)}
+        if scores:
+            rates[arm] = {"chosen": min(scores, key=scores.__getitem__), "held_out_nll": scores}
+    return rates
+
+
 def summarise(recipe: AblationRecipe, output: Path) -> dict[str, Any]:
     """Of every arm its figures at the rate that held-out examples choose, and its difference to the competitor."""
-    rates = choose_rates(recipe, output)
-    runs, summary = collect(recipe, output, rates)["lora"], {}
+    rates = choose(recipe, output)
+    runs, summary = collect(replace(recipe, arms=list(rates)), output, {"lora": rates})["lora"], {}
     for arm, found in runs.items():
         for seed, result in found.results.items():
             pairs = zip(result["batches"], runs[COMPETITOR].results[seed]["batches"], strict=False)
@@ -89,7 +109,7 @@ def summarise(recipe: AblationRecipe, output: Path) -> dict[str, Any]:
         means = {key: float(np.mean([task[key] for task in tasks.values()])) for key in min(tasks.values(), key=len)}
         pairs = {metric: paired(found, runs[COMPETITOR], metric, ["stories"]) for metric in ("accuracy", "nll")}
         compared = {metric: asdict(pair) for metric, pair in pairs.items() if pair}
-        summary[arm] = {"rate": rates["lora"][arm], "seeds": tasks, "means": means, f"minus {COMPETITOR}": compared}
+        summary[arm] = {"rate": rates[arm], "seeds": tasks, "means": means, f"minus {COMPETITOR}": compared}
     return summary
 
 
@@ -113,13 +133,13 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(TEACHERS), choices=TEACHERS)
     parser.add_argument("--seeds", default="490-491")
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[2e-3, 4e-3])
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[4e-3, 2e-3])
     options = parser.parse_args()
     given = {"arms": REFERENCES + options.arms, "seeds": options.seeds, "learning_rates": options.learning_rates}
     recipe = load_recipe(Path(__file__).with_name("strong.yaml"), **given)
     known, bench = fingerprints(recipe), Workbench(recipe)
-    first = dict.fromkeys(ARMS, recipe.learning_rates[0])
-    runs = selection_runs(recipe) or final_runs(recipe, {"lora": first})  # with one rate there is nothing to choose
+    pairs = [(arm, rate) for arm in recipe.arms for rate in rates_of(recipe, arm)]
+    runs = [Run(arm, "lora", seed, rate) for arm, rate in pairs for seed in recipe.seeds]
     with Lines(Console(), width=40) as bar:
         line = bar.add_task("runs", total=len(runs))
         for number, run in enumerate(runs, 1):
