@@ -100,7 +100,8 @@ def choose(recipe: AblationRecipe, output: Path) -> dict[str, dict[str, Any]]:
 def summarise(recipe: AblationRecipe, output: Path) -> dict[str, Any]:
     """Of every arm its figures at the rate that held-out examples choose, and its difference to the competitor."""
     rates = choose(recipe, output)
-    runs, summary = collect(replace(recipe, arms=list(rates)), output, {"lora": rates})["lora"], {}
+    known = {"lora": {"lora": {"chosen": REFERENCE_RATE}} | rates}
+    runs, summary = collect(replace(recipe, arms=list(rates)), output, known)["lora"], {}
     for arm, found in runs.items():
         for seed, result in found.results.items():
             pairs = zip(result["batches"], runs[COMPETITOR].results[seed]["batches"], strict=False)
@@ -131,15 +132,16 @@ def table(summary: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--arms", nargs="+", default=list(TEACHERS), choices=TEACHERS)
+    parser.add_argument("--arms", nargs="+", default=[*REFERENCES, *TEACHERS], choices=[*REFERENCES, *TEACHERS])
     parser.add_argument("--seeds", default="490-491")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[4e-3, 2e-3])
     options = parser.parse_args()
-    given = {"arms": REFERENCES + options.arms, "seeds": options.seeds, "learning_rates": options.learning_rates}
+    arms = list(dict.fromkeys([COMPETITOR, *options.arms]))
+    given = {"arms": arms, "seeds": options.seeds, "learning_rates": options.learning_rates}
     recipe = load_recipe(Path(__file__).with_name("strong.yaml"), **given)
     known, bench = fingerprints(recipe), Workbench(recipe)
     pairs = [(arm, rate) for arm in recipe.arms for rate in rates_of(recipe, arm)]
-    runs = [Run(arm, "lora", seed, rate) for arm, rate in pairs for seed in recipe.seeds]
+    runs = [Run(arm, "lora", seed, rate) for seed in recipe.seeds for arm, rate in pairs]
     with Lines(Console(), width=40) as bar:
         line = bar.add_task("runs", total=len(runs))
         for number, run in enumerate(runs, 1):
