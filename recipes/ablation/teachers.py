@@ -108,24 +108,37 @@ def summarise(recipe: AblationRecipe, output: Path) -> dict[str, Any]:
             assert all(mine == other for mine, other in pairs), f"{arm}, seed {seed}: other batches than {COMPETITOR}"
         tasks = {str(seed): result["tasks"]["stories"] for seed, result in found.results.items()}
         means = {key: float(np.mean([task[key] for task in tasks.values()])) for key in min(tasks.values(), key=len)}
-        pairs = {metric: paired(found, runs[COMPETITOR], metric, ["stories"]) for metric in ("accuracy", "nll")}
-        compared = {metric: asdict(pair) for metric, pair in pairs.items() if pair}
-        summary[arm] = {"rate": rates[arm], "seeds": tasks, "means": means, f"minus {COMPETITOR}": compared}
+        summary[arm] = {"rate": rates[arm], "seeds": tasks, "means": means}
+        for key, of_the_echo in ((f"minus {COMPETITOR}", False), (f"teacher minus {COMPETITOR}", True)):
+            pairs = {m: paired(found, runs[COMPETITOR], m, ["stories"], of_the_echo) for m in ("accuracy", "nll")}
+            if arm != COMPETITOR and all(pairs.values()):
+                summary[arm][key] = {metric: asdict(pair) for metric, pair in pairs.items() if pair}
     return summary
 
 
 def table(summary: dict[str, Any]) -> str:
-    """In Markdown; the last column by seed, in points."""
-    heads = ["arm", "held-out NLL by rate", "rate", "accuracy, %", "NLL", "teacher, %", "NLL", f"minus `{COMPETITOR}`"]
+    """In Markdown; differences of the plain path in points, with their interval and by seed."""
+    heads = [
+        "arm",
+        "held-out NLL by rate",
+        "accuracy, %",
+        "NLL",
+        "teacher, %",
+        "NLL",
+        f"minus `{COMPETITOR}`",
+        "by seed",
+    ]
     lines = [f"| {' | '.join(heads)} |", f"{'|---' * len(heads)}|"]
     for arm, found in summary.items():
-        rate, means = found["rate"], found["means"]
-        tried = ", ".join(f"{rate}: {nll:.3f}" for rate, nll in rate["held_out_nll"].items())
-        cells = [f"`{arm}`", tried, f"{rate['chosen']:g}", f"{100 * means['accuracy']:.1f}", f"{means['nll']:.3f}"]
-        taught = "echo_nll" in means
+        means, taught = found["means"], "echo_nll" in found["means"]
+        tried = ", ".join(f"{rate:g}: {nll:.3f}" for rate, nll in found["rate"]["held_out_nll"].items())
+        cells = [f"`{arm}`", tried, f"{100 * means['accuracy']:.1f}", f"{means['nll']:.3f}"]
         cells += [f"{100 * means['echo_accuracy']:.1f}", f"{means['echo_nll']:.3f}"] if taught else ["", ""]
-        cells.append(", ".join(f"{100 * x:+.1f}" for x in found[f"minus {COMPETITOR}"]["accuracy"]["by_seed"]))
-        lines.append(f"| {' | '.join(cells)} |")
+        if pair := found.get(f"minus {COMPETITOR}", {}).get("accuracy"):
+            middle, low, high = (100 * pair[key] for key in ("difference", "low", "high"))
+            by_seed = ", ".join(f"{100 * difference:+.1f}" for difference in pair["by_seed"])
+            cells += [f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]", by_seed]
+        lines.append(f"| {' | '.join(cells + [''] * (len(heads) - len(cells)))} |")
     return "\n".join(lines)
 
 
@@ -151,7 +164,8 @@ def main() -> None:
             bar.update(line, advance=1, description=run.id)
             bar.say(f"{number} of {len(runs)}: {run.id}")
     summary = summarise(recipe, options.output)
-    write_json(options.output / "summary.json", summary)
+    write_json(options.output / "summary.json", summary, indent=1)
+    (options.output / "table.md").write_text(f"{table(summary)}\n")
     print(table(summary))
 
 
