@@ -78,7 +78,7 @@ def collect(recipe: AblationRecipe, output: Path, rates: dict[str, Any]) -> dict
 
 
 def paired(
-    one: ArmRuns, other: ArmRuns, metric: str, tasks: list[str], of_the_echo: bool = False
+    one: ArmRuns, other: ArmRuns, metric: str, tasks: list[str], of_the_echo: bool = False, both: bool = False
 ) -> Comparison | None:
     """
     `one` minus `other` over the seeds that both have; None where there is none.
@@ -88,10 +88,16 @@ def paired(
         metric: one of `METRICS`.
         tasks: names of the test sets.
         of_the_echo: take the figures of the echo pass for `one`.
+        both: and for `other`.
     """
     key = _KEY[metric]
     mine = f"echo_{key}" if of_the_echo else key
-    seeds = [s for s in one.items if s in other.items and all(mine in one.items[s][task] for task in tasks)]
+    key = mine if both else key
+    seeds = [
+        s
+        for s in one.items
+        if s in other.items and all(mine in one.items[s][task] and key in other.items[s][task] for task in tasks)
+    ]
     if not seeds:
         return None
     return compare(
@@ -182,15 +188,20 @@ def _row(arm: str, found: ArmRuns, runs: dict[str, ArmRuns], tasks: list[str]) -
 
 
 def _echo_passes(runs: dict[str, ArmRuns], tasks: list[str]) -> list[dict[str, Any]]:
-    """The echo pass of each arm that has one beside its own plain path, and beside LoRA, trained longer or not."""
+    """
+    The echo pass of each arm that has one beside its own plain path and beside LoRA, trained longer or not, and beside
+    the echo passes of the arms that it is contrasted with (`other_echo`).
+    """
     found = []
     for arm, mine in runs.items():
-        for other in dict.fromkeys([arm, *(name for name in runs if name.startswith(BASELINE))]):
-            pairs = {metric: paired(mine, runs[other], metric, tasks, of_the_echo=True) for metric in METRICS}
+        others = [(other, False) for other in dict.fromkeys([arm, *(o for o in runs if o.startswith(BASELINE))])]
+        others += [(other, True) for one, other, _ in CONTRASTS if one == arm and other in runs]
+        for other, both in others:
+            pairs = {metric: paired(mine, runs[other], metric, tasks, True, both) for metric in METRICS}
             known = {metric: asdict(pair) for metric, pair in pairs.items() if pair}
             if len(known) == len(pairs):
                 means = {f"mean_{metric}": _echo_mean(mine, metric, tasks) for metric in METRICS}
-                found.append({"arm": arm, "other": other, **means, **known})
+                found.append({"arm": arm, "other": other, "other_echo": both, **means, **known})
     return found
 
 

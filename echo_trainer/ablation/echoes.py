@@ -5,17 +5,28 @@ Shapes: S source layers, G routed segments of a micro-batch, d hidden size.
 What a control draws depends on (seed, optimizer step, micro-batch) and on nothing else: a resumed run draws the same.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..evaluation.echo import EchoReader
+from ..evaluation.scoring import Score, TokenizedRow
 from ..method.network import EchoNetworks
 
 
 class ControlledNetworks(EchoNetworks):
-    """Echo networks with `alter` between aggregation and projection; `place` is set before every micro-batch."""
+    """
+    Echo networks with `alter` between aggregation and projection.
+
+    Attributes:
+        place: optimizer step and micro-batch; set before every micro-batch.
+        answers: how many segments in turn are answers to one prompt; None: each has a prompt of its own.
+    """
+
+    answers: list[int] | None = None
 
     def __init__(self, *args: Any, seed: int, **kwargs: Any):
         super().__init__(*args, seed=seed, **kwargs)
@@ -50,14 +61,17 @@ class ShuffledNetworks(ControlledNetworks):
     z of another routed segment of the micro-batch.
 
     A segment that is routed alone has nobody to trade with; it gets z = 0, hence no injection: in no case does an
-    answer see its own echo.
+    answer see its own echo. Answers to one prompt get the same.
     """
 
     def alter(self, z_Gd: Tensor) -> Tensor:
-        """z in an order in which no segment keeps its place."""
-        if len(z_Gd) == 1:
+        """z in an order in which no prompt keeps its place."""
+        counts = self.answers or [1] * len(z_Gd)
+        if len(counts) == 1:
             return torch.zeros_like(z_Gd)
-        return z_Gd.index_select(0, torch.from_numpy(one_cycle(len(z_Gd), self.generator())).to(z_Gd.device))
+        first = np.cumsum([0, *counts[:-1]])
+        order = np.repeat(first[one_cycle(len(counts), self.generator())], counts)
+        return z_Gd.index_select(0, torch.from_numpy(order).to(z_Gd.device))
 
 
 class NoiseNetworks(ControlledNetworks):
@@ -76,6 +90,19 @@ NETWORKS: dict[str, type[EchoNetworks]] = {
     "shuffled": ShuffledNetworks,
     "noise": NoiseNetworks,
 }
+
+
+class ControlReader(EchoReader):
+    """The echo pass of a control, which sees in evaluation what it saw in training."""
+
+    def score(self, rows: Sequence[TokenizedRow]) -> list[list[Score]]:
+        """See `EchoReader`; the answers to one prompt do not trade with each other."""
+        networks = cast("ControlledNetworks", self.setup.networks)
+        networks.answers = [len(row.sequences) for row in rows]
+        try:
+            return super().score(rows)
+        finally:
+            networks.answers = None
 
 
 def one_cycle(n: int, generator: np.random.Generator) -> np.ndarray:

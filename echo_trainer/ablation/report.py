@@ -194,6 +194,7 @@ def _echo_table(part: dict[str, Any]) -> list[str]:
     lines = ["| echo pass of | accuracy | NLL | minus | accuracy, points | NLL, nats |", f"|{'---|' * 6}"]
     for entry in part["echo_passes"]:
         other = "its own plain path" if entry["other"] == entry["arm"] else f"`{entry['other']}`"
+        other = f"the echo pass of {other}" if entry["other_echo"] else other
         lines.append(
             f"| `{entry['arm']}` | {entry['mean_accuracy'] * 100:.1f} | {entry['mean_nll']:.4f} | {other} | "
             f"{_interval(entry['accuracy'], _PERCENT, 2)} | {_interval(entry['nll'], _NATS, 4)} |"

@@ -10,7 +10,7 @@ from ..evaluation.readers import Reader
 from ..method.forms import EchoForm
 from ..passes.echo import ROWS
 from ..trainer import EchoSFTTrainer
-from .echoes import NETWORKS, ControlledNetworks
+from .echoes import NETWORKS, ControlledNetworks, ControlReader
 from .flops import SIZES, plain_sizes, step_sizes
 
 
@@ -60,10 +60,11 @@ class AblationTrainer(EchoSFTTrainer):
             self._scored.append(inputs["labels"][..., 1:].ne(-100).sum())
 
     def teacher(self) -> Reader | None:
-        """The echo pass of a run whose samples saw their own echo; that of a control is no teacher."""
-        if self.echo is None or self.echo_of_arm != "own":
+        """The echo pass of a run; None without injection, where it is the plain path."""
+        if self.echo is None or self.echo_of_arm == "zero":
             return None
-        return EchoReader(self.echo, self.processing_class, self.args.echo_positions)
+        reader = EchoReader if self.echo_of_arm == "own" else ControlReader
+        return reader(self.echo, self.processing_class, self.args.echo_positions)
 
     def sizes(self) -> dict[EchoForm, np.ndarray]:
         """Sizes of what was trained on (`flops.SIZES`): by the form of its echo pass, the sum over micro-batches."""

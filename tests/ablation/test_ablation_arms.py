@@ -80,6 +80,19 @@ def test_shuffled_alone_gets_nothing():
     assert not networks("shuffled").aggregate(states(1)).any()
 
 
+def test_shuffled_answers_to_one_prompt_do_not_trade_with_each_other():
+    control = networks("shuffled")
+    z = torch.arange(1.0, 4.0)[[0, 0, 1, 2, 2, 2]][:, None].expand(-1, 32)
+    for step in range(10):
+        control.place, control.answers = (step, 0), [2, 1, 3]
+        given = control.alter(z)
+        assert (given != z).all()
+        assert [len(part.unique()) for part in given.split([2, 1, 3])] == [1, 1, 1]  # one echo for a prompt
+        assert set(given.unique().tolist()) == {1.0, 2.0, 3.0}
+    control.answers = [6]
+    assert not control.alter(z).any()
+
+
 def test_noise_has_the_norm_and_nothing_else_of_z():
     control, own = networks("noise"), states().mean(dim=0)
     given = control.aggregate(states())
@@ -167,7 +180,7 @@ def test_weight_of_the_loss(results):
 
 def test_the_echo_pass_is_evaluated_where_an_arm_has_its_own(results, folder):
     with_echo = {arm for arm, result in results.items() if "echo_nll" in result["tasks"]["words"]}
-    assert with_echo == {arm for arm in UNTAUGHT if ARMS[arm].echo == "own" and not arm.startswith("lora")}
+    assert with_echo == {arm for arm in UNTAUGHT if ARMS[arm].echo != "zero" and not arm.startswith("lora")}
     task = results["strong"]["tasks"]["words"]
     assert task["echo_nll"] != pytest.approx(task["nll"], rel=1e-4)
     items = load_items(folder / "out", Run("strong", "lora", 0, 0.01))["words"]

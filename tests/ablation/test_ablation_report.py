@@ -117,6 +117,18 @@ def test_the_echo_pass_beside_plain_paths(recipe, tmp_path):
     assert len(rows) == 3 and "its own plain path | +" in rows[0] and "| `lora-longer` | +1" in rows[2]
 
 
+def test_the_echo_pass_beside_that_of_a_control(recipe, tmp_path):
+    for seed in range(5):
+        store(tmp_path, "lora", seed, 0.5, 1.0)
+        store(tmp_path, "strong", seed, 0.5, 1.0, echo=(0.7, 0.6))
+        store(tmp_path, "strong-shuffled", seed, 0.5, 1.0, echo=(0.6, 0.9))
+    text, summary = report(replace(recipe, arms=["strong", "strong-shuffled"]), tmp_path)
+    (entry,) = (entry for entry in summary["lora"]["echo_passes"] if entry["other_echo"])
+    assert (entry["arm"], entry["other"]) == ("strong", "strong-shuffled")
+    assert entry["nll"]["difference"] == pytest.approx(-0.3, abs=1e-3)
+    assert "| the echo pass of `strong-shuffled` | +" in text
+
+
 def test_worse_is_called_worse(recipe, tmp_path):
     for seed in range(5):
         store(tmp_path, "lora", seed, 0.6, 0.8)
