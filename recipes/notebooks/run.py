@@ -36,11 +36,24 @@ def run(path: Path, timeout: int = 600) -> nbformat.NotebookNode:
         NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=resources).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran
-        for output in cell.get("outputs", []):
-            output.pop("execution_count", None)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # progress bars
+            cell.outputs = kept(cell.outputs)
     return notebook
+
+
+def kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Outputs without progress bars; where these cut a text in two depends on the machine, so it is made whole."""
+    whole: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.get("name") == "stderr":
+            continue
+        if "execution_count" in output:
+            output.execution_count = None
+        if whole and output.output_type == whole[-1].output_type == "stream":
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 def main() -> int:

@@ -304,6 +304,6 @@ def test_each_seed_may_draw_its_own_examples(tmp_path):
 def test_what_an_arm_is_measured_against_is_added():
     assert [arm.name for arm in find_arms(["lora-compute-matched"])] == ["lora", "lora-compute-matched", "echo"]
     assert [arm.name for arm in find_arms(["lora-strong-matched"])] == ["lora", "strong", "lora-strong-matched"]
-    assert len(ARMS) == 22 and len(UNTAUGHT) == 19
+    assert len(ARMS) == 24 and len(UNTAUGHT) == 21
     with pytest.raises(ValueError, match="echo-typo"):
         find_arms(["echo-typo"])
