@@ -16,6 +16,8 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from .verifier import number_from
+
 DECAY_OF_PAPER = 32.0
 WRONG = 0.1
 
@@ -84,15 +86,7 @@ def _between(right: float, if_right: float, if_wrong: float) -> float:
 
 def _number(reward: Reward, right: float, rank: int, group_size: int) -> float:
     where = f"(right {right}, rank {rank}, group size {group_size})"
-    try:
-        said = reward(right, rank, group_size)
-    except Exception as error:
-        error.add_note(f"Raised by beam_reward for {where}.")
-        raise
-    try:
-        found = float(said)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"beam_reward returned {said!r} for {where}. Return one number.") from None
+    found = number_from(partial(reward, right, rank, group_size), "beam_reward", where, where, "Return one number.")
     if not math.isfinite(found):
         raise ValueError(
             f"beam_reward returned {found} for {where}, and the advantages of the whole group would be NaN. Return a "

@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from ..compat.beams import BeamJointTrainer, require_beam_joints
 from ..compat.versions import warn_of_newer
 from ..run.agreement import Agreement
+from ..run.publishing import PublishingTrainer
 from ..run.pushes import Pushes
 from ..run.save import Saver
 from .beams import Beams, constraints_of
@@ -137,27 +138,6 @@ class BeamGRPOTrainer(BeamJointTrainer):
         self.pushes.after_training()
         return result
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
-    ) -> None:
-        """Write our model card and the record of the run to `output_dir`."""
-        self.saver.card(dataset_name)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Look whether pushing will work, and make the repository; what is wrong is a warning here."""
-        self.push_in_progress = None  # the Trainer's own bookkeeping, which stays empty
-        self.pushes.preflight(token, private)
-
-    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **where: Any) -> Any:
-        """
-        Save the adapter in `output_dir`, then push it and compare its checksums.
-
-        Args:
-            commit_message: first line of the commit.
-            blocking: False returns a `Future` of the result.
-            where: `token`, `revision`, `private`, `base_model`, `dataset_name`, as of `EchoSFTTrainer.push_to_hub`.
-
-        Raises:
-            PushError: not pushed; the files are in `output_dir`, and the message holds the command to push again.
-        """
-        return self.pushes.push(commit_message, blocking, **where)
+    create_model_card = PublishingTrainer.create_model_card
+    init_hf_repo = PublishingTrainer.init_hf_repo
+    push_to_hub: Any = PublishingTrainer.push_to_hub

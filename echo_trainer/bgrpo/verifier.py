@@ -5,6 +5,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,42 @@ def score_of(verifier: Verifier, prompt: Any, completion: Any, row: dict[str, An
         TypeError: it says nothing, or no number.
         ValueError: the number is outside [0, 1].
     """
-    try:
-        said = verifier(prompt, completion, row)
-    except Exception as error:
-        error.add_note(f"Raised by the verifier for prompt {prompt!r}, completion {completion!r} and row {row!r}.")
-        raise
-    try:
-        score = float(said)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"The verifier returned {said!r} for the completion {completion!r}. Return True or False, or a score "
-            f"from 0 to 1."
-        ) from None
+    given = f"prompt {prompt!r}, completion {completion!r} and row {row!r}"
+    score = number_from(
+        partial(verifier, prompt, completion, row), "The verifier", given, f"the completion {completion!r}",
+        "Return True or False, or a score from 0 to 1.",
+    )  # fmt: skip
     if not (math.isfinite(score) and 0 <= score <= 1):
         raise ValueError(
             f"The verifier returned {score} for the completion {completion!r}. A score is from 0 (wrong) to 1 "
             f"(right); rewards beyond that are made by `beam_reward`, a function of (right, rank, group size)."
         )
     return score
+
+
+def number_from(function: Callable[[], Any], name: str, given: str, where: str, wanted: str) -> float:
+    """
+    What a function of the user says, as a number.
+
+    Args:
+        function: called without arguments.
+        name: of the function, for errors.
+        given: what it was given, for the note on an error that it raises.
+        where: the same for an error about what it returns.
+        wanted: what to return instead.
+
+    Raises:
+        TypeError: it returns no number.
+    """
+    try:
+        said = function()
+    except Exception as error:
+        error.add_note(f"{name} raised this for {given}.")
+        raise
+    try:
+        return float(said)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        raise TypeError(f"{name} returned {said!r} for {where}. {wanted}") from None
 
 
 def load_callable(name: str, what: str) -> Callable[..., Any]:

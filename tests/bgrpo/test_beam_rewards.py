@@ -88,7 +88,8 @@ def test_a_batch_is_taken_group_by_group_with_its_columns():
 
 
 @pytest.mark.parametrize(
-    ("said", "error"), [(None, TypeError), ("yes", TypeError), (2, ValueError), (math.nan, ValueError)]
+    ("said", "error"),
+    [(None, TypeError), ("yes", TypeError), (torch.ones(2), TypeError), (2, ValueError), (math.nan, ValueError)],
 )
 def test_a_verifier_that_says_something_else_is_named(said, error):
     reward = BeamReward(lambda *_: said, simple, False, lambda: 1)
@@ -139,11 +140,11 @@ def test_the_row_of_a_verifier_that_raises_is_named(broken):
     reward = BeamReward(broken, simple, False, lambda: 1)
     with pytest.raises((ZeroDivisionError, KeyError, TypeError)) as caught:
         reward(prompts=["p"], completions=["c"], number=[3], log_metric=lambda *_: None)
-    assert caught.value.__notes__ == ["Raised by the verifier for prompt 'p', completion 'c' and row {'number': 3}."]
+    assert caught.value.__notes__ == ["The verifier raised this for prompt 'p', completion 'c' and row {'number': 3}."]
 
 
 @pytest.mark.parametrize("broken", [lambda *_: 1 / 0, lambda right, rank: right])
 def test_the_beam_of_a_reward_that_raises_is_named(broken):
     with pytest.raises((ZeroDivisionError, TypeError)) as caught:
         group_rewards([0, 1], broken)
-    assert caught.value.__notes__ == ["Raised by beam_reward for (right 0, rank 0, group size 2)."]
+    assert caught.value.__notes__ == ["beam_reward raised this for (right 0, rank 0, group size 2)."]
