@@ -197,8 +197,9 @@ class EchoFields(WithoutTokens):
     echo_when_useless: str = field(
         default="say",
         metadata={
-            "help": "What follows when the echo pass predicts held-out answers no better than the plain pass: 'say' "
-            "(one line), or 'stop' (as well, and plain LoRA from there on).",
+            "help": "What follows when the echo pass predicts held-out answers no better than the plain pass, or as "
+            "well with the echo of another sample: 'say' (one line), or 'stop' (as well, and plain LoRA from there "
+            "on).",
             "choices": list(WHEN_USELESS),
         },
     )

@@ -20,7 +20,7 @@ from ..passes.full import ROWS
 from ..passes.generating import writing_with_echo
 from ..passes.layers import find_sites
 from ..passes.modules import base_model_of
-from ..passes.score import score_passes
+from ..passes.score import ScoreTask, score_passes
 from ..passes.setup import EchoSetup
 from ..run.checkpoint_files import checkpoints, damage
 from ..run.echo_weights import EchoWeights, has_echo_weights, read_echo_weights
@@ -53,7 +53,7 @@ class EchoReader:
         plan = make_plan(segments, routed, positions=self.positions, form=ROWS)
         device = self.setup.model.device
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-        found = score_passes(self.setup, inputs, plan.to(device))
+        found = score_passes(self.setup, inputs, ScoreTask(plan.to(device)))
         row_N = plan.predict_N // batch["input_ids"].shape[1]
         ce_N, top_N = found.ce_echo_N.double().cpu(), found.top_echo_N.cpu()
         scores = iter(_score(ce_N[row_N == number], top_N[row_N == number]) for number in range(len(flat)))

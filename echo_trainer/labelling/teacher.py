@@ -56,16 +56,21 @@ def refuse_useless_echo(verdict: dict[str, Any] | None) -> None:
     """
     if not verdict or not verdict["useless"]:
         return
+    than = "the plain pass"
+    if verdict.get("networks_alone"):
+        than = "with the echo of another sample, though better than the plain pass"
     if verdict["stopped"]:
         raise ValueError(
-            f"The echo was found to predict held-out answers no better than the plain pass at step {verdict['step']}, "
-            f"and the run went on without it (echo_when_useless='stop'): its networks belong to the adapter of then. "
-            f"Take teacher='plain'."
+            f"The echo was found to predict held-out answers no better than {than} at step {verdict['step']}, and the "
+            f"run went on without it (echo_when_useless='stop'): its networks belong to the adapter of then. Take "
+            f"teacher='plain'."
         )
+    likely = "may be as good" if verdict.get("networks_alone") else "are likely as good"
     logger.warning(
-        "At step %d the echo predicted held-out answers no better than the plain pass: labels of teacher='plain' are "
-        "likely as good, and cheaper.",
+        "At step %d the echo predicted held-out answers no better than %s: labels of teacher='plain' %s, and cheaper.",
         verdict["step"],
+        than,
+        likely,
     )
 
 

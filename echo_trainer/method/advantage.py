@@ -1,6 +1,9 @@
 """What the echo pass knows that the plain pass does not: CE_plain - CE_echo on answers neither was trained on.
 
-Shapes: N positions that predict an answer token. A sample is a document with an answer.
+Whether that is the echo's doing is another question: the networks that bring it can learn something that suits every
+prompt. So the same is asked of CE_other - CE_echo, where CE_other is that of the pass with the echo of another sample.
+
+Shapes: N positions that predict an answer token, G routed segments. A sample is a document with an answer.
 
 With d_i the sum of CE_plain - CE_echo over the n_i answer tokens of sample i, the advantage is a ratio of sums,
 A = sum_i d_i / sum_i n_i, nats per answer token. Tokens of one answer are not independent, so its standard error is
@@ -88,6 +91,28 @@ def differing_tokens(labels_N: Int[np.ndarray, "N"], sample_N: Int[np.ndarray, "
     for start, end in zip(starts, ends, strict=True):
         keep_N[start : start + first] = keep_N[end - last : end] = False
     return keep_N
+
+
+def partners(document_G: Int[np.ndarray, "G"], *, lent: bool) -> Int[np.ndarray, "G"]:
+    """
+    Whose echo each segment is given in place of its own, int64 (G,).
+
+    That of the segment in the same place of the next document (its last one, if it has fewer); the next of the last is
+    the first. For a document that is alone G where there is a `lent` segment of another batch, else its own.
+
+    Args:
+        document_G: the document of each segment, those of a document one after another.
+        lent: whether there is one.
+    """
+    starts = np.flatnonzero(np.diff(document_G, prepend=-1) != 0)
+    if len(starts) == 1:
+        return np.full(len(document_G), len(document_G)) if lent else np.arange(len(document_G))
+    counts = np.diff(starts, append=len(document_G))
+    parts = [
+        start + np.minimum(np.arange(mine), count - 1)
+        for mine, start, count in zip(counts, np.roll(starts, -1), np.roll(counts, -1), strict=True)
+    ]
+    return np.concatenate(parts) if parts else np.arange(0)
 
 
 def _in_common(answers: list[Int[np.ndarray, "_"]], most: int) -> int:

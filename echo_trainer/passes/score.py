@@ -1,9 +1,10 @@
 """Cross-entropies of both passes position by position, without a gradient: how good a teacher the echo is.
 
-Shapes: N positions that predict an answer token, E of them that the echo reaches, d hidden size, V vocabulary, K
-tokens that are kept of it.
+Shapes: N positions that predict an answer token, E of them that the echo reaches, G routed segments, S source layers,
+d hidden size, V vocabulary, K tokens that are kept of it.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,38 +22,72 @@ from .setup import EchoSetup
 
 class Scores(NamedTuple):
     """
-    What both passes say at the positions of a plan.
+    What the passes say at the positions of a plan.
 
     Attributes:
         ce_plain_N, ce_echo_N: cross-entropies in nats; the same number where the echo does not reach.
         top_plain_N, top_echo_N: whether the token is the most likely one.
+        ce_other_N: CE_echo with the echoes of others; None where nobody asked.
+        source_SGd: what the echoes were made of; None where no echo pass ran.
     """
 
     ce_plain_N: Float[Tensor, "N"]
     ce_echo_N: Float[Tensor, "N"]
     top_plain_N: Bool[Tensor, "N"]
     top_echo_N: Bool[Tensor, "N"]
+    ce_other_N: Float[Tensor, "N"] | None
+    source_SGd: Float[Tensor, "S G d"] | None
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """
+    What is to be scored.
+
+    Attributes:
+        plan: of the batch, on the model's device.
+        partner_G: int64 (G,), for one more echo pass: whose echo each segment is given in place of its own. None:
+            no such pass. G stands for the segment of `lent_Sd`.
+        lent_Sd: states of the source layers (S, d) at the boundary of a segment of another batch.
+    """
+
+    plan: EchoPlan
+    partner_G: Int[Tensor, "G"] | None = None
+    lent_Sd: Float[Tensor, "S d"] | None = None
 
 
 @torch.no_grad()
-def score_passes(setup: EchoSetup, inputs: dict[str, Any], plan: EchoPlan) -> Scores:
+def score_passes(setup: EchoSetup, inputs: dict[str, Any], task: ScoreTask) -> Scores:
     """
-    Run both passes on a batch.
+    Run both passes on a batch, and the echo pass again with the echoes of others where that is asked for.
 
     Args:
         setup: the model, in evaluation mode, and its echo parts.
         inputs: keyword arguments of the backbone, without labels.
-        plan: of the batch, on the model's device.
+        task: what is to be scored.
     """
+    plan = task.plan
     plain, echo_Ed = _run(setup, inputs, plan)
+    other_Ed = None
+    if task.partner_G is not None and plan.layout is not None:
+        assert plain.source_SGd is not None  # there is a pass that adds it
+        echoes = plain.source_SGd if task.lent_Sd is None else torch.cat([plain.source_SGd, task.lent_Sd[:, None]], 1)
+        delta, _ = setup.networks(echoes.index_select(1, task.partner_G), weightless=plan.weightless)
+        other_Ed, _ = run_echo_pass(setup, inputs, plan, plain, delta)
 
     def score(head: LanguageModelHead) -> Scores:
         ce_plain_N, top_plain_N = _score(head, plain.hidden_Nd, plan.labels_N)
-        ce_echo_N, top_echo_N = ce_plain_N.clone(), top_plain_N.clone()
-        if echo_Ed is not None and not plan.weightless:
-            reached = _score(head, echo_Ed, plan.labels_N.index_select(0, plan.reach_E))
-            ce_echo_N[plan.reach_E], top_echo_N[plan.reach_E] = reached
-        return Scores(ce_plain_N, ce_echo_N, top_plain_N, top_echo_N)
+
+        def with_echo(hidden_Ed: Tensor | None) -> tuple[Tensor, Tensor]:
+            ce_N, top_N = ce_plain_N.clone(), top_plain_N.clone()
+            if hidden_Ed is not None and not plan.weightless:
+                reached = _score(head, hidden_Ed, plan.labels_N.index_select(0, plan.reach_E))
+                ce_N[plan.reach_E], top_N[plan.reach_E] = reached
+            return ce_N, top_N
+
+        ce_echo_N, top_echo_N = with_echo(echo_Ed)
+        ce_other_N = with_echo(other_Ed)[0] if task.partner_G is not None else None
+        return Scores(ce_plain_N, ce_echo_N, top_plain_N, top_echo_N, ce_other_N, plain.source_SGd)
 
     return with_head(setup.model, setup.backbone, plain.outputs, score)
 
@@ -80,7 +115,8 @@ def read_distributions(
     Cross-entropies of a teacher, and its distributions over the most likely tokens.
 
     Args:
-        setup, inputs, plan: as for `score_passes`.
+        setup, inputs: as for `score_passes`.
+        plan: of the batch, on the model's device.
         top: K, at most V - 1; 0 for none.
         temperature: that the logits are divided by.
     """

@@ -20,7 +20,7 @@ from .head import LanguageModelHead, with_head
 from .memory import now_running
 from .plain import run_plain_pass
 from .proof import ProofTask, prove
-from .score import score_passes
+from .score import ScoreTask, score_passes
 from .setup import EchoSetup
 
 ECHO_MODULE = "echo_networks"
@@ -47,7 +47,7 @@ def install_echo_forward(model: nn.Module, setup: EchoSetup, terms: EchoLoss) ->
         *args,
         echo_plan: EchoPlan | None = None,
         echo_proof: ProofTask | None = None,
-        echo_score: EchoPlan | None = None,
+        echo_score: ScoreTask | None = None,
         **kwargs,
     ):
         if echo_proof is not None:

@@ -93,11 +93,11 @@ def _points(axis: Any, history: list[dict[str, Any]], curves: dict[str, str], co
 
 def _intervals(axis: Any, history: list[dict[str, Any]]) -> None:
     """What the echo pass knows that the plain pass does not, where it counts: on held-out rows."""
-    for prefix, name, colour in (
-        ("eval_echo_", "evaluation, 95 %", PLAIN),
-        ("echo/held_out_", "held-out rows, 95 %", THIRD),
+    for key, name, colour in (
+        ("eval_echo_advantage", "evaluation, 95 %", PLAIN),
+        ("eval_echo_own", "own echo - another's, 95 %", FOURTH),
+        ("echo/held_out_advantage", "held-out rows, 95 %", THIRD),
     ):
-        key = f"{prefix}advantage"
         found = [entry for entry in history if math.isfinite(entry.get(f"{key}_se", math.nan))]
         if found:
             places = [[entry[name] for entry in found] for name in ("step", key)]

@@ -1,28 +1,31 @@
 """What the echo pass is worth on rows that nothing is trained on: an evaluation split, or rows set aside.
 
 On training rows the echo looks better than it is: it has fitted them. So its advantage (`method/advantage.py`) is
-measured on held-out rows, with every sample routed, in evaluation mode and without a gradient. It leaves no trace: no
-random number is drawn, no loader is touched.
+measured on held-out rows, with every sample routed, in evaluation mode and without a gradient, and again with the echo
+of another sample. It leaves no trace: no random number is drawn, no loader is touched.
 """
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import send_to_device
+from torch import Tensor
 
-from ..method.advantage import Advantage, advantage, differing_tokens
+from ..method.advantage import partners
 from ..method.forms import EchoForm
 from ..passes.echo import AUTO, forms_for
 from ..passes.memory import explain_out_of_memory
 from ..passes.modules import base_model_of
 from ..passes.proof import ProofResult
+from ..passes.score import ScoreTask
 from .answers import backbone_inputs
 from .collate import EchoCollator
 from .draft import DraftPlan
+from .finding import Finding, ScoredBatch, find
 from .host import Host
 from .pass_choice import PassChoice
 from .proof_rows import no_trace
@@ -31,35 +34,6 @@ logger = logging.getLogger(__name__)
 
 STREAM_ROWS = 1000
 """Rows of a stream that are looked at."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """
-    How both passes predict held-out answers.
-
-    Attributes:
-        echo_loss: CE_echo per answer token, nats.
-        gain: the advantage over all answer tokens.
-        content: the advantage over the tokens in which answers differ; None where that is all of them, or none.
-    """
-
-    echo_loss: float
-    gain: Advantage
-    content: Advantage | None
-
-    @property
-    def telling(self) -> Advantage:
-        """The advantage that says whether the echo knows something: that of the content, where there is other text."""
-        return self.content or self.gain
-
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """The figures by name, for the log."""
-        found = {f"{prefix}loss": self.echo_loss}
-        for name, value in (("advantage", self.gain), ("advantage_content", self.content)):
-            if value is not None:
-                found |= {f"{prefix}{name}": value.value, f"{prefix}{name}_se": value.error}
-        return found
 
 
 class Rows:
@@ -175,22 +149,34 @@ class HeldOut:
         in_step = host.pass_choice is not None and host.pass_choice.one_form
         collate = EchoCollator(host.data_collator, host.args.echo_positions, in_step)
         world, rank = host.args.world_size, host.args.process_index
-        found, reached = [], False
+        found: list[tuple[int, ScoredBatch]] = []
+        reached, lent = False, None
         with host.attachment.measuring(), no_trace(host.model_wrapped), host.compute_loss_context_manager():
             for first in range(0, n_batches, world):
                 mine = first + rank
-                # A process without a batch of its own keeps the others company; what it finds does not count.
-                start = min(mine, n_batches - 1) * size
-                draft = collate.draft_with_all(rows[start : start + size])
-                scored = self._score(draft)
+                # A process without a batch of its own keeps the others company; what it finds does not count. Rows
+                # far from each other are one batch: neighbours may share a prompt, whose echo is no other's.
+                draft = collate.draft_with_all(rows[min(mine, n_batches - 1) :: n_batches])
+                scored, lent = self._score(draft, lent)
                 if mine < n_batches:
-                    found.append((scored, mine))
+                    found.append((mine, scored))
                     reached = reached or draft.answered
         parts = [part for some in agreement.gather(found) for part in some]
-        return _finding(sorted(parts, key=lambda part: part[1])) if agreement.any(reached) else None
+        if not agreement.any(reached):
+            return None
+        return find([scored for _, scored in sorted(parts, key=lambda part: part[0])])
 
-    def _score(self, draft: DraftPlan) -> dict[str, np.ndarray]:
-        """By name: CE_plain, CE_echo, token and document of every position of a batch."""
+    def _score(self, draft: DraftPlan, lent_Sd: Tensor | None) -> tuple[ScoredBatch, Tensor | None]:
+        """
+        Score a batch.
+
+        Args:
+            draft: the batch, every document routed.
+            lent_Sd: source states of a segment of an earlier batch, for a batch of one document.
+
+        Returns:
+            What was found, and source states for the next batch.
+        """
         host = self.host
         if self._choice is None:  # of its own: what a run proves may not depend on when it is evaluated
             # Where no form that was asked for may be exact, another one is taken: nothing is trained here.
@@ -200,27 +186,20 @@ class HeldOut:
             self._choice = PassChoice(wanted, host.agreement, name, in_step)
         self._choice.settle([draft], self.compare, host.state.global_step)
         (plan,) = self._choice.plans([draft])
+        document_F = draft.segments.document_F
+        partner_G = partners(document_F[plan.boundary_G].numpy(), lent=lent_Sd is not None)
         inputs: Any = send_to_device(backbone_inputs(draft.batch), host.args.device)
-        on_device = plan.to(host.args.device)
+        task = ScoreTask(plan.to(host.args.device), torch.from_numpy(partner_G).to(host.args.device), lent_Sd)
         with explain_out_of_memory(inputs, plan, "measurement of the echo on held-out rows"):
-            scores = host.model_wrapped(**inputs, echo_score=on_device)
-        return {
-            "plain": scores.ce_plain_N.double().cpu().numpy(),
-            "echo": scores.ce_echo_N.double().cpu().numpy(),
-            "label": plan.labels_N.numpy(),
-            "document": draft.segments.document_F[plan.predict_N].numpy(),
-        }
-
-
-def _finding(parts: list[tuple[dict[str, np.ndarray], int]]) -> Finding | None:
-    """All batches of all processes, in the order of the rows; None where nothing is predicted."""
-    plain, echo, label = (np.concatenate([part[name] for part, _ in parts]) for name in ("plain", "echo", "label"))
-    first, samples = 0, []
-    for part, _ in parts:
-        samples.append(part["document"] + first)
-        first += int(part["document"].max(initial=-1)) + 1
-    sample = np.concatenate(samples)
-    differs = differing_tokens(label, sample)
-    content = advantage((plain - echo)[differs], sample[differs]) if not differs.all() else None
-    gain = advantage(plain - echo, sample)
-    return Finding(float(echo.mean()), gain, content) if gain is not None else None
+            scores = host.model_wrapped(**inputs, echo_score=task)
+        # Without a document that an echo reaches there is nothing to exchange: the passes agree.
+        compared = bool((partner_G != np.arange(len(partner_G))).any())
+        passes: Any = (scores.ce_plain_N, scores.ce_echo_N, scores.ce_other_N)
+        found = ScoredBatch(
+            *(ce_N.double().cpu().numpy() for ce_N in passes),
+            compared_N=np.full(len(plan.labels_N), compared),
+            label_N=plan.labels_N.numpy(),
+            document_N=document_F[plan.predict_N].numpy(),
+        )
+        usable = scores.source_SGd is not None and not plan.weightless
+        return found, scores.source_SGd[:, -1] if usable else lent_Sd

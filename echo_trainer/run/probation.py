@@ -1,4 +1,5 @@
-"""The echo on probation: after a share of the run it must predict held-out answers better than the plain pass does.
+"""The echo on probation: after a share of the run its pass must predict held-out answers better than the plain pass,
+and better than it does itself with the echo of another sample.
 
 It is judged once, before the first step that comes after the probation; one line says what was found and what the echo
 costs. With `echo_when_useless="stop"` nothing is routed from there on: the loss is that of plain LoRA, and the echo
@@ -29,10 +30,11 @@ class Verdict:
 
     Attributes:
         step: optimizer steps done by then.
-        useless: whether the interval of the advantage holds zero, or lies below.
+        useless: see `Finding.useless`.
         gain: the advantage over all answer tokens, as a dict (`method.advantage.Advantage`).
         content: that over the tokens in which answers differ, None where that is all of them.
         price: work of the echo pass as a share of the plain pass's, tokens times the layers they go through.
+        own: by how much the own echo is better than that of another sample, likewise; None where there was no other.
     """
 
     step: int
@@ -40,6 +42,12 @@ class Verdict:
     gain: dict[str, Any]
     content: dict[str, Any] | None
     price: float
+    own: dict[str, Any] | None = None
+
+    @property
+    def networks_alone(self) -> bool:
+        """Whether the echo is useless although its pass knows more: it does so with any echo."""
+        return self.useless and Advantage(**(self.content or self.gain)).clear
 
 
 class Probation:
@@ -103,10 +111,11 @@ class Probation:
             return
         self.verdict = verdict = Verdict(
             step=host.state.global_step,
-            useless=not finding.telling.clear,
+            useless=finding.useless,
             gain=asdict(finding.gain),
             content=asdict(finding.content) if finding.content else None,
             price=self._price(),
+            own=asdict(finding.own) if finding.own else None,
         )
         logger.log(logging.WARNING if verdict.useless else logging.INFO, self._sentence(verdict))
         host.log(finding.metrics("echo/held_out_"))
@@ -122,25 +131,30 @@ class Probation:
         found = f"{_figure(gain)} on {gain.samples} held-out samples"
         if verdict.content:
             found += f"; on the tokens in which answers differ {_figure(Advantage(**verdict.content))}"
+        found += " (CE_plain - CE_echo, nats per token)"
+        own = _figure(Advantage(**verdict.own)) if verdict.own else "there was none"
         cost = f"It costs {verdict.price:.0%} of the plain pass"
+        better = f"the echo pass predicts answers better than the plain pass: by {found}"
         if not verdict.useless:
-            return (
-                f"Step {verdict.step}: the echo pass predicts answers better than the plain pass: by {found} "
-                f"(CE_plain - CE_echo, nats per token). {cost}."
-            )
+            return f"Step {verdict.step}: {better}, and better than with the echo of another sample: by {own}. {cost}."
         follows = (
             "Training goes on as plain LoRA (echo_when_useless='stop')"
             if self.stopped
             else "Training goes on with it; echo_when_useless='stop' would go on as plain LoRA"
         )
-        return (
-            f"Step {verdict.step}: the echo gives nothing so far: the advantage of its pass over the plain pass is "
-            f"{found} (CE_plain - CE_echo, nats per token). {cost}. {follows}."
-        )
+        why = f"the advantage of its pass over the plain pass is {found}"
+        if verdict.networks_alone:
+            why = (
+                f"{better}, but not clearly better than with the echo of another sample: by {own}. So it is the echo "
+                f"networks that help, and not what they are told of the prompt"
+            )
+        return f"Step {verdict.step}: the echo gives nothing so far: {why}. {cost}. {follows}."
 
     def record(self) -> dict[str, Any] | None:
         """The verdict as JSON values, with what followed; None where there is none."""
-        return {**asdict(self.verdict), "stopped": self.stopped} if self.verdict else None
+        if self.verdict is None:
+            return None
+        return {**asdict(self.verdict), "networks_alone": self.verdict.networks_alone, "stopped": self.stopped}
 
 
 def echo_work(plan: EchoPlan, shape: tuple[int, int], depth: int, first_target: int) -> int:

@@ -9,19 +9,30 @@ from datasets import Dataset
 from models import lora_config, prompt_completion_rows
 from training import adapter, assert_equal, echo_trainer, losses, revive, trainable
 
+from echo_trainer.method.advantage import Advantage
 from echo_trainer.method.routing import RoutingSchedule
+from echo_trainer.passes.full import ROWS
+from echo_trainer.passes.score import ScoreTask
+from echo_trainer.run.answers import backbone_inputs
+from echo_trainer.run.collate import EchoCollator
 from echo_trainer.run.held_out import Rows
+from echo_trainer.run.proof_rows import no_trace
 
 READY = {"dataset_kwargs": {"skip_prepare_dataset": True}}
 WEAK = {"target_modules": ["down_proj"], "layers_to_transform": [3], "layers_pattern": "layers", "r": 1}
 
 
-def classified(n, seed, told=True):
-    """Five tokens, of which the last names one of six classes, and the answer: a word, the class (`told`), the end."""
+def classified(n, seed, told=True, alike=0):
+    """
+    Five tokens, of which the last names one of six classes, and the answer: a word, the class (`told`), the end.
+
+    The first tokens say nothing; so many of them are `alike` in all rows.
+    """
     generator, rows = torch.Generator().manual_seed(seed), []
     for _ in range(n):
         ids = torch.randint(10, 60, (5,), generator=generator).tolist()
         kind, other = torch.randint(0, 6, (2,), generator=generator).tolist()
+        ids[:alike] = [5] * alike
         ids[-1] = 10 + kind
         ids += [7, 30 + ((5 * kind + 2) % 6 if told else other), 1]
         rows.append({"input_ids": ids, "labels": [-100] * 5 + ids[5:]})
@@ -35,12 +46,17 @@ def useless(folder, **settings):
     return echo_trainer(folder, trainer_kwargs=held_out, per_device_train_batch_size=8, **settings)
 
 
-def useful(folder, **settings):
-    """A run with an adapter too weak for the task, and an echo that is not."""
+def useful(folder, told=True, **settings):
+    """
+    A run with an adapter too weak for the task, and an echo that is not.
+
+    Without `told` answers say nothing of the prompt: what the networks add is which words there are.
+    """
+    rows, held_out = classified(128, 0, told, alike=3), classified(40, 1, told, alike=3)
     return echo_trainer(
-        folder, rows=classified(64, 0), lora=lora_config(**WEAK, init_lora_weights=True), echo_preset="strong",
-        trainer_kwargs={"eval_dataset": classified(40, 1)}, max_steps=31, echo_probation=30, learning_rate=2e-2,
-        per_device_train_batch_size=16, lr_scheduler_type="constant", **READY, **settings,
+        folder, rows=rows, lora=lora_config(**WEAK, init_lora_weights=True), trainer_kwargs={"eval_dataset": held_out},
+        echo_preset="strong", learning_rate=2e-2, per_device_train_batch_size=16, lr_scheduler_type="constant",
+        **{"max_steps": 31, "echo_probation": 30, **READY, **settings},
     )  # fmt: skip
 
 
@@ -64,17 +80,18 @@ def test_evaluate_says_what_the_echo_pass_predicts(tmp_path):
     assert silent["eval_echo_advantage"] == pytest.approx(0, abs=1e-6)
     revive(trainer)
     found = scores(trainer, rows)
-    assert {*found} == {
-        f"eval_echo_{name}"
-        for name in ("loss", "advantage", "advantage_se", "advantage_content", "advantage_content_se")
-    }
+    names = ["loss", *(name + end for name in ("advantage", "advantage_content", "own") for end in ("", "_se"))]
+    assert {*found} == {f"eval_echo_{name}" for name in names}
     # all samples have three answer tokens, so TRL's loss over batches is that over tokens
     plain = trainer.evaluate(rows.select(range(16)))["eval_loss"]
     whole = scores(trainer, rows.select(range(16)))
     assert whole["eval_echo_loss"] + whole["eval_echo_advantage"] == pytest.approx(plain, rel=1e-5)
     assert abs(found["eval_echo_advantage"]) > 1e-3 < found["eval_echo_advantage_se"]
-    for batch in (1, 5, 40):
-        assert scores(trainer, rows, batch=batch) == pytest.approx(found, rel=1e-4, abs=1e-6)
+    for batch in (1, 5, 40, 8):
+        again = scores(trainer, rows, batch=batch)
+        other = {key: again.pop(key) for key in [*again] if "_own" in key}  # depends on who is beside whom
+        assert again == pytest.approx({key: found[key] for key in again}, rel=1e-4, abs=1e-6)
+        assert abs(other["eval_echo_own"]) > 1e-4 < other["eval_echo_own_se"]
     named = {k: v for k, v in trainer.evaluate({"a": rows}).items() if "a_echo" in k}
     assert named == pytest.approx({k.replace("eval_", "eval_a_"): v for k, v in found.items()}, rel=1e-4)
     stream = scores(trainer, rows.to_iterable_dataset())
@@ -97,6 +114,39 @@ def test_evaluate_after_training_in_every_layout(tmp_path, settings):
     assert "| echo_advantage |" in card and "which existed during training only" in card
     assert any("eval_echo_advantage_se" in entry for entry in record["metrics"])
     assert (tmp_path / "assets" / "training.png").exists()
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_the_own_echo_is_compared_with_that_of_another_row(tmp_path, batch):
+    """Against scores of both echoes that are computed one by one, whatever the batches."""
+    rows = classified(8, 5)
+    trainer = echo_trainer(
+        tmp_path, rows=classified(16, 0), trainer_kwargs={"eval_dataset": rows}, per_device_eval_batch_size=batch,
+        **READY,
+    )  # fmt: skip
+    revive(trainer)
+    found = trainer.held_out.measure(list(rows))
+    # batch b holds the rows b, b + n, ...; a row that is alone has the echo of the one before, the first one has none
+    n = 8 // batch
+    batches = [list(range(8))[first::n] for first in range(n)]
+    partner = {mine: other for some in batches for mine, other in zip(some, some[1:] + some[:1], strict=True)}
+    if batch == 1:
+        partner = {row: row - 1 for row in range(1, 8)}
+    trainer.args.per_device_eval_batch_size = 2
+    differences = []
+    for mine, other in partner.items():
+        pair = []
+        for pair_of in ((mine, other), (mine, mine)):
+            ids = [rows[place] for place in pair_of]
+            draft = EchoCollator(trainer.data_collator, "answer", False).draft_with_all(ids)
+            plan = draft.plan(ROWS)
+            task = ScoreTask(plan, torch.tensor([1, 0]))
+            with torch.no_grad(), trainer.attachment.measuring(), no_trace(trainer.model_wrapped):
+                pair.append(trainer.model_wrapped(**backbone_inputs(draft.batch), echo_score=task).ce_other_N)
+        differences += (pair[0] - pair[1])[:3].tolist()[1:2]  # the class: all answers begin and end alike
+    assert found.own.samples == len(partner) and found.own.tokens == len(partner)
+    assert found.own.value == pytest.approx(sum(differences) / len(differences), rel=1e-3, abs=1e-6)
+    assert abs(found.own.value) > 1e-3
 
 
 def test_nothing_is_said_of_rows_without_a_boundary(tmp_path):
@@ -149,10 +199,28 @@ def test_an_echo_that_helps_does_not(tmp_path, caplog):
     (line,) = said(caplog)
     assert line.levelno == logging.INFO and "predicts answers better than the plain pass" in line.message
     assert not trainer.probation.stopped and trainer.state.log_history[-2]["echo/p"] == 1
+    assert "and better than with the echo of another sample: by +" in line.message
     found = trainer.evaluate()
+    assert found["eval_echo_own"] > 3 * found["eval_echo_own_se"]
+    assert trainer.probation.record()["networks_alone"] is False
     assert found["eval_echo_advantage_content"] > 3 * found["eval_echo_advantage_content_se"]
     seen = [entry["echo/advantage"] for entry in trainer.state.log_history if "echo/advantage" in entry]
     assert seen[0] == pytest.approx(0, abs=1e-6) and seen[-1] > 0.1  # P2 starts at zero
+
+
+def test_networks_that_help_with_any_echo_are_found_out(tmp_path, caplog):
+    """The pass knows more than the plain one, and as much with the echo of another sample."""
+    trainer = useful(tmp_path, told=False, echo_when_useless="stop")
+    trainer.train()
+    (line,) = said(caplog)
+    verdict = trainer.probation.verdict
+    assert Advantage(**verdict.content).clear and not Advantage(**verdict.own).clear
+    assert verdict.useless and verdict.networks_alone and trainer.probation.stopped
+    assert line.levelno == logging.WARNING and "it is the echo networks that help" in line.message
+    assert trainer.state.log_history[-2]["echo/p"] == 0
+    trainer.save_model()
+    assert "no better with the own echo" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "echo_run.json").read_text())["echo"]["probation"]["networks_alone"]
 
 
 def test_what_all_answers_share_does_not_count(tmp_path, caplog):
