@@ -5,15 +5,12 @@ Shapes: S source layers, G routed segments of a micro-batch, d hidden size.
 What a control draws depends on (seed, optimizer step, micro-batch) and on nothing else: a resumed run draws the same.
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation.echo import EchoReader
-from ..evaluation.scoring import Score, TokenizedRow
 from ..method.network import EchoNetworks
 
 
@@ -23,10 +20,10 @@ class ControlledNetworks(EchoNetworks):
 
     Attributes:
         place: optimizer step and micro-batch; set before every micro-batch.
-        answers: how many segments in turn are answers to one prompt; None: each has a prompt of its own.
+        prompt_G: number of the prompt that each segment belongs to, those of a prompt in turn; None: each has its own.
     """
 
-    answers: list[int] | None = None
+    prompt_G: np.ndarray | None = None
 
     def __init__(self, *args: Any, seed: int, **kwargs: Any):
         super().__init__(*args, seed=seed, **kwargs)
@@ -66,7 +63,8 @@ class ShuffledNetworks(ControlledNetworks):
 
     def alter(self, z_Gd: Tensor) -> Tensor:
         """z in an order in which no prompt keeps its place."""
-        counts = self.answers or [1] * len(z_Gd)
+        whose_G = np.arange(len(z_Gd)) if self.prompt_G is None else self.prompt_G
+        counts = np.unique(whose_G, return_counts=True)[1]
         if len(counts) == 1:
             return torch.zeros_like(z_Gd)
         first = np.cumsum([0, *counts[:-1]])
@@ -90,19 +88,6 @@ NETWORKS: dict[str, type[EchoNetworks]] = {
     "shuffled": ShuffledNetworks,
     "noise": NoiseNetworks,
 }
-
-
-class ControlReader(EchoReader):
-    """The echo pass of a control, which sees in evaluation what it saw in training."""
-
-    def score(self, rows: Sequence[TokenizedRow]) -> list[list[Score]]:
-        """See `EchoReader`; the answers to one prompt do not trade with each other."""
-        networks = cast("ControlledNetworks", self.setup.networks)
-        networks.answers = [len(row.sequences) for row in rows]
-        try:
-            return super().score(rows)
-        finally:
-            networks.answers = None
 
 
 def one_cycle(n: int, generator: np.random.Generator) -> np.ndarray:

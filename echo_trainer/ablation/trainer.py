@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..evaluation.echo import EchoReader
+from ..evaluation.echo import ControlReader, EchoReader
 from ..evaluation.readers import Reader
 from ..method.forms import EchoForm
 from ..passes.echo import ROWS
 from ..trainer import EchoSFTTrainer
-from .echoes import NETWORKS, ControlledNetworks, ControlReader
+from .echoes import NETWORKS, ControlledNetworks
 from .flops import SIZES, plain_sizes, step_sizes
 
 

@@ -70,8 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
                         help="dtype of the weights (default: float32 on a CPU, bfloat16 on a GPU)")  # fmt: skip
     parser.add_argument("--device", help="such as cuda:0 (default: a GPU where there is one)")
     parser.add_argument("--with-echo", "--with_echo", action="store_true",
-                        help="evaluate the echo pass as well: ADAPTER is a checkpoint with echo networks, or the "
-                        "folder of a run that has one")  # fmt: skip
+                        help="evaluate the echo pass as well, with the own echo of each item and with another's: "
+                        "ADAPTER is a checkpoint with echo networks, or the folder of a run that has one")  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true", help="run code of the model's repository")
     return parser
 
@@ -109,10 +109,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     folder = folder or records_folder(model, options.with_echo)
     columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with quiet_libraries(), Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        passes = iter(["", *([", echo pass", ", another's echo"] if options.with_echo else [f", {options.against}"])])
 
         def watch(loaded: Any, tasks: list[Any]) -> Any:
-            second = "echo pass" if options.with_echo else options.against
-            whose = f", {second}" if seen else ""
+            whose = next(passes)
             seen.update(loaded=loaded, tasks=[task.name for task in tasks])
             bars = {
                 task.name: progress.add_task(f"{task.name}{whose}", total=len(task.items), start=False)
@@ -130,8 +130,11 @@ def _evaluate(options: argparse.Namespace) -> int:
         given["columns"] = columns_of(options)
         summary = evaluate_adapter(model, options.tasks, output=folder, watch=watch, **given)
     console.print(table(summary))
-    if "differences" in summary:
-        console.print(table_of_differences(summary, options.against))
+    if options.with_echo:
+        for other in ("plain", "other"):
+            console.print(table_of_differences(summary, "echo", other))
+    elif "differences" in summary:
+        console.print(table_of_differences(summary, "this", "against", options.against))
     if options.mode == "generate":
         for task in seen["tasks"]:
             console.print(table_of_answers(task, folder))
@@ -172,13 +175,17 @@ def output_places(output: str | None) -> tuple[Path | None, Path | None]:
     return (path.with_suffix(""), path) if path.suffix == ".json" else (path, None)
 
 
-def table_of_differences(summary: dict[str, Any], against: str | None = None) -> Any:
-    """The echo pass beside the plain path, or a model beside the one it was compared `against`, as a table."""
+def table_of_differences(summary: dict[str, Any], one: str, other: str, against: str = "") -> Any:
+    """What is called `one` in the differences of a summary beside what is called `other`, as a table."""
     from rich.table import Table
 
-    names = ("plain", "echo") if against is None else ("against", "this")
-    shown_as = names if against is None else (against.rstrip("/").rsplit("/", 1)[-1], "this")
-    what = "the echo pass (training only) beside the plain path" if against is None else f"beside {against}"
+    names = (other, one)
+    shown_as = (against.rstrip("/").rsplit("/", 1)[-1] or {"other": "another's"}.get(other, other), one)
+    what = {
+        "plain": "the echo pass (training only) beside the plain path",
+        "other": "the echo pass with the own echo beside the same with the echo of another item",
+        "against": f"beside {against}",
+    }[other]
     shown = Table(
         title=f"{what}, mode {summary['mode']}",
         caption=f"difference: {shown_as[1]} - {shown_as[0]}, paired by item, with its 95 % interval over items; one "
@@ -188,6 +195,8 @@ def table_of_differences(summary: dict[str, Any], against: str | None = None) ->
         justify: Any = "left" if column in ("task", "metric") else "right"
         shown.add_column(column, justify=justify, no_wrap=column == "metric")
     for row in summary["differences"]:
+        if other not in row:
+            continue
         form, signed = ("{:.3f}", "{:+.3f}") if row["metric"] == "nll" else ("{:.1%}", "{:+.1%}")
         interval = " to ".join(signed.format(bound) for bound in row["interval"]) if row["interval"] else "-"
         both = [form.format(row[name]) for name in names]

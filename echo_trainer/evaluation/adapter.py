@@ -16,7 +16,7 @@ from .evaluate import Task
 from .model import Loaded, load_for_evaluation, load_tokenizer, require_id
 from .readers import Reader
 from .results import add_to_run
-from .run import OF_THE_ECHO, run_evaluation
+from .run import OF_ANOTHER_ECHO, OF_THE_ECHO, run_evaluation
 from .tasks import load_tasks
 
 logger = logging.getLogger(__name__)
@@ -81,18 +81,19 @@ def evaluate_adapter(
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
         device: such as "cuda:0"; None is a GPU where there is one.
         trust_remote_code: run code of the model's repository.
-        with_echo: evaluate the echo pass as well, which existed in training only. `adapter` is then a checkpoint that
-            holds echo networks, or the folder of a run, whose last such checkpoint is taken.
+        with_echo: evaluate the echo pass as well, which existed in training only, with the own echo of each item and
+            with that of another one. `adapter` is then a checkpoint that holds echo networks, or the folder of a run,
+            whose last such checkpoint is taken.
         against: evaluate this adapter or model on the same items as well, or "base", the adapter's base.
         columns: names of the columns of prompt and completion in files; they are joined as training joins them.
-        watch: called with the model and the tasks before the first item, and once more before the echo pass or what
-            is compared; what it returns is called with a task and a number of finished items.
+        watch: called with the model and the tasks before the first item, and again before each echo pass or what is
+            compared; what it returns is called with a task and a number of finished items.
 
     Returns:
         What results.MODE.json holds (`run.run_evaluation`), and `written`: what of a finished run's folder now holds
-        the figures, in words, or None. With `with_echo` also `echo`, the same of the echo pass, with `against` also
-        `against`; and with either `differences` (`beside.differences`; "this" minus "against", or "echo" minus
-        "plain").
+        the figures, in words, or None. With `with_echo` also `echo` and `other`, the same of the echo pass with both
+        kinds of echo, with `against` also `against`; and with either `differences` (`beside.differences`; "this" minus
+        "against"; "echo" minus "plain", then "echo" minus "other").
 
     Raises:
         ValueError: an option or a task cannot work, the folder holds records of another model, data or options, or
@@ -118,7 +119,9 @@ def evaluate_adapter(
     loaded = load_for_evaluation(name, base, dtype, device, trust_remote_code)
     folder = Path(output) if output is not None else records_folder(name, with_echo)
 
-    def evaluate(loaded: Loaded, reader: Reader | None = None, folder: Path = folder) -> dict[str, Any]:
+    def evaluate(
+        loaded: Loaded, reader: Reader | None = None, folder: Path = folder, ending: str = ""
+    ) -> dict[str, Any]:
         return run_evaluation(
             loaded,
             wanted,
@@ -130,14 +133,19 @@ def evaluate_adapter(
             restart=restart,
             advance=watch(loaded, wanted) if watch is not None else None,
             reader=reader,
+            ending=ending,
         )
 
     summary = evaluate(loaded)
     if with_echo:
-        reader, digest = load_echo(loaded.model, loaded.tokenizer, Path(name))
-        echo = evaluate(replace(loaded, identity={**loaded.identity, "echo_networks": digest}), reader)
-        pair = ("echo", folder, mode + OF_THE_ECHO), ("plain", folder, mode)
-        return {**summary, "echo": echo, "differences": differences(wanted, mode, *pair), "written": None}
+        for key, ending, of in (("echo", OF_THE_ECHO, {}), ("other", OF_ANOTHER_ECHO, {"echo_of": "another item"})):
+            reader, digest = load_echo(loaded.model, loaded.tokenizer, Path(name), borrowed=key == "other")
+            identity = {**loaded.identity, "echo_networks": digest, **of}
+            summary[key] = evaluate(replace(loaded, identity=identity), reader, ending=ending)
+        own = ("echo", folder, mode + OF_THE_ECHO)
+        beside = ("plain", folder, mode), ("other", folder, mode + OF_ANOTHER_ECHO)
+        found = [row for other in beside for row in differences(wanted, mode, own, other)]
+        return {**summary, "differences": found, "written": None}
     results = [*summary["results"], *([summary["average"]] if summary["average"] else [])]
     written = add_to_run(Path(name), results) if Path(name).is_dir() else None
     summary |= {"written": written}

@@ -1,17 +1,20 @@
 """The echo pass as a reader: what the teacher of a run says, beside the plain path that is deployed.
 
-Shapes: N positions that predict a scored token.
+Shapes: N positions that predict a scored token, G segments that get an echo, S source layers, d hidden size.
 """
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..method.advantage import partners
 from ..method.network import EchoNetworks, NetworkForm
 from ..method.plan import make_plan
 from ..method.segments import IGNORE_INDEX, find_segments
@@ -51,10 +54,12 @@ class EchoReader:
         segments = find_segments(batch)
         routed = [True] * segments.n_documents
         plan = make_plan(segments, routed, positions=self.positions, form=ROWS)
-        device = self.setup.model.device
+        device, width = self.setup.model.device, batch["input_ids"].shape[1]
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-        found = score_passes(self.setup, inputs, ScoreTask(plan.to(device)))
-        row_N = plan.predict_N // batch["input_ids"].shape[1]
+        whose = np.repeat(np.arange(len(rows)), [len(row.sequences) for row in rows])
+        with self.knowing(whose[(plan.boundary_G // width).numpy()]):
+            found = score_passes(self.setup, inputs, ScoreTask(plan.to(device)))
+        row_N = plan.predict_N // width
         ce_N, top_N = found.ce_echo_N.double().cpu(), found.top_echo_N.cpu()
         scores = iter(_score(ce_N[row_N == number], top_N[row_N == number]) for number in range(len(flat)))
         return [[next(scores) for _ in row.sequences] for row in rows]
@@ -62,6 +67,10 @@ class EchoReader:
     def answers(self, prompts: list[str], **options: Any) -> list[str]:
         """See `readers.Reader`."""
         return greedy_answers(cast("PreTrainedModel", _Writing(self)), self.tokenizer, prompts, **options)
+
+    def knowing(self, prompt_G: np.ndarray) -> AbstractContextManager[None]:
+        """Scores are made inside; `prompt_G` (G,) is the number of the prompt that each segment of them belongs to."""
+        return nullcontext()
 
     def _batch(self, flat: list[tuple[TokenizedRow, list[int]]]) -> dict[str, Tensor]:
         """Sequences padded on the right, with labels at the scored tokens."""
@@ -76,6 +85,46 @@ class EchoReader:
             mask.append([1] * len(tokens) + [0] * rest)
         columns = {"input_ids": ids, "labels": labels, "attention_mask": mask}
         return {name: torch.tensor(value) for name, value in columns.items()}
+
+
+class ControlReader(EchoReader):
+    """The echo pass with networks that exchange the echoes of prompts; `networks.prompt_G` says whose are whose."""
+
+    @contextmanager
+    def knowing(self, prompt_G: np.ndarray) -> Iterator[None]:
+        """Answers to one prompt, and turns of one conversation, do not trade with each other."""
+        networks: Any = self.setup.networks
+        networks.prompt_G = prompt_G
+        try:
+            yield
+        finally:
+            networks.prompt_G = None
+
+
+class BorrowedEcho(EchoNetworks):
+    """
+    Echo networks that are given the echo of the next prompt of the batch in place of each prompt's own.
+
+    A prompt that is alone in its batch gets the last echo before; the first of all, if it is alone, gets none.
+
+    Attributes:
+        prompt_G: number of the prompt that each segment belongs to; None: each has one of its own.
+    """
+
+    prompt_G: np.ndarray | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._last_d: Tensor | None = None
+
+    def aggregate(self, states_SGd: Tensor) -> Tensor:
+        """z (G, d) of other prompts."""
+        z_Gd = super().aggregate(states_SGd)
+        last_d = torch.zeros_like(z_Gd[0]) if self._last_d is None else self._last_d
+        self._last_d = z_Gd[-1]
+        whose_G = np.arange(len(z_Gd)) if self.prompt_G is None else self.prompt_G
+        order = torch.from_numpy(partners(whose_G, lent=True)).to(z_Gd.device)
+        return torch.cat([z_Gd, last_d[None]]).index_select(0, order)
 
 
 class _Writing:
@@ -119,7 +168,7 @@ def echo_checkpoint(name: str) -> Path:
     )
 
 
-def load_echo(model: Any, tokenizer: Any, checkpoint: Path) -> tuple[EchoReader, str]:
+def load_echo(model: Any, tokenizer: Any, checkpoint: Path, *, borrowed: bool = False) -> tuple[EchoReader, str]:
     """
     The echo of a checkpoint on the model that was loaded with its adapter.
 
@@ -127,6 +176,7 @@ def load_echo(model: Any, tokenizer: Any, checkpoint: Path) -> tuple[EchoReader,
         model: with the adapter of the checkpoint.
         tokenizer: its tokenizer.
         checkpoint: from `echo_checkpoint`.
+        borrowed: give each prompt the echo of another one (`BorrowedEcho`).
 
     Returns:
         The reader, and a digest of the networks.
@@ -135,15 +185,16 @@ def load_echo(model: Any, tokenizer: Any, checkpoint: Path) -> tuple[EchoReader,
         ValueError: the networks do not fit the adapter.
     """
     weights = read_echo_weights(str(checkpoint))
-    setup = _setup(base_model_of(model), weights, checkpoint)
+    setup = _setup(base_model_of(model), weights, checkpoint, BorrowedEcho if borrowed else EchoNetworks)
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
-    return EchoReader(setup, tokenizer, weights.options["positions"]), digest.hexdigest()
+    reader = ControlReader if borrowed else EchoReader
+    return reader(setup, tokenizer, weights.options["positions"]), digest.hexdigest()
 
 
-def _setup(base: Any, weights: EchoWeights, checkpoint: Path) -> EchoSetup:
+def _setup(base: Any, weights: EchoWeights, checkpoint: Path, kind: type[EchoNetworks]) -> EchoSetup:
     options = weights.options
     layers = sorted({int(found[1]) for key in options["targets"] if (found := re.match(r"layer(\d+)_", key))})
     sites = find_sites(base, layers, options["layers"])
@@ -154,6 +205,6 @@ def _setup(base: Any, weights: EchoWeights, checkpoint: Path) -> EchoSetup:
         )
     form = NetworkForm(bottleneck=options["bottleneck"], aggregation=options["aggregation"], gate=options["gate"])
     width = base.config.get_text_config().hidden_size
-    networks = EchoNetworks(sites, len(options["source_layers"]), width, form, seed=0)
+    networks = kind(sites, len(options["source_layers"]), width, form, seed=0)
     networks.load_state_dict(weights.tensors)
     return EchoSetup(base, networks.to(base.device).eval(), sites, options["source_layers"], True, options["layers"])

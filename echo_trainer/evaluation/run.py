@@ -15,8 +15,8 @@ from .readers import Reader
 from .records import RecordFile, items_digest
 from .results import macro_average, task_result
 
-OF_THE_ECHO = "-echo"
-"""What names of files end with where the echo pass was evaluated."""
+OF_THE_ECHO, OF_ANOTHER_ECHO = "-echo", "-other-echo"
+"""What names of files end with where the echo pass was evaluated, and where it was with the echoes of other items."""
 
 # Names of the same data in lm-evaluation-harness. Its prompts differ, so its figures are not the same.
 HARNESS_TASKS = {
@@ -44,6 +44,7 @@ def run_evaluation(
     restart: bool = False,
     advance: Callable[[Task, int], None] | None = None,
     reader: Reader | None = None,
+    ending: str = "",
 ) -> dict[str, Any]:
     """
     Evaluate a model on tasks and keep every record.
@@ -51,8 +52,7 @@ def run_evaluation(
     Args:
         loaded: the model.
         tasks: the tasks.
-        folder: gets TASK.MODE.jsonl (records; read again when the evaluation continues) and results.MODE.json; of an
-            echo pass they are called MODE-echo.
+        folder: gets TASK.MODE.jsonl (records; read again when the evaluation continues) and results.MODE.json.
         mode: "generate", "rank" or "nll"; see `evaluate_task`.
         batch_size: items at a time. It may differ when an evaluation continues.
         num_beams: beams in mode "generate".
@@ -61,6 +61,7 @@ def run_evaluation(
         advance: called with the task and a number of finished items, for a progress bar.
         reader: what reads and writes in place of the model as it is: the echo pass of a run. `loaded.identity` must
             name it.
+        ending: what MODE in the names of files ends with.
 
     Returns:
         What results.MODE.json holds: the figure of every task, their average, the model, options, time and speed.
@@ -69,7 +70,7 @@ def run_evaluation(
         ValueError: the folder holds records of another model, data or options, or two tasks have one name.
     """
     files: dict[str, RecordFile] = {}
-    label = mode if reader is None else f"{mode}{OF_THE_ECHO}"
+    label = f"{mode}{ending}"
     for task in tasks:
         if task.name in files:
             raise ValueError(f"Two tasks are named {task.name!r}, and would share a file of records. Rename one file.")

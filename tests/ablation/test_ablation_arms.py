@@ -84,12 +84,12 @@ def test_shuffled_answers_to_one_prompt_do_not_trade_with_each_other():
     control = networks("shuffled")
     z = torch.arange(1.0, 4.0)[[0, 0, 1, 2, 2, 2]][:, None].expand(-1, 32)
     for step in range(10):
-        control.place, control.answers = (step, 0), [2, 1, 3]
+        control.place, control.prompt_G = (step, 0), np.array([0, 0, 1, 2, 2, 2])
         given = control.alter(z)
         assert (given != z).all()
         assert [len(part.unique()) for part in given.split([2, 1, 3])] == [1, 1, 1]  # one echo for a prompt
         assert set(given.unique().tolist()) == {1.0, 2.0, 3.0}
-    control.answers = [6]
+    control.prompt_G = np.zeros(6, int)
     assert not control.alter(z).any()
 
 

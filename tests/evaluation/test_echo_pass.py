@@ -16,7 +16,7 @@ from echo_trainer import cli
 from echo_trainer.evaluation.adapter import evaluate_adapter
 from echo_trainer.evaluation.echo import EchoReader, echo_checkpoint, load_echo
 from echo_trainer.evaluation.model import load_for_evaluation
-from echo_trainer.evaluation.scoring import TokenizedRow, tokenize_row
+from echo_trainer.evaluation.scoring import TokenizedRow, score_rows, tokenize_row
 from echo_trainer.method.sites import site_key
 
 ROWS = prompt_completion_rows(9, seed=5)
@@ -46,8 +46,8 @@ def loaded_echo(place):
     return loaded, load_echo(loaded.model, loaded.tokenizer, folder / "run" / "checkpoint-2")[0]
 
 
-def expected_score(reader, ids, start, scored=None):
-    """Log-likelihood of tokens, with loops."""
+def expected_score(reader, ids, start, scored=None, of=None):
+    """Log-likelihood of tokens, with loops; `of`: the prompt whose echo they get, None for their own."""
     setup = reader.setup
     labels = [-100] * start + [
         t if s else -100 for t, s in zip(ids[start:], scored or [True] * len(ids), strict=False)
@@ -55,7 +55,10 @@ def expected_score(reader, ids, start, scored=None):
     _, states = reference.logits_and_states(setup.model, ids)
     echoes, places = [], {}
     for number, (first, last) in enumerate(reference.spans(labels)):
-        echoes.append(sum(states[s][first - 1] for s in setup.source_layers) / len(setup.source_layers))
+        boundary = first - 1
+        if of is not None:
+            boundary, states = len(of) - 1, reference.logits_and_states(setup.model, of)[1]
+        echoes.append(sum(states[s][boundary] for s in setup.source_layers) / len(setup.source_layers))
         places |= dict.fromkeys(range(first, last + 1), number)
     logits = reference.echo_logits(setup.model, setup.sites, setup.networks.networks, ids, echoes, places, site_key)
     return -float(reference.cross_entropy(logits, labels))
@@ -79,6 +82,37 @@ def test_scores_equal_reference(place):
     assert reader.score([turns])[0][0].log_likelihood == pytest.approx(expected, rel=1e-4)
 
 
+@torch.no_grad()
+def test_scores_with_the_echo_of_another_equal_reference(place):
+    """The next prompt's for every option of a prompt; alone the one before, and the first alone none."""
+    folder, _ = place
+    loaded, own = loaded_echo(place)
+    reader, _ = load_echo(loaded.model, loaded.tokenizer, folder / "run" / "checkpoint-2", borrowed=True)
+    prompts, options = ["w1 w2 w3", "w9", "w4 w5 w6 w7 w8"], [" w1", " w2 w3"]
+    rows = [tokenize_row(loaded.tokenizer, prompt, options) for prompt in prompts]
+    texts = [row.sequences[0][: row.start] for row in rows]
+
+    def check(rows, others):
+        for row, scores, of in zip(rows, reader.score(rows), others, strict=True):
+            for ids, score in zip(row.sequences, scores, strict=True):
+                assert score.log_likelihood == pytest.approx(expected_score(reader, ids, row.start, of=of), rel=1e-4)
+                mine = expected_score(own, ids, row.start)
+                assert (abs(score.log_likelihood - mine) > 1e-3) == (score.n_tokens > 1)  # the first is not reached
+
+    check(rows, [texts[1], texts[2], texts[0]])
+    check(rows[:1], [texts[2]])
+    turns = TokenizedRow([[3, 9, 10, 4, 11, 12, 13]], 1, 7, (True, True, False, False, True, True))
+    together = reader.score([turns, rows[0]])
+    assert together[0][0].log_likelihood == pytest.approx(
+        expected_score(reader, turns.sequences[0], 1, turns.scored, of=texts[0]), rel=1e-4
+    )
+    fresh, _ = load_echo(loaded.model, loaded.tokenizer, folder / "run" / "checkpoint-2", borrowed=True)
+    plain = score_rows(loaded.model, loaded.tokenizer, rows[:1])
+    assert [s.log_likelihood for s in fresh.score(rows[:1])[0]] == pytest.approx(
+        [s.log_likelihood for s in plain[0]], rel=1e-5
+    )
+
+
 def test_the_figures_are_those_of_the_trainer(place):
     """NLL of both passes in sum = what `evaluate` says about the same rows per token."""
     folder, trainer = place
@@ -90,6 +124,9 @@ def test_the_figures_are_those_of_the_trainer(place):
     assert nll["echo"] * 9 / tokens == pytest.approx(said["eval_echo_loss"], rel=1e-4)
     assert found["results"][0]["value"] == pytest.approx(nll["plain"])
     assert found["echo"]["results"][0]["value"] == pytest.approx(nll["echo"])
+    own = next(row for row in found["differences"] if "other" in row and row["metric"] == "nll")
+    assert own["echo"] == nll["echo"] and own["other"] == pytest.approx(found["other"]["results"][0]["value"])
+    assert abs(own["difference"]) > 1e-4 and own["n"] == 9
 
 
 @pytest.mark.parametrize("mode", ["generate", "nll"])
@@ -102,9 +139,12 @@ def test_the_command(place, mode, tmp_path, monkeypatch, capsys):
     assert cli.main([*words, "--max_new_tokens", "4"]) == 0
     shown = capsys.readouterr().out
     assert "the echo pass (training only) beside the plain path" in shown and "checkpoint-2" in shown
+    assert "beside the same with the echo of another item" in shown.replace("\n", " ")
     where = Path("run/evaluation/checkpoint-2")
     plain, echo = (json.loads((where / f"results.{name}.json").read_text()) for name in (mode, f"{mode}-echo"))
     assert plain["model"].items() < echo["model"].items() and "echo_networks" in echo["model"]
+    other = json.loads((where / f"results.{mode}-other-echo.json").read_text())
+    assert other["model"].items() > echo["model"].items() and other["results"][0]["n"] == 9
     lines = (where / f"mine.{mode}-echo.jsonl").read_text()
     assert len(lines.splitlines()) == 10
     assert cli.main([*words, "--max_new_tokens", "4"]) == 0  # goes on where it is: nothing is left to do
