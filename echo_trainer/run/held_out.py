@@ -201,5 +201,5 @@ class HeldOut:
             label_N=plan.labels_N.numpy(),
             document_N=document_F[plan.predict_N].numpy(),
         )
-        usable = scores.source_SGd is not None and not plan.weightless
-        return found, scores.source_SGd[:, -1] if usable else lent_Sd
+        source_SGd = None if plan.weightless else scores.source_SGd
+        return found, lent_Sd if source_SGd is None else source_SGd[:, -1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from echo_trainer.method.advantage import advantage, differing_tokens
+from echo_trainer.method.advantage import advantage, differing_tokens, partners
 
 
 def gains(lengths, seed=0, shift=0.3, spread=1.0):
@@ -74,3 +74,19 @@ def test_tokens_in_which_answers_differ(answers, expected):
     sample = np.repeat(np.arange(len(answers)), [len(answer.split()) for answer in answers])
     place = np.concatenate([np.arange(len(answer.split())) for answer in answers])
     assert place[differing_tokens(labels, sample)].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("documents", "lent", "expected"),
+    [
+        ([0, 1, 2], False, [1, 2, 0]),
+        ([0, 1, 2], True, [1, 2, 0]),  # who is not alone needs no one of another batch
+        ([3, 3, 5, 8, 8, 8], False, [2, 2, 3, 0, 1, 1]),  # turns: the same place, or the last there is
+        ([4], False, [0]),
+        ([4, 4], False, [0, 1]),
+        ([4, 4], True, [2, 2]),
+        ([], True, []),
+    ],
+)
+def test_whose_echo_is_borrowed(documents, lent, expected):
+    assert partners(np.array(documents, dtype=int), lent=lent).tolist() == expected

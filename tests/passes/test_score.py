@@ -52,6 +52,39 @@ def test_scores_equal_reference(form, suffix, positions):
 
 
 @FORMS
+@SUFFIX
+@pytest.mark.parametrize("lent", [False, True], ids=["own batch", "lent"])
+def test_scores_with_the_echoes_of_others_equal_reference(form, suffix, lent):
+    """Turn by turn of the next document; or all with one echo of another batch."""
+    setup, documents, batch, plan = scored(form, suffix)
+    texts = [(ids, list(reference.spans(labels)), labels) for ids, labels in documents]
+    states = [reference.logits_and_states(setup.model, ids)[1][3] for ids, _, _ in texts]
+    sources = [[states[i][first - 1] for first, _ in spans] for i, (_, spans, _) in enumerate(texts)]
+    assert all(len(mine) == 2 for mine in sources)
+    partner, stranger = [2, 3, 4, 5, 6, 7, 0, 1], 0.5 * sources[0][0] - sources[1][1]
+    task = ScoreTask(plan, torch.tensor([8] * 8 if lent else partner), stranger[None] if lent else None)
+    found = score_passes(setup, dict(batch), task)
+    expected = []
+    for number, (ids, spans, labels) in enumerate(texts):
+        echoes = [stranger, stranger] if lent else sources[(number + 1) % 4]
+        places = {t: turn for turn, (first, last) in enumerate(spans) for t in range(first, last + 1)}
+        logits = reference.echo_logits(
+            setup.model, setup.sites, setup.networks.networks, ids, echoes, places, site_key
+        )
+        expected += [
+            -float(reference.log_probabilities(logits[t])[labels[t + 1]])
+            for t in range(len(ids) - 1)
+            if labels[t + 1] != -100
+        ]
+    torch.testing.assert_close(found.ce_other_N, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    own = score_passes(setup, dict(batch), ScoreTask(plan))
+    assert torch.equal(found.ce_echo_N, own.ce_echo_N) and torch.equal(found.ce_plain_N, own.ce_plain_N)
+    assert (found.ce_other_N - found.ce_echo_N).abs().max() > 1e-3
+    again = score_passes(setup, dict(batch), ScoreTask(plan, torch.arange(8)))
+    assert torch.equal(again.ce_other_N, own.ce_echo_N)  # a second pass on what the first one left is the same
+
+
+@FORMS
 def test_sums_are_those_of_a_step_in_any_chunks(form, monkeypatch):
     setup, _, batch, plan = scored(form, True, p=0.5, seed=1)
     output, _ = step_gradients(setup.model, setup, batch, plan)
