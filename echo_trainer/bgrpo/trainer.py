@@ -22,6 +22,7 @@ from ..compat.versions import warn_of_newer
 from ..run.agreement import Agreement
 from ..run.publishing import PublishingTrainer
 from ..run.pushes import Pushes
+from ..run.resume import find_checkpoint
 from ..run.save import Saver
 from .beams import Beams, constraints_of
 from .config import BeamGRPOConfig
@@ -124,16 +125,17 @@ class BeamGRPOTrainer(BeamJointTrainer):
         Train as TRL does, on beams.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True (or "true") for the last one in `output_dir`.
+            resume_from_checkpoint: a checkpoint folder, or True (or "true", "last") for the last whole one in
+                `output_dir`: what was being written when a run was killed is passed over with a warning.
 
         Raises:
-            ValueError: the checkpoint is not of such a run, or was made with other options; or a streamed dataset
-                has too few prompts for one step.
+            ValueError: there is no whole checkpoint, it is not of such a run, or was made with other options; or a
+                streamed dataset has too few prompts for one step.
         """
-        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() in ("true", "false"):
-            resume_from_checkpoint = resume_from_checkpoint.lower() == "true"
+        wanted = resume_from_checkpoint
+        found = self.agreement.decide(lambda: find_checkpoint(self.args.output_dir, wanted))
         self.resumption.begin()
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(found, *args, **kwargs)
         refuse_no_step(self.state, self.args)
         self.pushes.after_training()
         return result

@@ -76,6 +76,30 @@ def test_a_checkpoint_without_beams_is_refused(whole, tmp_path):
         trainer(tmp_path).train(resume_from_checkpoint=str(folder))
 
 
+def test_what_a_killed_run_left_half_written_is_passed_over(whole, tmp_path, caplog):
+    """The state of the trainer is written last: without it there is no checkpoint, whatever else lies there."""
+    run, last = whole.args.output_dir, whole.state.global_step
+    shutil.copytree(f"{run}/checkpoint-3", tmp_path / "checkpoint-3")
+    half = shutil.copytree(f"{run}/checkpoint-4", tmp_path / "checkpoint-4")
+    (half / "trainer_state.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4 is damaged: trainer_state.json is missing. Continue from .*-3"
+    ):
+        trainer(tmp_path).train(resume_from_checkpoint=str(half))
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint="last")
+    assert "The checkpoint checkpoint-4" in caplog.text and resumed.state.global_step == last
+    for (name, value), (_, expected) in zip(
+        resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(value, expected), name
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    for folder in tmp_path.glob("checkpoint-*"):
+        (folder / "trainer_state.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
 def test_epochs_have_the_order_that_trl_gives_them():
     def sampler():
         return RepeatSampler(list(range(9)), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=4)
