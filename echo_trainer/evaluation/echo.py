@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -56,8 +57,9 @@ class EchoReader:
         plan = make_plan(segments, routed, positions=self.positions, form=ROWS)
         device, width = self.setup.model.device, batch["input_ids"].shape[1]
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-        whose = np.repeat(np.arange(len(rows)), [len(row.sequences) for row in rows])
-        with self.knowing(whose[(plan.boundary_G // width).numpy()]):
+        row_G, last_G = (x.numpy() for x in (plan.boundary_G // width, plan.boundary_G % width))
+        prompts = [ids[: max(last_G[row_G == number], default=0) + 1] for number, (_, ids) in enumerate(flat)]
+        with self.knowing(_in_turn(prompts)[row_G]):
             found = score_passes(self.setup, inputs, ScoreTask(plan.to(device)))
         row_N = plan.predict_N // width
         ce_N, top_N = found.ce_echo_N.double().cpu(), found.top_echo_N.cpu()
@@ -69,7 +71,7 @@ class EchoReader:
         return greedy_answers(cast("PreTrainedModel", _Writing(self)), self.tokenizer, prompts, **options)
 
     def knowing(self, prompt_G: np.ndarray) -> AbstractContextManager[None]:
-        """Scores are made inside; `prompt_G` (G,) is the number of the prompt that each segment of them belongs to."""
+        """The echo pass runs inside; `prompt_G` (G,) is the number of the prompt that each segment of it belongs to."""
         return nullcontext()
 
     def _batch(self, flat: list[tuple[TokenizedRow, list[int]]]) -> dict[str, Tensor]:
@@ -139,8 +141,15 @@ class _Writing:
     def generate(self, **inputs: Any) -> Tensor:
         reader = self._reader
         model: Any = reader.setup.model
-        with writing_with_echo(reader.setup, reader.positions):
+        # Beams of a prompt lie one after another, so that they do not trade with each other.
+        prompt_G = _in_turn(inputs["input_ids"].tolist()).repeat(inputs["num_beams"])
+        with reader.knowing(prompt_G), writing_with_echo(reader.setup, reader.positions):
             return model.generate(**inputs)
+
+
+def _in_turn(prompts: Sequence[list[int]]) -> np.ndarray:
+    """Numbers of prompts, the same for neighbours that are alike: items are sorted by length, and a prompt may recur."""
+    return np.cumsum([0, *(one != other for one, other in pairwise(prompts))])
 
 
 def _score(ce_N: Tensor, top_N: Tensor) -> Score:

@@ -113,6 +113,31 @@ def test_scores_with_the_echo_of_another_equal_reference(place):
     )
 
 
+def echoes_given(reader, run):
+    """Normalised echoes (G, d) that the networks were given in `run`."""
+    found, network = [], next(iter(reader.setup.networks.networks.values()))
+    handle = network.register_forward_hook(lambda module, args, output: found.append(args[0]))
+    run()
+    handle.remove()
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("beams", [1, 2, 3])
+def test_beams_and_prompts_that_recur_do_not_trade_with_each_other(place, beams):
+    """Each gets the echo of another prompt; one that stands twice in a batch has none to give to itself."""
+    folder, _ = place
+    loaded, own = loaded_echo(place)
+    other, _ = load_echo(loaded.model, loaded.tokenizer, folder / "run" / "checkpoint-2", borrowed=True)
+    prompts = ["w1 w2 w3", "w4 w5 w6", "w4 w5 w6", "w7 w8 w9"]
+    options = {"max_new_tokens": 2, "num_beams": beams}
+    mine, given = (echoes_given(reader, lambda r=reader: r.answers(prompts, **options)) for reader in (own, other))
+    expected = mine.unflatten(0, (4, beams))[[1, 3, 3, 0]].flatten(0, 1)
+    torch.testing.assert_close(given, expected)
+    rows = [tokenize_row(loaded.tokenizer, prompt, [" w1 w2", " w3 w4 w5"]) for prompt in prompts]
+    mine, given = (echoes_given(reader, lambda r=reader: r.score(rows)) for reader in (own, other))
+    torch.testing.assert_close(given, mine.unflatten(0, (4, 2))[[1, 3, 3, 0]].flatten(0, 1))
+
+
 def test_the_figures_are_those_of_the_trainer(place):
     """NLL of both passes in sum = what `evaluate` says about the same rows per token."""
     folder, trainer = place
