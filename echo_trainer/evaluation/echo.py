@@ -71,7 +71,7 @@ class EchoReader:
         return greedy_answers(cast("PreTrainedModel", _Writing(self)), self.tokenizer, prompts, **options)
 
     def knowing(self, prompt_G: np.ndarray) -> AbstractContextManager[None]:
-        """The echo pass runs inside; `prompt_G` (G,) is the number of the prompt that each segment of it belongs to."""
+        """The echo pass runs inside; `prompt_G` (G,) numbers the prompts that its segments belong to."""
         return nullcontext()
 
     def _batch(self, flat: list[tuple[TokenizedRow, list[int]]]) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ class _Writing:
 
 
 def _in_turn(prompts: Sequence[list[int]]) -> np.ndarray:
-    """Numbers of prompts, the same for neighbours that are alike: items are sorted by length, and a prompt may recur."""
+    """Numbers of prompts, the same for neighbours that are alike: items come by length, and a prompt may recur."""
     return np.cumsum([0, *(one != other for one, other in pairwise(prompts))])
 
 

@@ -11,6 +11,7 @@ over samples: that of a ratio estimator, sqrt(S / (S - 1) sum_i (d_i - A n_i)^2)
 """
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,26 +94,34 @@ def differing_tokens(labels_N: Int[np.ndarray, "N"], sample_N: Int[np.ndarray, "
     return keep_N
 
 
-def partners(document_G: Int[np.ndarray, "G"], *, lent: bool) -> Int[np.ndarray, "G"]:
+def partners(
+    document_G: Int[np.ndarray, "G"], *, lent: bool, prompts: Sequence[Hashable] | None = None
+) -> Int[np.ndarray, "G"]:
     """
     Whose echo each segment is given in place of its own, int64 (G,).
 
-    That of the segment in the same place of the next document (its last one, if it has fewer); the next of the last is
-    the first. For a document that is alone G where there is a `lent` segment of another batch, else its own.
+    That of the segment in the same place of the next document with another prompt (its last one, if it has fewer);
+    the next of the last is the first. Where there is none: G where there is a `lent` segment of another batch, else
+    its own.
 
     Args:
         document_G: the document of each segment, those of a document one after another.
         lent: whether there is one.
+        prompts: of the documents, in their order, equal where the prompts are; None where no two are.
     """
     starts = np.flatnonzero(np.diff(document_G, prepend=-1) != 0)
-    if len(starts) == 1:
-        return np.full(len(document_G), len(document_G)) if lent else np.arange(len(document_G))
-    counts = np.diff(starts, append=len(document_G))
-    parts = [
-        start + np.minimum(np.arange(mine), count - 1)
-        for mine, start, count in zip(counts, np.roll(starts, -1), np.roll(counts, -1), strict=True)
-    ]
-    return np.concatenate(parts) if parts else np.arange(0)
+    counts, n = np.diff(starts, append=len(document_G)), len(starts)
+    prompts = range(n) if prompts is None else prompts
+    parts = [np.arange(0)]
+    for mine, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        places = np.arange(count)
+        around = ((mine + step) % n for step in range(1, n))
+        other = next((place for place in around if prompts[place] != prompts[mine]), None)
+        if other is not None:
+            parts.append(starts[other] + np.minimum(places, counts[other] - 1))
+        else:
+            parts.append(np.full(count, len(document_G)) if lent else start + places)
+    return np.concatenate(parts)
 
 
 def _in_common(answers: list[Int[np.ndarray, "_"]], most: int) -> int:

@@ -6,9 +6,9 @@ of another sample. It leaves no trace: no random number is drawn, no loader is t
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +59,19 @@ class Rows:
         return [self.data[place * len(self.data) // self.count] for place in range(self.count)[span]]
 
 
+class Lent(NamedTuple):
+    """
+    A segment of an earlier batch.
+
+    Attributes:
+        prompt: of its document, as `_prompts` tells it.
+        source_Sd: states of the source layers (S, d) at its boundary.
+    """
+
+    prompt: Hashable
+    source_Sd: Tensor
+
+
 class HeldOut:
     """
     Measures for a trainer.
@@ -106,13 +119,13 @@ class HeldOut:
         """Whether there is anything to measure on."""
         return self.rows is not None or self.host.eval_dataset is not None
 
-    def sample(self, most: int) -> list[Any]:
-        """At most `most` held-out rows, evenly spread over each dataset there is."""
+    def sample(self, most: int) -> list[list[Any]]:
+        """At most `most` held-out rows, evenly spread over each dataset there is; for each its own list."""
         sets = self.host.eval_dataset if self.rows is None else self.rows
         sets = list(sets) if isinstance(sets, dict) else [None if self.rows is None else self.rows]
         share = max(1, most // len(sets))
         # Through the Trainer's loader, which leaves out the columns that no collator knows.
-        return [row for each in sets for row in Rows(self.host.get_eval_dataloader(each), share)[:]]
+        return [Rows(self.host.get_eval_dataloader(each), share)[:] for each in sets]
 
     def added_to(
         self, output: Any, loader: Any, description: str, metric_key_prefix: str = "eval", **kwargs: Any
@@ -136,29 +149,34 @@ class HeldOut:
         finding = self.measure(Rows(loader))
         return finding.metrics(f"{prefix}_echo_") if finding is not None else {}
 
-    def measure(self, rows: Rows | list[Any]) -> Finding | None:
+    def measure(self, *sets: Rows | list[Any]) -> Finding | None:
         """
         What both passes say about rows. Every process must call it, with the same ones.
+
+        Args:
+            sets: the rows of each dataset. No batch holds rows of two: they may have different columns.
 
         Returns:
             None where no row has an answer after a prompt.
         """
         host, agreement = self.host, self.host.agreement
         size = host.args.eval_batch_size
-        n_batches = -(-len(rows) // size)
+        # Rows far from each other are one batch: neighbours may share a prompt, whose echo is no other's.
+        counts = [-(-len(rows) // size) for rows in sets]
+        batches = [(rows, first, n) for rows, n in zip(sets, counts, strict=True) for first in range(n)]
         in_step = host.pass_choice is not None and host.pass_choice.one_form
         collate = EchoCollator(host.data_collator, host.args.echo_positions, in_step)
         world, rank = host.args.world_size, host.args.process_index
         found: list[tuple[int, ScoredBatch]] = []
-        reached, lent = False, None
+        reached, lent = False, []
         with host.attachment.measuring(), no_trace(host.model_wrapped), host.compute_loss_context_manager():
-            for first in range(0, n_batches, world):
-                mine = first + rank
-                # A process without a batch of its own keeps the others company; what it finds does not count. Rows
-                # far from each other are one batch: neighbours may share a prompt, whose echo is no other's.
-                draft = collate.draft_with_all(rows[min(mine, n_batches - 1) :: n_batches])
+            for number in range(0, len(batches), world):
+                mine = number + rank
+                # A process without a batch of its own keeps the others company; what it finds does not count.
+                rows, first, n = batches[min(mine, len(batches) - 1)]
+                draft = collate.draft_with_all(rows[first::n])
                 scored, lent = self._score(draft, lent)
-                if mine < n_batches:
+                if mine < len(batches):
                     found.append((mine, scored))
                     reached = reached or draft.answered
         parts = [part for some in agreement.gather(found) for part in some]
@@ -166,16 +184,16 @@ class HeldOut:
             return None
         return find([scored for _, scored in sorted(parts, key=lambda part: part[0])])
 
-    def _score(self, draft: DraftPlan, lent_Sd: Tensor | None) -> tuple[ScoredBatch, Tensor | None]:
+    def _score(self, draft: DraftPlan, lent: list[Lent]) -> tuple[ScoredBatch, list[Lent]]:
         """
         Score a batch.
 
         Args:
             draft: the batch, every document routed.
-            lent_Sd: source states of a segment of an earlier batch, for a batch of one document.
+            lent: of earlier batches, for a batch of one prompt: the last segment, and the last with another prompt.
 
         Returns:
-            What was found, and source states for the next batch.
+            What was found, and what is lent to the next batch.
         """
         host = self.host
         if self._choice is None:  # of its own: what a run proves may not depend on when it is evaluated
@@ -187,19 +205,41 @@ class HeldOut:
         self._choice.settle([draft], self.compare, host.state.global_step)
         (plan,) = self._choice.plans([draft])
         document_F = draft.segments.document_F
-        partner_G = partners(document_F[plan.boundary_G].numpy(), lent=lent_Sd is not None)
+        document_G = document_F[plan.boundary_G].numpy()
+        prompts = _prompts(draft, plan.boundary_G.numpy(), document_G)
+        loans = [each.source_Sd for each in lent if prompts and each.prompt != prompts[-1]]
+        loan = loans[-1] if loans else None
+        partner_G = partners(document_G, lent=loan is not None, prompts=prompts)
         inputs: Any = send_to_device(backbone_inputs(draft.batch), host.args.device)
-        task = ScoreTask(plan.to(host.args.device), torch.from_numpy(partner_G).to(host.args.device), lent_Sd)
+        task = ScoreTask(plan.to(host.args.device), torch.from_numpy(partner_G).to(host.args.device), loan)
         with explain_out_of_memory(inputs, plan, "measurement of the echo on held-out rows"):
             scores = host.model_wrapped(**inputs, echo_score=task)
-        # Without a document that an echo reaches there is nothing to exchange: the passes agree.
-        compared = bool((partner_G != np.arange(len(partner_G))).any())
         passes: Any = (scores.ce_plain_N, scores.ce_echo_N, scores.ce_other_N)
+        document_N = document_F[plan.predict_N].numpy()
         found = ScoredBatch(
             *(ce_N.double().cpu().numpy() for ce_N in passes),
-            compared_N=np.full(len(plan.labels_N), compared),
+            compared_N=np.isin(document_N, document_G[partner_G != np.arange(len(partner_G))]) & (not plan.weightless),
             label_N=plan.labels_N.numpy(),
-            document_N=document_F[plan.predict_N].numpy(),
+            document_N=document_N,
         )
-        source_SGd = None if plan.weightless else scores.source_SGd
-        return found, lent_Sd if source_SGd is None else source_SGd[:, -1]
+        if scores.source_SGd is None or plan.weightless:
+            return found, lent
+        before = [each for each in lent if each.prompt != prompts[-1]]
+        return found, [*before[-1:], Lent(prompts[-1], scores.source_SGd[:, -1])]
+
+
+def _prompts(draft: DraftPlan, boundary_G: np.ndarray, document_G: np.ndarray) -> list[Hashable]:
+    """
+    What tells the prompts of the documents with a segment from each other: their tokens up to the last answer.
+
+    Where a batch holds more than text no two are taken to be alike: the same question may be asked of two images.
+
+    Args:
+        draft: the batch.
+        boundary_G, document_G: int64 (G,), boundary and document of each segment.
+    """
+    documents = np.unique(document_G)
+    if draft.other_inputs:
+        return [object() for _ in documents]
+    ids_F, start_D = draft.batch["input_ids"].reshape(-1).tolist(), draft.segments.start_D.tolist()
+    return [tuple(ids_F[start_D[each] : boundary_G[document_G == each][-1] + 1]) for each in documents]

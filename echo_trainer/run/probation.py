@@ -100,7 +100,7 @@ class Probation:
         due = self.due()
         if due is None or host.state.global_step < due:
             return
-        finding = host.held_out.measure(host.held_out.sample(ROWS)) if host.held_out.given else None
+        finding = host.held_out.measure(*host.held_out.sample(ROWS)) if host.held_out.given else None
         if finding is None:
             self._given_up = True
             logger.warning(
@@ -132,11 +132,15 @@ class Probation:
         if verdict.content:
             found += f"; on the tokens in which answers differ {_figure(Advantage(**verdict.content))}"
         found += " (CE_plain - CE_echo, nats per token)"
-        own = _figure(Advantage(**verdict.own)) if verdict.own else "there was none"
+        own = (
+            f"better than with the echo of another sample: by {_figure(Advantage(**verdict.own))}"
+            if verdict.own
+            else ""
+        )
         cost = f"It costs {verdict.price:.0%} of the plain pass"
         better = f"the echo pass predicts answers better than the plain pass: by {found}"
         if not verdict.useless:
-            return f"Step {verdict.step}: {better}, and better than with the echo of another sample: by {own}. {cost}."
+            return f"Step {verdict.step}: {better}, and {own}. {cost}."
         follows = (
             "Training goes on as plain LoRA (echo_when_useless='stop')"
             if self.stopped
@@ -144,10 +148,12 @@ class Probation:
         )
         why = f"the advantage of its pass over the plain pass is {found}"
         if verdict.networks_alone:
-            why = (
-                f"{better}, but not clearly better than with the echo of another sample: by {own}. So it is the echo "
-                f"networks that help, and not what they are told of the prompt"
-            )
+            why = f"{better}, and no other prompt was held out whose echo it could be compared with"
+            if own:
+                why = (
+                    f"{better}, but not clearly {own}. So it is the echo networks that help, and not what they are "
+                    f"told of the prompt"
+                )
         return f"Step {verdict.step}: the echo gives nothing so far: {why}. {cost}. {follows}."
 
     def record(self) -> dict[str, Any] | None:

@@ -90,3 +90,22 @@ def test_tokens_in_which_answers_differ(answers, expected):
 )
 def test_whose_echo_is_borrowed(documents, lent, expected):
     assert partners(np.array(documents, dtype=int), lent=lent).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("documents", "prompts", "expected"),
+    [
+        ([0, 1, 2], None, [1, 2, 0]),
+        ([0, 1, 2], "abb", [1, 0, 0]),  # not the one with the same prompt beside it
+        ([0, 1, 2, 3], "abca", [1, 2, 3, 1]),  # nor the one behind the end
+        ([2, 2, 2, 5, 7, 7], "aab", [4, 5, 5, 4, 0, 1]),  # segments of a document, the last where it has fewer
+        ([3, 3, 4], "aa", [3, 3, 3]),  # nobody here: lent
+        ([4], "a", [1]),
+        ([], "", []),
+    ],
+)
+def test_the_echo_of_the_same_prompt_is_not_borrowed(documents, prompts, expected):
+    given = np.array(documents, int)
+    assert partners(given, lent=True, prompts=prompts).tolist() == expected
+    alone = [place if other == len(given) else other for place, other in enumerate(expected)]
+    assert partners(given, lent=False, prompts=prompts).tolist() == alone

@@ -149,6 +149,46 @@ def test_the_own_echo_is_compared_with_that_of_another_row(tmp_path, batch):
     assert abs(found.own.value) > 1e-3
 
 
+def test_the_echo_of_the_same_prompt_is_not_another(tmp_path):
+    """Rows of one prompt, whichever batch they are in, are not given each other's echoes."""
+    rows = [row for row in classified(2, 5) for _ in range(2)]
+    for number, row in enumerate(rows):
+        row["labels"][-2] = row["input_ids"][-2] = 20 + number
+    trainer = echo_trainer(
+        tmp_path, rows=classified(16, 0), trainer_kwargs={"eval_dataset": classified(8, 5)}, **READY
+    )
+    revive(trainer)
+    found = {}
+    for size in (4, 2, 1):
+        trainer.args.per_device_eval_batch_size = size
+        found[size] = trainer.held_out.measure(rows).own
+    assert found[4].samples == 4 and found[4].value == pytest.approx(found[2].value, rel=1e-4)
+    assert found[1].samples == 2  # nobody else has come before either of the first two
+    for size in (4, 1):
+        trainer.args.per_device_eval_batch_size = size
+        alone = trainer.held_out.measure(rows[:2])
+        assert alone.own is None and alone.useless and alone.gain.samples == 2
+
+
+def test_no_batch_holds_rows_of_two_datasets(tmp_path):
+    """They may have different columns, of which a collator looks at those of the first row."""
+    sets = {"a": classified(20, 1, alike=1), "b": classified(12, 2)}
+    trainer = echo_trainer(
+        tmp_path, rows=classified(16, 0), trainer_kwargs={"eval_dataset": sets}, max_steps=3, echo_probation=2, **READY
+    )
+    collate, seen = trainer.data_collator, []
+
+    def watched(rows):
+        seen.append([row["input_ids"][0] == 5 for row in rows])
+        return collate(rows)
+
+    trainer.data_collator = watched
+    trainer.train()
+    assert trainer.probation.verdict.gain["samples"] == 32
+    held_out = [batch for batch in seen if batch[0]]
+    assert sum(map(len, held_out)) == 20 and all(map(all, held_out))
+
+
 def test_nothing_is_said_of_rows_without_a_boundary(tmp_path):
     rows = Dataset.from_list([{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4)
     trainer = echo_trainer(tmp_path, rows=classified(16, 0), trainer_kwargs={"eval_dataset": rows}, **READY)
@@ -221,6 +261,18 @@ def test_networks_that_help_with_any_echo_are_found_out(tmp_path, caplog):
     trainer.save_model()
     assert "no better with the own echo" in (tmp_path / "README.md").read_text()
     assert json.loads((tmp_path / "echo_run.json").read_text())["echo"]["probation"]["networks_alone"]
+
+
+def test_where_all_prompts_are_alike_the_echo_says_nothing(tmp_path, caplog):
+    """There is no other echo to compare with, and the line says so."""
+    rows = classified(32, 1, told=False)
+    same = Dataset.from_list([{**row, "input_ids": [5] * 5 + row["input_ids"][5:]} for row in rows])
+    trainer = useful(tmp_path, told=False)
+    trainer.train_dataset = trainer.eval_dataset = same
+    trainer.train()
+    verdict = trainer.probation.verdict
+    assert verdict.own is None and verdict.networks_alone
+    assert "and no other prompt was held out" in said(caplog)[0].message
 
 
 def test_what_all_answers_share_does_not_count(tmp_path, caplog):
