@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -59,7 +59,7 @@ class EchoReader:
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         row_G, last_G = (x.numpy() for x in (plan.boundary_G // width, plan.boundary_G % width))
         prompts = [ids[: max(last_G[row_G == number], default=0) + 1] for number, (_, ids) in enumerate(flat)]
-        with self.knowing(_in_turn(prompts)[row_G]):
+        with self.knowing(prompts, row_G):
             found = score_passes(self.setup, inputs, ScoreTask(plan.to(device)))
         row_N = plan.predict_N // width
         ce_N, top_N = found.ce_echo_N.double().cpu(), found.top_echo_N.cpu()
@@ -70,8 +70,8 @@ class EchoReader:
         """See `readers.Reader`."""
         return greedy_answers(cast("PreTrainedModel", _Writing(self)), self.tokenizer, prompts, **options)
 
-    def knowing(self, prompt_G: np.ndarray) -> AbstractContextManager[None]:
-        """The echo pass runs inside; `prompt_G` (G,) numbers the prompts that its segments belong to."""
+    def knowing(self, prompts: list[list[int]], prompt_G: np.ndarray) -> AbstractContextManager[None]:
+        """The echo pass runs inside, on token ids of `prompts`; `prompt_G` (G,) says which its segments belong to."""
         return nullcontext()
 
     def _batch(self, flat: list[tuple[TokenizedRow, list[int]]]) -> dict[str, Tensor]:
@@ -90,13 +90,24 @@ class EchoReader:
 
 
 class ControlReader(EchoReader):
-    """The echo pass with networks that exchange the echoes of prompts; `networks.prompt_G` says whose are whose."""
+    """
+    The echo pass with networks that exchange the echoes of prompts; `networks.prompt_G` says whose are whose.
+
+    Neighbours that are alike count as one prompt: items come by length, and a prompt may recur.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._last: tuple[int, list[int]] = (-1, [])  # number and token ids of the last prompt
 
     @contextmanager
-    def knowing(self, prompt_G: np.ndarray) -> Iterator[None]:
+    def knowing(self, prompts: list[list[int]], prompt_G: np.ndarray) -> Iterator[None]:
         """Answers to one prompt, and turns of one conversation, do not trade with each other."""
         networks: Any = self.setup.networks
-        networks.prompt_G = prompt_G
+        last, before = self._last
+        numbers = last + np.cumsum([one != other for one, other in pairwise([before, *prompts])])
+        self._last = (int(numbers[-1]), prompts[-1])
+        networks.prompt_G = numbers[prompt_G]
         try:
             yield
         finally:
@@ -107,26 +118,29 @@ class BorrowedEcho(EchoNetworks):
     """
     Echo networks that are given the echo of the next prompt of the batch in place of each prompt's own.
 
-    A prompt that is alone in its batch gets the last echo before; the first of all, if it is alone, gets none.
+    A prompt that is alone in its batch gets the last echo before of another one; the first of all, if it is alone,
+    gets none.
 
     Attributes:
-        prompt_G: number of the prompt that each segment belongs to; None: each has one of its own.
+        prompt_G: number of the prompt that each segment belongs to, in all batches; set before each.
     """
 
-    prompt_G: np.ndarray | None = None
+    prompt_G: np.ndarray
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._last_d: Tensor | None = None
+        self._lent: list[tuple[int, Tensor]] = []  # the last echoes of two prompts, with their numbers
 
     def aggregate(self, states_SGd: Tensor) -> Tensor:
         """z (G, d) of other prompts."""
         z_Gd = super().aggregate(states_SGd)
-        last_d = torch.zeros_like(z_Gd[0]) if self._last_d is None else self._last_d
-        self._last_d = z_Gd[-1]
-        whose_G = np.arange(len(z_Gd)) if self.prompt_G is None else self.prompt_G
-        order = torch.from_numpy(partners(whose_G, lent=True)).to(z_Gd.device)
-        return torch.cat([z_Gd, last_d[None]]).index_select(0, order)
+        last = int(self.prompt_G[-1])
+        known = [*self._lent, *zip(self.prompt_G.tolist(), z_Gd, strict=True)]
+        others = [lent for lent in known if lent[0] != last]
+        self._lent = [*others[-1:], (last, z_Gd[-1])]
+        lent_d = others[-1][1] if others else torch.zeros_like(z_Gd[0])
+        order = torch.from_numpy(partners(self.prompt_G, lent=True)).to(z_Gd.device)
+        return torch.cat([z_Gd, lent_d[None]]).index_select(0, order)
 
 
 class _Writing:
@@ -141,15 +155,12 @@ class _Writing:
     def generate(self, **inputs: Any) -> Tensor:
         reader = self._reader
         model: Any = reader.setup.model
+        kept = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
+        prompts = [list(compress(*row)) for row in kept]
         # Beams of a prompt lie one after another, so that they do not trade with each other.
-        prompt_G = _in_turn(inputs["input_ids"].tolist()).repeat(inputs["num_beams"])
-        with reader.knowing(prompt_G), writing_with_echo(reader.setup, reader.positions):
+        beams = np.arange(len(prompts)).repeat(inputs["num_beams"])
+        with reader.knowing(prompts, beams), writing_with_echo(reader.setup, reader.positions):
             return model.generate(**inputs)
-
-
-def _in_turn(prompts: Sequence[list[int]]) -> np.ndarray:
-    """Numbers of prompts, the same for neighbours that are alike: items come by length, and a prompt may recur."""
-    return np.cumsum([0, *(one != other for one, other in pairwise(prompts))])
 
 
 def _score(ce_N: Tensor, top_N: Tensor) -> Score:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,27 @@ def test_beams_and_prompts_that_recur_do_not_trade_with_each_other(place, beams)
     rows = [tokenize_row(loaded.tokenizer, prompt, [" w1 w2", " w3 w4 w5"]) for prompt in prompts]
     mine, given = (echoes_given(reader, lambda r=reader: r.score(rows)) for reader in (own, other))
     torch.testing.assert_close(given, mine.unflatten(0, (4, 2))[[1, 3, 3, 0]].flatten(0, 1))
+
+
+def test_a_prompt_that_recurs_one_at_a_time_is_not_given_its_own(place):
+    """Batches of one, in which the echo of the batch before may be of the same prompt, whatever its padding was."""
+    folder, _ = place
+    loaded, own = loaded_echo(place)
+    prompts = ["w1 w2", "w4 w5 w6", "w4 w5 w6", "w7 w8 w9 w1"]
+
+    def written(reader):
+        for batch in (prompts[:2], prompts[2:3], prompts[3:]):
+            reader.answers(batch, max_new_tokens=2)
+
+    def scored(reader):
+        for prompt in prompts:
+            reader.score([tokenize_row(loaded.tokenizer, prompt, [" w1 w2"])])
+
+    for run, expected in ((written, [1, 0, 0, 2]), (scored, [None, 0, 0, 2])):
+        other, _ = load_echo(loaded.model, loaded.tokenizer, folder / "run" / "checkpoint-2", borrowed=True)
+        mine, given = (echoes_given(reader, partial(run, reader)) for reader in (own, other))
+        for of, z in zip(expected, given, strict=True):
+            torch.testing.assert_close(z, torch.zeros_like(z) if of is None else mine[of])
 
 
 def test_the_figures_are_those_of_the_trainer(place):
