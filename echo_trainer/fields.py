@@ -199,7 +199,7 @@ class EchoFields(WithoutTokens):
         metadata={
             "help": "What follows when the echo pass predicts held-out answers no better than the plain pass, or as "
             "well with the echo of another sample: 'say' (one line), or 'stop' (as well, and plain LoRA from there "
-            "on).",
+            "on; judge later, or on more rows, where either is not clear yet).",
             "choices": list(WHEN_USELESS),
         },
     )

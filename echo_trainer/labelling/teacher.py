@@ -59,6 +59,8 @@ def refuse_useless_echo(verdict: dict[str, Any] | None) -> None:
     than = "the plain pass"
     if verdict.get("networks_alone"):
         than = "with the echo of another sample, though better than the plain pass"
+        if verdict["own"] is None:
+            than = "with another echo, as far as held-out rows of a single prompt can tell"
     if verdict["stopped"]:
         raise ValueError(
             f"The echo was found to predict held-out answers no better than {than} at step {verdict['step']}, and the "

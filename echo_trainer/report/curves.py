@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..plots import DASHES, ECHO, FOURTH, INK, PLAIN, THIRD, figure, legend_below, tidy, write
+from ..plots import DASHES, ECHO, FOURTH, GREY, INK, PLAIN, THIRD, figure, legend_below, tidy, write
 
 NOTHING = 0.02
 """Below this size, relative to the output of the modules, an echo does next to nothing."""
@@ -92,15 +92,21 @@ def _points(axis: Any, history: list[dict[str, Any]], curves: dict[str, str], co
 
 
 def _intervals(axis: Any, history: list[dict[str, Any]]) -> None:
-    """What the echo pass knows that the plain pass does not, where it counts: on held-out rows."""
-    for key, name, colour in (
-        ("eval_echo_advantage", "evaluation, 95 %", PLAIN),
-        ("eval_echo_own", "own echo - another's, 95 %", FOURTH),
-        ("echo/held_out_advantage", "held-out rows, 95 %", THIRD),
+    """
+    What the echo pass knows that the plain pass does not, and that it does not with another echo, on held-out rows.
+
+    Over the tokens in which answers differ where they have others too: both are measured on them then.
+    """
+    for prefix, rows, colours in (
+        ("eval_echo_", "evaluation", (PLAIN, FOURTH)),
+        ("echo/held_out_", "held-out rows", (THIRD, GREY)),
     ):
-        found = [entry for entry in history if math.isfinite(entry.get(f"{key}_se", math.nan))]
-        if found:
-            places = [[entry[name] for entry in found] for name in ("step", key)]
-            # matplotlib draws +- the error: 1.96 standard errors are the 95 % interval
-            errors = [1.96 * entry[f"{key}_se"] for entry in found]
-            axis.errorbar(*places, errors, label=name, color=colour, marker="o", linewidth=1.4, capsize=3)
+        content = any(f"{prefix}advantage_content" in entry for entry in history)
+        figures = {"advantage_content" if content else "advantage": rows, "own": f"{rows}: own echo - another's"}
+        for (key, name), colour in zip(figures.items(), colours, strict=True):
+            found = [entry for entry in history if math.isfinite(entry.get(f"{prefix}{key}_se", math.nan))]
+            if found:
+                places = [[entry[name] for entry in found] for name in ("step", f"{prefix}{key}")]
+                # matplotlib draws +- the error: 1.96 standard errors are the 95 % interval
+                errors = [1.96 * entry[f"{prefix}{key}_se"] for entry in found]
+                axis.errorbar(*places, errors, label=name, color=colour, marker="o", linewidth=1.4, capsize=3)

@@ -272,6 +272,8 @@ def test_where_all_prompts_are_alike_the_echo_says_nothing(tmp_path, caplog):
     trainer.train()
     verdict = trainer.probation.verdict
     assert verdict.own is None and verdict.networks_alone
+    trainer.save_model()
+    assert "with no other prompt beside them" in (tmp_path / "README.md").read_text()
     assert "and no other prompt was held out" in said(caplog)[0].message
 
 
