@@ -52,7 +52,7 @@ def tell(pair: dict[str, Any], scale: float = 100.0, digits: int = 2) -> str:
 
 def name_of(share: float, examples: int) -> str:
     """A cell in words."""
-    where = "all layers" if share == 1 else f"upper {share:g} of the layers"
+    where = {1.0: "all layers", 0.5: "upper half"}.get(share, f"upper {share:.0%} of the layers")
     return f"{where}, {examples:,} examples"
 
 
