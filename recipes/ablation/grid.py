@@ -47,7 +47,7 @@ def pairs_of(cell: dict[str, Any]) -> set[str]:
 def tell(pair: dict[str, Any], scale: float = 100.0, digits: int = 2) -> str:
     """A difference with its interval."""
     value, low, high = (f"{scale * pair[key]:+.{digits}f}" for key in ("difference", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return value if pair["low"] == pair["high"] else f"{value} [{low}, {high}]"
 
 
 def name_of(share: float, examples: int) -> str:
