@@ -132,8 +132,7 @@ class BeamGRPOTrainer(BeamJointTrainer):
             ValueError: there is no whole checkpoint, it is not of such a run, or was made with other options; or a
                 streamed dataset has too few prompts for one step.
         """
-        wanted = resume_from_checkpoint
-        found = self.agreement.decide(lambda: find_checkpoint(self.args.output_dir, wanted))
+        found = self.agreement.decide(lambda: find_checkpoint(self.args.output_dir, resume_from_checkpoint))
         self.resumption.begin()
         result = super().train(found, *args, **kwargs)
         refuse_no_step(self.state, self.args)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..method.advantage import partners
+from ..method.advantage import Loans, partners
 from ..method.network import EchoNetworks, NetworkForm
 from ..method.plan import make_plan
 from ..method.segments import IGNORE_INDEX, find_segments
@@ -129,16 +129,15 @@ class BorrowedEcho(EchoNetworks):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._lent: list[tuple[int, Tensor]] = []  # the last echoes of two prompts, with their numbers
+        self._loans = Loans()
 
     def aggregate(self, states_SGd: Tensor) -> Tensor:
         """z (G, d) of other prompts."""
         z_Gd = super().aggregate(states_SGd)
-        last = int(self.prompt_G[-1])
-        known = [*self._lent, *zip(self.prompt_G.tolist(), z_Gd, strict=True)]
-        others = [lent for lent in known if lent[0] != last]
-        self._lent = [*others[-1:], (last, z_Gd[-1])]
-        lent_d = others[-1][1] if others else torch.zeros_like(z_Gd[0])
+        lent_d = self._loans.to(int(self.prompt_G[-1]))
+        for prompt, z_d in zip(self.prompt_G.tolist(), z_Gd, strict=True):
+            self._loans.keep(prompt, z_d)
+        lent_d = torch.zeros_like(z_Gd[0]) if lent_d is None else lent_d
         order = torch.from_numpy(partners(self.prompt_G, lent=True)).to(z_Gd.device)
         return torch.cat([z_Gd, lent_d[None]]).index_select(0, order)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats
+from torch import Tensor
 
 LEVEL = 0.95
 
@@ -92,6 +93,21 @@ def differing_tokens(labels_N: Int[np.ndarray, "N"], sample_N: Int[np.ndarray, "
     for start, end in zip(starts, ends, strict=True):
         keep_N[start : start + first] = keep_N[end - last : end] = False
     return keep_N
+
+
+class Loans:
+    """What earlier batches lend to one whose prompts are all alike: the last echo there was of another prompt."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Hashable, Tensor]] = []  # of two prompts, the last one last
+
+    def to(self, prompt: Hashable) -> Tensor | None:
+        """The last that was kept of another prompt; None where there is none."""
+        return next((lent for whose, lent in reversed(self._kept) if whose != prompt), None)
+
+    def keep(self, prompt: Hashable, lent: Tensor) -> None:
+        """Keep what the next batches may borrow."""
+        self._kept = [*[each for each in self._kept if each[0] != prompt][-1:], (prompt, lent)]
 
 
 def partners(

@@ -102,11 +102,15 @@ def _intervals(axis: Any, history: list[dict[str, Any]]) -> None:
         ("echo/held_out_", "held-out rows", (THIRD, GREY)),
     ):
         content = any(f"{prefix}advantage_content" in entry for entry in history)
-        figures = {"advantage_content" if content else "advantage": rows, "own": f"{rows}: own echo - another's"}
-        for (key, name), colour in zip(figures.items(), colours, strict=True):
+        figures = {
+            "advantage_content" if content else "advantage": f"{rows}, 95 %",
+            "own": "CE other's echo - CE echo",
+        }
+        for (key, label), colour in zip(figures.items(), colours, strict=True):
             found = [entry for entry in history if math.isfinite(entry.get(f"{prefix}{key}_se", math.nan))]
-            if found:
-                places = [[entry[name] for entry in found] for name in ("step", f"{prefix}{key}")]
-                # matplotlib draws +- the error: 1.96 standard errors are the 95 % interval
-                errors = [1.96 * entry[f"{prefix}{key}_se"] for entry in found]
-                axis.errorbar(*places, errors, label=name, color=colour, marker="o", linewidth=1.4, capsize=3)
+            if not found:
+                continue
+            places = [[entry[name] for entry in found] for name in ("step", f"{prefix}{key}")]
+            # matplotlib draws +- the error: 1.96 standard errors are the 95 % interval
+            errors = [1.96 * entry[f"{prefix}{key}_se"] for entry in found]
+            axis.errorbar(*places, errors, label=label, color=colour, marker="o", linewidth=1.4, capsize=3)

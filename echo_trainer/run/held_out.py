@@ -8,14 +8,13 @@ of another sample. It leaves no trace: no random number is drawn, no loader is t
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
 
-from ..method.advantage import partners
+from ..method.advantage import Loans, partners
 from ..method.forms import EchoForm
 from ..passes.echo import AUTO, forms_for
 from ..passes.memory import explain_out_of_memory
@@ -57,19 +56,6 @@ class Rows:
 
     def __getitem__(self, span: slice) -> list[Any]:
         return [self.data[place * len(self.data) // self.count] for place in range(self.count)[span]]
-
-
-class Lent(NamedTuple):
-    """
-    A segment of an earlier batch.
-
-    Attributes:
-        prompt: of its document, as `_prompts` tells it.
-        source_Sd: states of the source layers (S, d) at its boundary.
-    """
-
-    prompt: Hashable
-    source_Sd: Tensor
 
 
 class HeldOut:
@@ -168,14 +154,14 @@ class HeldOut:
         collate = EchoCollator(host.data_collator, host.args.echo_positions, in_step)
         world, rank = host.args.world_size, host.args.process_index
         found: list[tuple[int, ScoredBatch]] = []
-        reached, lent = False, []
+        reached, loans = False, Loans()
         with host.attachment.measuring(), no_trace(host.model_wrapped), host.compute_loss_context_manager():
             for number in range(0, len(batches), world):
                 mine = number + rank
                 # A process without a batch of its own keeps the others company; what it finds does not count.
                 rows, first, n = batches[min(mine, len(batches) - 1)]
                 draft = collate.draft_with_all(rows[first::n])
-                scored, lent = self._score(draft, lent)
+                scored = self._score(draft, loans)
                 if mine < len(batches):
                     found.append((mine, scored))
                     reached = reached or draft.answered
@@ -184,16 +170,13 @@ class HeldOut:
             return None
         return find([scored for _, scored in sorted(parts, key=lambda part: part[0])])
 
-    def _score(self, draft: DraftPlan, lent: list[Lent]) -> tuple[ScoredBatch, list[Lent]]:
+    def _score(self, draft: DraftPlan, loans: Loans) -> ScoredBatch:
         """
         Score a batch.
 
         Args:
             draft: the batch, every document routed.
-            lent: of earlier batches, for a batch of one prompt: the last segment, and the last with another prompt.
-
-        Returns:
-            What was found, and what is lent to the next batch.
+            loans: source states (S, d) of segments of earlier batches; those of this one are added.
         """
         host = self.host
         if self._choice is None:  # of its own: what a run proves may not depend on when it is evaluated
@@ -207,11 +190,10 @@ class HeldOut:
         document_F = draft.segments.document_F
         document_G = document_F[plan.boundary_G].numpy()
         prompts = _prompts(draft, plan.boundary_G.numpy(), document_G)
-        loans = [each.source_Sd for each in lent if prompts and each.prompt != prompts[-1]]
-        loan = loans[-1] if loans else None
-        partner_G = partners(document_G, lent=loan is not None, prompts=prompts)
+        lent_Sd = loans.to(prompts[-1]) if prompts else None
+        partner_G = partners(document_G, lent=lent_Sd is not None, prompts=prompts)
         inputs: Any = send_to_device(backbone_inputs(draft.batch), host.args.device)
-        task = ScoreTask(plan.to(host.args.device), torch.from_numpy(partner_G).to(host.args.device), loan)
+        task = ScoreTask(plan.to(host.args.device), torch.from_numpy(partner_G).to(host.args.device), lent_Sd)
         with explain_out_of_memory(inputs, plan, "measurement of the echo on held-out rows"):
             scores = host.model_wrapped(**inputs, echo_score=task)
         passes: Any = (scores.ce_plain_N, scores.ce_echo_N, scores.ce_other_N)
@@ -222,10 +204,11 @@ class HeldOut:
             label_N=plan.labels_N.numpy(),
             document_N=document_N,
         )
-        if scores.source_SGd is None or plan.weightless:
-            return found, lent
-        before = [each for each in lent if each.prompt != prompts[-1]]
-        return found, [*before[-1:], Lent(prompts[-1], scores.source_SGd[:, -1])]
+        if scores.source_SGd is not None and not plan.weightless:
+            last_D = np.flatnonzero(np.diff(document_G, append=-1) != 0)
+            for prompt, last in zip(prompts, last_D.tolist(), strict=True):
+                loans.keep(prompt, scores.source_SGd[:, last])
+        return found
 
 
 def _prompts(draft: DraftPlan, boundary_G: np.ndarray, document_G: np.ndarray) -> list[Hashable]:

@@ -132,11 +132,10 @@ class Probation:
         if verdict.content:
             found += f"; on the tokens in which answers differ {_figure(Advantage(**verdict.content))}"
         found += " (CE_plain - CE_echo, nats per token)"
-        own = (
-            f"better than with the echo of another sample: by {_figure(Advantage(**verdict.own))}"
-            if verdict.own
-            else ""
-        )
+        own, compared = "no other prompt was held out whose echo it could be compared with", ""
+        if verdict.own:
+            own = f"better than with the echo of another sample: by {_figure(Advantage(**verdict.own))}"
+            compared = ". So it is the echo networks that help, and not what they are told of the prompt"
         cost = f"It costs {verdict.price:.0%} of the plain pass"
         better = f"the echo pass predicts answers better than the plain pass: by {found}"
         if not verdict.useless:
@@ -148,12 +147,7 @@ class Probation:
         )
         why = f"the advantage of its pass over the plain pass is {found}"
         if verdict.networks_alone:
-            why = f"{better}, and no other prompt was held out whose echo it could be compared with"
-            if own:
-                why = (
-                    f"{better}, but not clearly {own}. So it is the echo networks that help, and not what they are "
-                    f"told of the prompt"
-                )
+            why = f"{better}, {'but not clearly' if compared else 'and'} {own}{compared}"
         return f"Step {verdict.step}: the echo gives nothing so far: {why}. {cost}. {follows}."
 
     def record(self) -> dict[str, Any] | None:
