@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
-from echo_trainer.method.advantage import advantage, differing_tokens, partners
+from echo_trainer.method.advantage import Loans, advantage, differing_tokens, partners
 
 
 def gains(lengths, seed=0, shift=0.3, spread=1.0):
@@ -109,3 +110,12 @@ def test_the_echo_of_the_same_prompt_is_not_borrowed(documents, prompts, expecte
     assert partners(given, lent=True, prompts=prompts).tolist() == expected
     alone = [place if other == len(given) else other for place, other in enumerate(expected)]
     assert partners(given, lent=False, prompts=prompts).tolist() == alone
+
+
+def test_a_prompt_borrows_the_last_echo_of_another_one():
+    loans, echoes = Loans(), torch.arange(4.0)
+    assert loans.to("a") is None
+    for prompt, echo in zip("abba", echoes, strict=True):
+        loans.keep(prompt, echo)
+    assert loans.to("c") == echoes[3] == loans.to("b")
+    assert loans.to("a") == echoes[2]  # and not its own, though that is the last
